@@ -1,0 +1,116 @@
+"""The same attention through a dense mask: an oracle for small sizes that shares no index arithmetic with the others.
+
+Every pair (i, j) is asked the rule's question separately, which costs O(T S) memory, and torch's autograd
+differentiates what follows. `flex` hands the same question to FlexAttention as a `mask_mod`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .spec import BlockSparseSpec
+
+
+def mask_mod(
+    spec: BlockSparseSpec, bounds: Tensor | None, num_queries: int, num_keys: int, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The pattern as a FlexAttention `mask_mod(b, h, q_idx, kv_idx)`, padding and packed segments included."""
+    if bounds is None:
+        bounds = torch.tensor([[[0, num_queries, 0, num_keys]]], device=device)
+    q_seg, q_pos = _positions(bounds, num_queries, queries=True)
+    k_seg, k_pos = _positions(bounds, num_keys, queries=False)
+    length = (bounds[..., 3] - bounds[..., 2]).long()  # [B, N]
+    rules = _rule_table(spec, str(device))
+    rows = bounds.shape[0]
+
+    def keep(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        b = b % rows  # bounds may have one row for the whole batch
+        sinks, stride, residue, num, den, shifted, back, cyclic = rules[:, h]
+        seg, i, j = q_seg[b, q_idx], q_pos[b, q_idx], k_pos[b, kv_idx]
+        n = length[b, seg.clamp(min=0)]
+        share = den > 0
+        group = torch.where(share, (n * num + den - 1) // den.clamp(min=1), num).clamp(min=1)
+        shift = (shifted > 0) & ~(share & (group >= n))
+        offset = torch.where(shift, group - group // 2, 0)
+        lo = (i + offset) // group * group - offset - back
+        striped = (stride > 0) & (j // spec.block_size % stride.clamp(min=1) == residue)
+        causal = (j <= i) & ((j >= lo) | (j < sinks) | striped)
+        turn = torch.where(shift, group // 2, 0)
+        r_i, r_j = (i - turn) % n.clamp(min=1), (j - turn) % n.clamp(min=1)
+        rolled = (r_i // group == r_j // group) & (r_j <= r_i)
+        return (seg >= 0) & (seg == k_seg[b, kv_idx]) & torch.where(cyclic > 0, rolled, causal)
+
+    return keep
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, spec: BlockSparseSpec, bounds: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` as `reference.forward`, differentiable by autograd; O(B H T S) memory."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    b, h, i, j = torch.meshgrid(
+        *(torch.arange(n, device=q.device) for n in (q.shape[0], q.shape[1], q.shape[2], k.shape[2])), indexing="ij"
+    )
+    keep = mask_mod(spec, bounds, q.shape[2], k.shape[2], q.device)(b, h, i, j)
+    grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))  # [B, K, H // K, T, D]: K and V are not repeated
+    scores = grouped @ k.to(dtype)[:, :, None].mT * scale
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.flatten(1, 2).masked_fill(~keep, -torch.inf)
+    # Rows that see nothing get lse = -inf and out = 0. Both need a finite stand-in first: -inf - -inf is NaN,
+    # and autograd would multiply that NaN by zero.
+    empty = ~keep.any(-1)
+    lse = scores.masked_fill(empty[..., None], 0.0).logsumexp(-1)
+    p = (scores - lse[..., None]).exp()
+    out = (p.unflatten(1, (k.shape[1], -1)) @ v.to(dtype)[:, :, None]).flatten(1, 2)
+    return out.to(q.dtype), lse.masked_fill(empty, -torch.inf)
+
+
+def flex(
+    q: Tensor, k: Tensor, v: Tensor, spec: BlockSparseSpec, bounds: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` through FlexAttention, compiled on a GPU, eager (dense scores) on a CPU."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    keep = mask_mod(spec, bounds, q.shape[2], k.shape[2], q.device)
+    # A head-dependent block mask holds H (T / 128)^2 integers a table: 134 MB at 128K and 32 heads.
+    block_mask = create_block_mask(keep, q.shape[0], q.shape[1], q.shape[2], k.shape[2], device=str(q.device))
+
+    def cap(score: Tensor, *_: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    run = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
+    return run(
+        q,
+        k,
+        v,
+        score_mod=cap if softcap else None,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_lse=True,
+    )
+
+
+def _positions(bounds: Tensor, num_tokens: int, *, queries: bool) -> tuple[Tensor, Tensor]:
+    """For every token its segment (-1: none) and its position from the segment's first key, both [B, tokens]."""
+    q0, q1, k0, k1 = (x[..., None].long() for x in bounds.unbind(-1))  # [B, N, 1]
+    start, end = (q0, q1) if queries else (k0, k1)
+    token = torch.arange(num_tokens, device=bounds.device)
+    inside = (token >= start) & (token < end)  # [B, N, tokens]
+    segment = torch.where(inside.any(1), inside.int().argmax(1), -1)
+    zero = q1 - (k1 - k0) if queries else k0  # the token index at which position 0 lies (queries align at the end)
+    start_of = zero[..., 0].gather(1, segment.clamp(min=0))
+    return segment, token - start_of
+
+
+@lru_cache(maxsize=64)
+def _rule_table(spec: BlockSparseSpec, device: str) -> Tensor:
+    """[8, H]: the fields of each query head's rule, in `to_ints` order."""
+    flat = spec.to_ints()
+    fields = torch.tensor(flat[2 : 2 + 8 * len(spec.rules)]).view(-1, 8)
+    return fields[list(spec.head_rules)].T.contiguous().to(device)
