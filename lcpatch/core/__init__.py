@@ -1,0 +1,1 @@
+"""Registry, configuration and errors: what every room shares. No torch model code."""

@@ -1,0 +1,117 @@
+"""`PatchConfig`: a patch as plain data. It is what `config.json` carries and what a YAML file says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+FORMAT = 1
+"""Version of the dictionary below. A reader refuses a newer one and migrates an older one."""
+
+Mode = Literal["train", "always", "never"]
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """Which method a model is patched with, where, and when it is active.
+
+    Args:
+        method: registered name of the pattern ("s2", "shift", "sf", "sink").
+        options: the pattern's own options, as JSON values.
+        layers: indices of the patched layers; None for every full-attention layer.
+        mode: "train": sparse while `module.training`, dense otherwise; "always"; "never"; None: the method's default.
+        sinks: None, "tokens" or "tokens:8" (the first 4 or 8 real tokens stay visible to every row), "logit" or
+            "logit:-15" (a learnable logit per query head, starting at that value).
+        dense: the attention implementation of layers and phases that stay dense; None: the model's own.
+    """
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[int, ...] | str | None = None
+    mode: Mode | None = None
+    sinks: str | None = None
+    dense: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode is not None and self.mode not in get_args(Mode):
+            raise ValueError(f"mode={self.mode!r} is not one of {', '.join(map(repr, get_args(Mode)))}")
+        parse_sinks(self.sinks)
+        if isinstance(self.layers, str):
+            return
+        if self.layers is not None:
+            layers = tuple(self.layers)
+            if not layers or not all(isinstance(n, int) and n >= 0 for n in layers):
+                raise ValueError(f"layers={list(layers)} must be a non-empty list of layer indices (0, 1, …)")
+            object.__setattr__(self, "layers", tuple(sorted(set(layers))))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with the format's version first; what is None is left out."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        given["options"] = dict(self.options)
+        if isinstance(self.layers, tuple):
+            given["layers"] = list(self.layers)
+        return {"format": FORMAT, **{k: v for k, v in given.items() if v is not None}}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PatchConfig:
+        """Inverse of `to_dict`; `format` may be missing (a hand-written file).
+
+        Raises:
+            ValueError: a newer format, an unknown key, or a missing method.
+        """
+        given = dict(data)
+        version = given.pop("format", FORMAT)
+        if not isinstance(version, int) or not 1 <= version <= FORMAT:
+            raise ValueError(
+                f"this patch has format {version!r}; this lcpatch reads formats 1 to {FORMAT}: pip install -U lcpatch"
+            )
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(given) - known):
+            raise ValueError(f"unknown key {unknown[0]!r} in a patch; keys: format, {', '.join(sorted(known))}")
+        if not isinstance(given.get("method"), str):
+            raise ValueError("a patch needs `method`, the name of a registered pattern, such as 's2'")
+        if isinstance(given.get("layers"), list):
+            given["layers"] = tuple(given["layers"])
+        return cls(**given)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> PatchConfig:
+        """Read a `.yaml`, `.yml` or `.json` file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a mapping, or not a patch.
+        """
+        import yaml  # only here: a patch is rarely read from a file
+
+        path = Path(path)
+        text = path.read_text(encoding="utf-8")
+        try:
+            data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        except (json.JSONDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"{path} must hold a mapping with `method` and options, not {type(data).__name__}")
+        return cls.from_dict(data)
+
+
+def parse_sinks(sinks: str | None) -> tuple[str, float] | None:
+    """`("tokens", count)` or `("logit", start)` of a `sinks` setting.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if sinks is None:
+        return None
+    kind, _, value = str(sinks).partition(":")
+    defaults = {"tokens": 4.0, "logit": -15.0}
+    try:
+        number = float(value) if value else defaults[kind]
+    except (KeyError, ValueError):
+        kind, number = "", 0.0
+    if kind not in defaults or (kind == "tokens" and (number < 1 or number != int(number))):
+        raise ValueError(f"sinks={sinks!r} must be 'tokens', 'tokens:N' (N >= 1), 'logit' or 'logit:START'")
+    return kind, number

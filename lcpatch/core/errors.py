@@ -1,0 +1,13 @@
+"""Errors that lcpatch raises for its users: what was given, the rule, the choices, the next step."""
+
+
+class LcpatchError(Exception):
+    """Base of every error that is lcpatch's own."""
+
+
+class UnknownNameError(LcpatchError, ValueError):
+    """A name that no registered method has; the message lists those that exist."""
+
+
+class UnsupportedModelError(LcpatchError, ValueError):
+    """A model that cannot take this patch; the message names its type and what would work."""
