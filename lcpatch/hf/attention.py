@@ -1,0 +1,172 @@
+"""Our attention function: transformers' layer in, one call of `lcpatch_kernels.block_sparse` out.
+
+It knows no method by name. The module's `LayerState` says which keys a row may see; the mask says where the real tokens
+are; what stays dense goes to the implementation that the model had before.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lcpatch_kernels import DENSE, BlockSparseSpec, block_sparse
+
+from .bounds import from_cu_seq_lens, from_positions, is_compact, split
+from .mask import dense_name, expand
+from .state import SINK_LOGIT, LayerState, state_of
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer under its pattern, in the signature of transformers' `AttentionInterface`.
+
+    Args:
+        query: [B, H, T, D], rotated.
+        key, value: [B, K, S, D], rotated, with the cache's part in front, not repeated for GQA.
+        attention_mask: what our mask function returned: a compact mask, None, or another layer kind's own mask.
+        scaling, dropout, softcap, s_aux: as transformers passes them; `s_aux` are per-head sink logits.
+        position_ids: [1 or B, T]; restarts mark packed documents.
+        cu_seq_lens_q: int32 [N + 1], the packed documents of a flattened row.
+
+    Returns:
+        `(out [B, T, H, D], None)`.
+
+    Raises:
+        ValueError: dropout, a 4-D mask or a bias on a sparse layer; a pattern that needs the whole sequence at once
+            given part of it.
+    """
+    state = state_of(module)
+    spec = None if state is None else state.active_spec(module, query.shape[1])
+    bounds = _packed(query, key, attention_mask, position_ids, cu_seq_lens_q)
+    if spec is None and (bounds is None or _isolates(state, module, attention_mask, cu_seq_lens_q)):
+        passed_on = {"position_ids": position_ids, "cu_seq_lens_q": cu_seq_lens_q, **kwargs}
+        options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux, **passed_on}
+        return _dense(module, query, key, value, attention_mask, state, options)
+    if spec is None:  # packed rows that the dense implementation would let see each other
+        spec = BlockSparseSpec.of([DENSE] * query.shape[1])
+    _refuse(module, state, attention_mask, dropout, kwargs)
+    if bounds is None and is_compact(attention_mask):
+        bounds, _ = split(attention_mask)
+    if state is not None:
+        _check_length(state, spec, query.shape[2], key.shape[2])
+    impl = "auto" if state is None else state.impl
+    out, lse = block_sparse(query, key, value, spec, bounds=bounds, scale=scaling, softcap=softcap, impl=impl)
+    logit = getattr(module, SINK_LOGIT, s_aux)
+    if logit is not None:
+        out = add_sink_logit(out, lse, logit)
+    return out.transpose(1, 2), None
+
+
+def add_sink_logit(out: Tensor, lse: Tensor, logit: Tensor) -> Tensor:
+    """Give every row one more key, with score `logit` [H] and value zero: out [B, H, T, D] shrinks by its probability.
+
+    Exact, and differentiable in all three, whatever computed `out` and `lse` [B, H, T]:
+    out' = out * exp(lse) / (exp(lse) + exp(logit)).
+    """
+    keep = torch.sigmoid(lse - logit.to(lse.dtype)[:, None])
+    return (out * keep[..., None]).to(out.dtype)
+
+
+def _packed(
+    query: Tensor, key: Tensor, mask: Any, position_ids: Tensor | None, cu_seq_lens: Tensor | None
+) -> Tensor | None:
+    """Bounds of packed documents that the mask does not tell of; None where there are none."""
+    if query.shape[2] == 1 or query.shape[2] != key.shape[2]:
+        return None
+    if cu_seq_lens is not None and query.shape[0] == 1:
+        return from_cu_seq_lens(cu_seq_lens)
+    if position_ids is None or position_ids.dim() != 2 or not (mask is None or is_compact(mask)):
+        return None
+    if mask is not None and split(mask)[0].shape[1] > 1:
+        return None  # it tells of them already
+    return from_positions(position_ids, mask, query.shape[0])
+
+
+def _isolates(state: LayerState | None, module: nn.Module, mask: Any, cu_seq_lens: Tensor | None) -> bool:
+    """Whether the dense implementation keeps packed documents apart itself: flash attention does, by `cu_seq_lens`."""
+    return cu_seq_lens is not None and "flash" in _dense_of(state, module)
+
+
+def _dense_of(state: LayerState | None, module: nn.Module) -> str:
+    return dense_name(getattr(module, "config", None)) if state is None else state.dense
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    state: LayerState | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Exactly what the layer did before it was patched."""
+    name = _dense_of(state, module)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    if is_compact(mask):
+        mask = expand(mask, name, query.shape[2], key.shape[2], query.dtype, module.config)
+    given = {k: v for k, v in options.items() if v is not None or k == "scaling"}
+    return function(module, query, key, value, mask, **given)
+
+
+def _refuse(module: nn.Module, state: LayerState | None, mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:
+    """Nothing that the op cannot do is dropped in silence."""
+    what = f"layer {getattr(module, 'layer_idx', '?')} ({state.method if state else 'packed'})"
+    if dropout:
+        raise ValueError(
+            f"{what}: attention dropout {dropout} is not supported under a pattern; set attention_dropout to 0 in the "
+            "config and on the attention modules, or lcpatch.remove(model)"
+        )
+    if mask is not None and not is_compact(mask):
+        raise ValueError(
+            f"{what}: a {type(mask).__name__} mask of shape {list(getattr(mask, 'shape', []))} cannot be combined with "
+            "a pattern; pass a 2-D attention_mask [batch, tokens] (1 = token, 0 = pad), or position_ids that restart"
+        )
+    for name in ("position_bias", "head_mask", "cache"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{what}: {name} is not supported under a pattern; lcpatch.remove(model) to use it")
+    if kwargs.get("sliding_window") is not None:
+        raise ValueError(
+            f"{what} has a sliding window of its own, {kwargs['sliding_window']}; patch full-attention layers"
+        )
+    if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
+        _warn("output_attentions=True: no weights are returned, a pattern's kernel never holds them")
+
+
+def _check_length(state: LayerState, spec: BlockSparseSpec, num_queries: int, num_keys: int) -> None:
+    if spec is state.spec and state.follows_length and num_queries != num_keys:
+        raise ValueError(
+            f"{state.method}: a group_ratio is a share of the whole sequence, but {num_queries} queries came with "
+            f"{num_keys} keys; give a fixed group_size, as in lcpatch.apply(model, {state.method!r}, group_size=1024)"
+        )
+    if torch.compiler.is_compiling() or state.max_positions is None or num_keys <= state.max_positions:
+        return
+    _warn(
+        f"the sequence is longer than the {state.max_positions} positions this model was trained for; without RoPE "
+        "scaling (config.rope_parameters) its quality collapses there, patched or not"
+    )
+
+
+@lru_cache(maxsize=64)
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)

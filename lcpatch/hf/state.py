@@ -1,0 +1,53 @@
+"""What a patched attention module knows: which pattern it follows, when, and what it does otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lcpatch_kernels import DENSE, BlockSparseSpec
+
+ATTRIBUTE = "_lcpatch"
+"""The attribute of an attention module that holds its `LayerState`."""
+
+SINK_LOGIT = "lcpatch_sink_logit"
+"""The parameter of an attention module that holds its learnable sink logits, [H]."""
+
+
+@dataclass
+class LayerState:
+    """State of one attention module.
+
+    Args:
+        method: name of the pattern, for messages; None for a layer that stays dense.
+        spec: the pattern compiled for this layer's heads; None for a layer that stays dense.
+        mode: "train", "always" or "never".
+        dense: transformers' name of the attention implementation for what stays dense.
+        impl: implementation of `lcpatch_kernels.block_sparse`.
+        follows_length: the spec needs the whole sequence at once (see `AttentionPattern.follows_length`).
+        max_positions: the model's trained range of positions, in tokens; None if unknown.
+    """
+
+    method: str | None
+    spec: BlockSparseSpec | None
+    mode: str
+    dense: str
+    impl: str = "auto"
+    follows_length: bool = False
+    max_positions: int | None = None
+
+    def active_spec(self, module: nn.Module, num_heads: int) -> BlockSparseSpec | None:
+        """The spec to run now, or None to leave this call to the dense implementation.
+
+        A learnable sink logit is part of the model, so a module that has one runs our op even where it is dense.
+        """
+        sparse = self.spec is not None and (self.mode == "always" or (self.mode == "train" and module.training))
+        if sparse:
+            return self.spec
+        return BlockSparseSpec.of([DENSE] * num_heads) if hasattr(module, SINK_LOGIT) else None
+
+
+def state_of(module: nn.Module) -> LayerState | None:
+    """The module's state, or None if it was never patched."""
+    return getattr(module, ATTRIBUTE, None)

@@ -1,0 +1,231 @@
+"""Set a pattern on a model, and take it off again without a trace."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lcpatch_kernels import BlockSparseSpec
+
+from ..core.config import PatchConfig, parse_sinks
+from ..core.errors import UnsupportedModelError
+from ..hf import NAME, LayerState, register
+from ..hf.state import ATTRIBUTE, SINK_LOGIT
+from ..patterns import AttentionPattern
+from .resolve import Layers, attention_modules, config_of, pattern_of, shape_of, sparse_layers, with_sink_tokens
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
+RECORD = "_lcpatch_record"
+
+
+@dataclass
+class Record:
+    """What `apply` set on a model, so that `remove` can take back exactly that.
+
+    Args:
+        config: the patch, every choice resolved.
+        originals: the model's config objects before; they are never changed.
+        copies: the copies in use while patched, in the same order.
+        snapshots: the copies' contents right after patching: what differs later, the user changed.
+    """
+
+    config: PatchConfig
+    originals: list[Any] = field(default_factory=list)
+    copies: list[Any] = field(default_factory=list)
+    snapshots: list[dict[str, Any]] = field(default_factory=list)
+
+
+def apply(
+    model: Model,
+    method: str | AttentionPattern | PatchConfig | dict[str, Any],
+    *,
+    layers: Layers = None,
+    mode: str | None = None,
+    sinks: str | None = None,
+    impl: str = "auto",
+    **options: Any,
+) -> Model:
+    """Patch `model` in place so that its full-attention layers follow a pattern, and return it.
+
+    A model that is patched already gets the new patch instead of the old one. Weights, modules and their forwards stay
+    as they are; the model gets a config object of its own, so that others built from the same one are left alone.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one.
+        method: a name from `lcpatch.methods()`, a pattern such as `S2(stride=8)`, a dict or a `.yaml`/`.json` file in
+            `PatchConfig`'s form.
+        layers: which layers become sparse: a list of indices, "every_2" (layers 0, 2, 4, …), a function of the index;
+            default: every full-attention layer. The others stay bit-equal.
+        mode: "train" (sparse while `model.training`, dense otherwise), "always" or "never"; default: the method's own.
+        sinks: "tokens" or "tokens:N": the first 4 or N real tokens stay visible to every row; "logit": a learnable
+            logit per query head, as a parameter of each sparse layer, so low at the start that nothing changes.
+        impl: implementation of the attention op: "auto", "triton", "reference", "sdpa" or "flex".
+        **options: the method's options, as fields of its pattern.
+
+    Raises:
+        UnknownNameError: no such method; the message lists them.
+        UnsupportedModelError: a model that cannot take a pattern.
+        ValueError: an option, layer or mode that does not fit.
+    """
+    config = config_of(method, {"layers": layers, "mode": mode, "sinks": sinks, **options})
+    base = unwrap(model)
+    modules = attention_modules(base)
+    if (record := getattr(base, RECORD, None)) is not None:
+        layer_config = record.originals[0]
+    else:
+        layer_config = base.config
+    pattern = pattern_of(config)
+    states, config = _states(layer_config, list(modules), pattern, config, impl)
+    _check(modules, states, layer_config, config, pattern)
+
+    if record is not None:
+        remove(model)
+    register()
+    record = Record(config)
+    setattr(base, RECORD, record)
+    _own_config(model, base, record)
+    for index, module in modules.items():
+        setattr(module, ATTRIBUTE, states[index])
+        if states[index].spec is not None:
+            _add_sink_logit(module, layer_config, config)
+    logger.info("patched %d of %d attention layers with %s", len(config.layers), len(modules), pattern)
+    return model
+
+
+def remove(model: Model) -> Model:
+    """Take the patch off `model`, restoring everything that `apply` set, and return it; no-op if there is none."""
+    base = unwrap(model)
+    record: Record | None = getattr(base, RECORD, None)
+    if record is None:
+        return model
+    for module in base.modules():
+        module.__dict__.pop(ATTRIBUTE, None)
+        module._parameters.pop(SINK_LOGIT, None)
+    for original, copied, before in zip(record.originals, record.copies, record.snapshots, strict=True):
+        for name, value in copied.__dict__.items():  # what the user changed meanwhile stays changed
+            if name not in before or before[name] is not value:
+                original.__dict__[name] = value
+    _replace_configs(model, base, record.copies, record.originals)
+    del base.__dict__[RECORD]
+    return model
+
+
+@contextmanager
+def patched(model: Model, method: Any, **settings: Any) -> Iterator[Model]:
+    """`with patched(model, "sf"):` applies a patch and afterwards restores what was there, an earlier patch too."""
+    record: Record | None = getattr(unwrap(model), RECORD, None)
+    apply(model, method, **settings)
+    try:
+        yield model
+    finally:
+        if record is None:
+            remove(model)
+        else:
+            apply(model, record.config)
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT or compiled wrapper."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _states(
+    model_config: Any, indices: list[int], pattern: AttentionPattern, config: PatchConfig, impl: str
+) -> tuple[dict[int, LayerState], PatchConfig]:
+    """Each layer's state, and the config with every choice resolved."""
+    chosen = sparse_layers(config.layers, model_config, indices)
+    dense = config.dense or model_config._attn_implementation or "sdpa"
+    config = replace(
+        config,
+        options=pattern.to_options(),
+        layers=tuple(chosen),
+        mode=config.mode or pattern.default_mode,
+        dense=dense,
+    )
+    if config.mode == "always" and pattern.follows_length:
+        raise ValueError(
+            f"{pattern.name}: mode='always' must also work on a sequence that still grows, which has no length to take "
+            f"a share of; give a fixed group_size, such as {pattern.name!r}, group_size=1024 (and no wrap)"
+        )
+    limit = getattr(model_config, "max_position_embeddings", None)
+    states = {n: LayerState(None, None, config.mode, dense, impl, False, limit) for n in indices}
+    for rank, index in enumerate(chosen):
+        shape = shape_of(model_config, rank, len(chosen))
+        rules = with_sink_tokens(pattern.rules(shape), config.sinks)
+        spec = BlockSparseSpec.of(rules, getattr(pattern, "block_size", 64))
+        states[index] = replace(states[index], method=pattern.name, spec=spec, follows_length=pattern.follows_length)
+    for message in pattern.warnings(shape_of(model_config, 0, len(chosen))):
+        warnings.warn(message, stacklevel=3)
+    return states, config
+
+
+def _check(
+    modules: dict[int, nn.Module],
+    states: dict[int, LayerState],
+    model_config: Any,
+    config: PatchConfig,
+    pattern: AttentionPattern,
+) -> None:
+    """Refuse what would be dropped in silence later."""
+    for index, state in states.items():
+        module = modules[index]
+        dropout = getattr(module, "attention_dropout", 0.0)
+        dropout = getattr(dropout, "p", dropout)  # some models hold a Dropout module
+        if state.spec is not None and dropout:
+            raise ValueError(
+                f"layer {index} has attention dropout {dropout}, which no pattern's kernel applies; set "
+                "model.config.attention_dropout = 0.0 and module.attention_dropout = 0.0 on the attention modules first"
+            )
+    logit = (parse_sinks(config.sinks) or ("", 0))[0] == "logit"
+    if logit and any(isinstance(getattr(m, "sinks", None), nn.Parameter) for m in modules.values()):
+        raise UnsupportedModelError(
+            f"{model_config.model_type} has learnable sink logits of its own; leave sinks='logit' out"
+        )
+    if not pattern.causal:
+        warnings.warn(f"{pattern}: rolled groups show the first group's tokens the sequence's end", stacklevel=3)
+
+
+def _own_config(model: nn.Module, base: Any, record: Record) -> None:
+    """Give the model copies of its config objects, and write the patch into the main one."""
+    memo: dict[int, Any] = {}
+    own = copy.deepcopy(base.config, memo)
+    held = {id(c): c for m in _config_holders(model, base) if (c := m.__dict__.get("config")) is not None}
+    record.originals = [c for key, c in held.items() if key in memo]
+    record.originals.sort(key=lambda c: c is not base.config)  # the main config first
+    record.copies = [memo[id(c)] for c in record.originals]
+    _replace_configs(model, base, record.originals, record.copies)
+    own.lcpatch = record.config.to_dict()
+    base.set_attn_implementation(NAME)
+    record.snapshots = [dict(c.__dict__) for c in record.copies]
+
+
+def _replace_configs(model: nn.Module, base: Any, old: list[Any], new: list[Any]) -> None:
+    by_id = {id(o): n for o, n in zip(old, new, strict=True)}
+    for module in _config_holders(model, base):
+        if (config := module.__dict__.get("config")) is not None and id(config) in by_id:
+            module.config = by_id[id(config)]
+
+
+def _config_holders(model: nn.Module, base: Any) -> list[nn.Module]:
+    """Every module that may hold a config: the model's, and those of the wrappers around it."""
+    return list({id(m): m for m in (*model.modules(), *base.modules())}.values())
+
+
+def _add_sink_logit(module: nn.Module, model_config: Any, config: PatchConfig) -> None:
+    kind, start = parse_sinks(config.sinks) or ("", 0.0)
+    if kind != "logit":
+        return
+    like = next(module.parameters())
+    # fp32 whatever the model is: the start is far from the values that matter, and bf16 steps there are 1/16 wide.
+    value = torch.full((model_config.num_attention_heads,), start, dtype=torch.float32, device=like.device)
+    module.register_parameter(SINK_LOGIT, nn.Parameter(value))

@@ -1,0 +1,155 @@
+"""From what a user asks for to what each layer gets: method, options, layers, mode. Nothing is changed here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lcpatch_kernels import Rule
+
+from ..core.config import PatchConfig, parse_sinks
+from ..core.errors import UnsupportedModelError
+from ..patterns import AttentionPattern, LayerShape, patterns
+
+Layers = Iterable[int] | str | Callable[[int], bool] | None
+
+
+def config_of(method: object, settings: Mapping[str, Any]) -> PatchConfig:
+    """The `PatchConfig` that a method argument and keyword settings mean.
+
+    Args:
+        method: a registered name, a pattern, a `PatchConfig`, a dict in its form, or the path of a YAML or JSON file.
+        settings: `layers`, `mode`, `sinks` override the method's own; everything else is an option of the pattern.
+
+    Raises:
+        UnknownNameError, ValueError, FileNotFoundError: what does not exist or does not fit.
+    """
+    ours = {k: v for k, v in settings.items() if k in ("layers", "mode", "sinks") and v is not None}
+    options = {k: v for k, v in settings.items() if k not in ("layers", "mode", "sinks")}
+    if isinstance(method, AttentionPattern):
+        if options:
+            raise ValueError(f"options {sorted(options)} belong into the pattern itself: {type(method).__name__}(…)")
+        base = PatchConfig(method.name, method.to_options())
+    elif isinstance(method, PatchConfig):
+        base = method
+    elif isinstance(method, Mapping):
+        base = PatchConfig.from_dict(method)
+    elif isinstance(method, (str, Path)) and Path(method).suffix in (".yaml", ".yml", ".json"):
+        base = PatchConfig.from_file(method)
+    elif isinstance(method, str):
+        base = PatchConfig(method)
+    else:
+        raise ValueError(f"{method!r} is not a method name, a pattern, a dict or a .yaml/.json file")
+    if options:
+        base = replace(base, options={**base.options, **options})
+    return replace(base, **ours)
+
+
+def pattern_of(config: PatchConfig) -> AttentionPattern:
+    """The pattern that `config` describes."""
+    return patterns.get(config.method).from_options(dict(config.options))
+
+
+def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """The model's self-attention modules by layer index.
+
+    Raises:
+        UnsupportedModelError: transformers cannot exchange this model's attention, or it has no causal self-attention.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    works = (
+        "a decoder-only model that uses transformers' attention interface, such as llama, mistral, qwen3 or gemma3_text"
+    )
+    if not hasattr(model, "_can_set_attn_implementation"):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model; wanted: {works}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{kind} is an encoder-decoder; patterns are for causal self-attention: {works}")
+    if model.config.get_text_config() is not model.config:
+        raise UnsupportedModelError(f"{kind} has several parts; patch its language model, or load the text-only class")
+    if not type(model)._can_set_attn_implementation():
+        raise UnsupportedModelError(f"{kind} computes its attention inside its own layers; wanted: {works}")
+    found = {
+        m.layer_idx: m
+        for m in model.modules()
+        if isinstance(getattr(m, "layer_idx", None), int)
+        and hasattr(m, "is_causal")
+        and "Attention" in type(m).__name__
+        and hasattr(m, "config")
+    }
+    if not found:
+        raise UnsupportedModelError(f"{kind} has no causal self-attention layer; wanted: {works}")
+    if any(hasattr(m, "kv_lora_rank") for m in found.values()):
+        raise UnsupportedModelError(
+            f"{kind} has latent attention (MLA), whose keys and values differ in size; wanted: {works}"
+        )
+    return dict(sorted(found.items()))
+
+
+def full_attention_layers(config: Any, indices: Iterable[int]) -> list[int]:
+    """Those layers of `indices` that attend to their whole past."""
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return [n for n in indices if types[n] == "full_attention"]
+    windowed = any(getattr(config, name, None) is not None for name in ("sliding_window", "attention_chunk_size"))
+    return [] if windowed else list(indices)
+
+
+def sparse_layers(layers: Layers, config: Any, indices: list[int]) -> list[int]:
+    """The layers to patch.
+
+    Args:
+        layers: indices, "every_N" (layers 0, N, 2 N, …), a function of the index, or None for all.
+        config: the model's config.
+        indices: the model's attention layers.
+
+    Raises:
+        UnsupportedModelError: the model has no full-attention layer.
+        ValueError: an unknown layer, or one that has a window of its own.
+    """
+    full = full_attention_layers(config, indices)
+    if not full:
+        raise UnsupportedModelError(
+            f"{config.model_type} has no full-attention layer: its layers attend within windows or chunks already"
+        )
+    if layers is None:
+        return full
+    if isinstance(layers, str):
+        prefix, _, step = layers.partition("_")
+        if prefix != "every" or not step.isdigit() or int(step) < 1:
+            raise ValueError(f"layers={layers!r} must be 'every_N' with N >= 1, a list of indices, a function or None")
+        chosen = [n for n in full if n % int(step) == 0]
+    elif callable(layers):
+        chosen = [n for n in full if layers(n)]
+    else:
+        chosen = sorted(set(layers))
+        if unknown := [n for n in chosen if n not in indices]:
+            raise ValueError(
+                f"layers: there is no layer {unknown[0]}; this model has layers {indices[0]} to {indices[-1]}"
+            )
+        if windowed := [n for n in chosen if n not in full]:
+            raise ValueError(f"layers: layer {windowed[0]} attends within a window; full-attention layers: {full}")
+    if not chosen:
+        raise ValueError(f"layers={layers!r} selects none of the full-attention layers {full}")
+    return chosen
+
+
+def shape_of(config: Any, rank: int, num_sparse: int) -> LayerShape:
+    """The heads of the model's layers, for the pattern."""
+    num_heads = config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    return LayerShape(num_heads, num_kv_heads, rank, num_sparse)
+
+
+def with_sink_tokens(rules: Iterable[Rule], sinks: str | None) -> list[Rule]:
+    """`rules`, every row of which also sees the first tokens that `sinks` asks for."""
+    rules = list(rules)
+    parsed = parse_sinks(sinks)
+    if parsed is None or parsed[0] != "tokens":
+        return rules
+    if any(rule.cyclic for rule in rules):
+        raise ValueError(f"sinks={sinks!r} cannot be combined with rolled groups (wrap=True)")
+    return [replace(rule, sinks=max(rule.sinks, int(parsed[1]))) for rule in rules]
