@@ -1,0 +1,94 @@
+"""How a benchmark measures: device time, the machine's two ceilings, and a record of where it ran."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+"""Version of the JSON that `write` makes."""
+
+
+def device_ms(run: Callable[[], Any], warmup_ms: float = 25, repeat_ms: float = 100) -> float:
+    """Median device time of `run` in ms, the L2 cache flushed before each repetition."""
+    from triton.testing import do_bench
+
+    return do_bench(run, warmup=warmup_ms, rep=repeat_ms, return_mode="median")
+
+
+def forward_backward_ms(forward: Callable[[], Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[float, float]:
+    """Device time of `forward()` and of its backward alone, in ms; `inputs` require grad."""
+    with torch.no_grad():
+        forward_ms = device_ms(forward)
+    out = forward()
+
+    def backward() -> None:
+        torch.autograd.grad(out, inputs, grad, retain_graph=True)
+
+    return forward_ms, device_ms(backward)
+
+
+def matmul_tflops(size: int = 8192) -> float:
+    """Rate of a bf16 matrix product of random data: the ceiling of arithmetic-bound kernels."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / device_ms(lambda: a @ b) / 1e9
+
+
+def copy_gb_per_s(num_bytes: int = 4 << 30) -> float:
+    """Bandwidth of a device-to-device copy, bytes read plus bytes written: the ceiling of memory-bound kernels."""
+    source = torch.empty(num_bytes, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * num_bytes / device_ms(lambda: target.copy_(source)) / 1e6
+
+
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """Where and with what this runs."""
+    return {
+        "format": FORMAT,
+        "date": datetime.date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "triton", "transformers", "lcpatch")},
+        "cuda": torch.version.cuda,
+        "commit": commit or _commit(),
+    }
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Write `result` as JSON, atomically: a run that dies leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _version(name: str) -> str | None:
+    if name == "lcpatch":
+        from lcpatch import __version__
+
+        return __version__
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with "+changes" behind it where the tree differs; None outside a checkout."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
