@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from lcpatch_kernels import BlockSparseSpec, block_sparse
 from lcpatch_kernels.block_sparse import dense as dense_oracle
 
+from ..core.errors import BenchmarkError
 from ..patterns import AttentionPattern, LayerShape
 from ..patterns.s2 import S2
 from ..patterns.sf import SF
@@ -86,10 +87,10 @@ def run(
     """Check, then measure; returns what `measure.write` takes.
 
     Raises:
-        RuntimeError: no GPU, or a check that failed: nothing is timed then.
+        BenchmarkError: no GPU, or a check that failed: nothing is timed then.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError("lcpatch bench attention needs a CUDA GPU: torch.cuda.is_available() is False")
+        raise BenchmarkError("this benchmark needs a CUDA GPU; torch.cuda.is_available() is False")
     shape, patterns = shape or Shape(), patterns or cases()
     torch.manual_seed(0)
     result = {**measure.environment(commit), "shape": asdict(shape)}
@@ -97,7 +98,7 @@ def run(
     for c in result["checks"]:
         say(f"check {c['pattern']:14s} " + "  ".join(f"{n} {e:.1e} <= {b:.1e}" for n, (e, b) in c["errors"].items()))
     if red := [c["pattern"] for c in result["checks"] if not c["passed"]]:
-        raise RuntimeError(f"wrong results for {', '.join(red)}: nothing is timed")
+        raise BenchmarkError(f"wrong results for {', '.join(red)}: nothing is timed")
     result["matmul_tflops"] = measure.matmul_tflops()
     result["copy_gb_per_s"] = measure.copy_gb_per_s()
     say(f"ceilings: bf16 matmul {result['matmul_tflops']:.0f} TFLOP/s, copy {result['copy_gb_per_s']:.0f} GB/s")
@@ -116,7 +117,7 @@ def check(name: str, pattern: AttentionPattern, shape: Shape) -> dict[str, Any]:
     That error is of the same computation in the same dtype: SDPA with the pattern as a dense mask. Both are relative,
     ||x - oracle|| / ||oracle||.
     """
-    spec = _spec(pattern, shape)
+    spec = spec_of(pattern, shape)
     q, k, v = shape.inputs(CHECK_LENGTH)
     grad = torch.randn_like(q)
     oracle = _out_and_grads(partial(_ours, spec=spec, impl="sdpa"), (q.float(), k.float(), v.float()), grad.float())
@@ -159,7 +160,7 @@ def _measure_length(
     cudnn = _backend(SDPBackend.CUDNN_ATTENTION, inputs)
     yield _row("cuDNN", "causal", length, 1.0, cudnn, inputs, grad, matmul, dense)
     for name, pattern in patterns.items():
-        spec = _spec(pattern, shape)
+        spec = spec_of(pattern, shape)
         measured = (spec.density(length), inputs, grad, matmul, dense)
         for provider, forward in _providers(pattern, spec, shape, inputs, peers).items():
             density, *rest = measured
@@ -216,7 +217,8 @@ def _row(
     return Row(**{**asdict(row), **ratios})
 
 
-def _spec(pattern: AttentionPattern, shape: Shape) -> BlockSparseSpec:
+def spec_of(pattern: AttentionPattern, shape: Shape) -> BlockSparseSpec:
+    """The pattern compiled for one layer of `shape`."""
     return pattern.spec(LayerShape(shape.num_heads, shape.num_kv_heads))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -38,14 +39,15 @@ class PatchConfig:
     def __post_init__(self) -> None:
         if self.mode is not None and self.mode not in get_args(Mode):
             raise ValueError(f"mode={self.mode!r} is not one of {', '.join(map(repr, get_args(Mode)))}")
+        if not isinstance(self.options, Mapping):
+            raise ValueError(f"options={self.options!r} must be a mapping of option names to values")
         parse_sinks(self.sinks)
-        if isinstance(self.layers, str):
+        if self.layers is None or isinstance(self.layers, str):
             return
-        if self.layers is not None:
-            layers = tuple(self.layers)
-            if not layers or not all(isinstance(n, int) and n >= 0 for n in layers):
-                raise ValueError(f"layers={list(layers)} must be a non-empty list of layer indices (0, 1, …)")
-            object.__setattr__(self, "layers", tuple(sorted(set(layers))))
+        layers = tuple(self.layers) if isinstance(self.layers, Iterable) else ()
+        if not layers or not all(isinstance(n, int) and n >= 0 for n in layers):
+            raise ValueError(f"layers={self.layers!r} must be a non-empty list of layer indices (0, 1, …)")
+        object.__setattr__(self, "layers", tuple(sorted(set(layers))))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the format's version first; what is None is left out."""
@@ -112,6 +114,6 @@ def parse_sinks(sinks: str | None) -> tuple[str, float] | None:
         number = float(value) if value else defaults[kind]
     except (KeyError, ValueError):
         kind, number = "", 0.0
-    if kind not in defaults or (kind == "tokens" and (number < 1 or number != int(number))):
+    if kind not in defaults or not math.isfinite(number) or (kind == "tokens" and (number < 1 or number % 1)):
         raise ValueError(f"sinks={sinks!r} must be 'tokens', 'tokens:N' (N >= 1), 'logit' or 'logit:START'")
     return kind, number

@@ -9,5 +9,9 @@ class UnknownNameError(LcpatchError, ValueError):
     """A name that no registered method has; the message lists those that exist."""
 
 
+class BenchmarkError(LcpatchError, RuntimeError):
+    """A benchmark that cannot run here, or whose results are wrong, so that no time is worth reporting."""
+
+
 class UnsupportedModelError(LcpatchError, ValueError):
     """A model that cannot take this patch; the message names its type and what would work."""

@@ -1,8 +1,9 @@
-"""Attention kernels for long context: block-sparse patterns described by a few integers per query head.
+"""Attention kernels for long context: block-sparse patterns described by a few integers per query head, and decoding.
 
 Needs torch, and triton where a kernel runs; imports nothing of lcpatch.
 """
 
 from .block_sparse import DENSE, UNBOUNDED, BlockSparseSpec, Rule, block_sparse
+from .sparse_decode import sparse_decode
 
-__all__ = ["DENSE", "UNBOUNDED", "BlockSparseSpec", "Rule", "block_sparse"]
+__all__ = ["DENSE", "UNBOUNDED", "BlockSparseSpec", "Rule", "block_sparse", "sparse_decode"]

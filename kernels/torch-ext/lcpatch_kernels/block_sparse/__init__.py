@@ -83,7 +83,8 @@ def choose(impl: str, q: Tensor, spec: BlockSparseSpec) -> str:
     """
     if impl == "auto":
         chosen, why = _automatic(q, spec)
-        _say(f"block_sparse: impl='auto' chose '{chosen}': {why}")
+        if not torch.compiler.is_compiling():  # a log call would break the graph
+            _say(f"block_sparse: impl='auto' chose '{chosen}': {why}")
         return chosen
     if impl not in get_args(Impl):
         raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, get_args(Impl)))}")
@@ -104,6 +105,11 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def interpreting() -> bool:
+    """Whether triton runs its kernels on the CPU, by its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _automatic(q: Tensor, spec: BlockSparseSpec) -> tuple[str, str]:
     if spec.is_cyclic:
         why = "rolled groups are not causal intervals, so no kernel of ours fits them"
@@ -118,7 +124,7 @@ def _automatic(q: Tensor, spec: BlockSparseSpec) -> tuple[str, str]:
 
 
 def _triton_problem(q: Tensor, spec: BlockSparseSpec) -> str | None:
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not q.is_cuda and not interpreting():
         return f"the tensors are on {q.device.type} and TRITON_INTERPRET=1 is not set"
     if spec.is_cyclic:
         return "rolled groups are not causal intervals"

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 
@@ -117,12 +117,12 @@ class BlockSparseSpec:
     def num_heads(self) -> int:
         return len(self.head_rules)
 
-    @cached_property
+    @property
     def has_ratio(self) -> bool:
         """Whether some group is a share of the segment's length."""
         return any(isinstance(r.group, Fraction) for r in self.rules)
 
-    @cached_property
+    @property
     def is_cyclic(self) -> bool:
         return any(r.cyclic for r in self.rules)
 

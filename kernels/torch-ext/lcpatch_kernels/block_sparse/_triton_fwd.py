@@ -1,0 +1,161 @@
+"""Forward kernel: one program = the stacked query heads of a pack x BLOCK_M positions, online softmax over its keys."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._triton_common import (
+    VARYING,
+    _find_segment,
+    _full_keys,
+    _keep,
+    _lo,
+    _load,
+    _masked_keys,
+    _rule,
+    _steps,
+    _store,
+    _tanh,
+)
+
+
+@triton.jit
+def _query_tile(
+    p_bounds,
+    stride_bounds,
+    num_segments,
+    num_slots,
+    num_packs,
+    T,
+    S,
+    BLOCK_M: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Which tile this program works on: (found, i_batch, i_pack, q0, k0, first, length, i0).
+
+    Heads vary slowest, so that the programs in flight share their keys in L2; within a head the longest rows go first.
+    """
+    pid = tl.program_id(0)
+    slot = pid % num_slots
+    i_pack = pid // num_slots % num_packs
+    i_batch = (pid // num_slots // num_packs).to(tl.int64)
+    if SEGMENTS:
+        p_row = p_bounds + i_batch * stride_bounds
+        found, q0, k0, first, length, tile = _find_segment(p_row, num_segments, slot, BLOCK_M, SEGMENTS, False)
+    else:
+        found, q0, k0, length = slot >= 0, 0 * slot, 0 * slot, S + 0 * slot
+        first = length - T
+        tile = first // BLOCK_M + num_slots - 1 - slot
+    return found, i_batch, i_pack, q0, k0, first, length, tile * BLOCK_M
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _fwd_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
+    p_bounds,
+    p_packs,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    stride_bounds,
+    num_segments,
+    num_slots,
+    num_packs,
+    H,
+    T,
+    S,
+    qk_scale,  # scale * log2(e): the softmax is in base 2
+    cap_in,  # softcap: scores are cap_out * tanh of (q k^T * cap_in), in base 2
+    cap_out,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    HAS_STRIPE: tl.constexpr,
+    HAS_RATIO: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    found, i_batch, i_pack, q0, k0, first, length, i0 = _query_tile(
+        p_bounds, stride_bounds, num_segments, num_slots, num_packs, T, S, BLOCK_M, SEGMENTS
+    )
+    if not found:
+        return
+    p_pack = p_packs + i_pack * 10
+    first_head, num_heads = tl.load(p_pack), tl.load(p_pack + 1)
+    i_kv = tl.load(p_pack + 2).to(tl.int64)
+    rule = _rule(p_pack, length, HAS_RATIO)
+
+    o_m = tl.arange(0, PACK * BLOCK_M)
+    i_m = i0 + o_m % BLOCK_M
+    real = (i_m >= first) & (i_m < length) & (o_m // BLOCK_M < num_heads)
+    head_m = (first_head + o_m // BLOCK_M).to(tl.int64)
+    row_m = q0 + i_m - first
+    o_q = head_m * stride_qh + row_m.to(tl.int64) * stride_qt
+    q = _load(p_q + i_batch * stride_qb, o_q, real, D, BLOCK_D, True, UPCAST)
+    p_k += i_batch * stride_kb + i_kv * stride_kh + k0.to(tl.int64) * stride_ks
+    p_v += i_batch * stride_vb + i_kv * stride_vh + k0.to(tl.int64) * stride_vs
+
+    i_first, i_last = tl.maximum(i0, first), tl.minimum(i0 + BLOCK_M, length) - 1
+    steps = _steps(rule, i_first, i_last, length, BLOCK_N, BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
+    lo_m = _lo(rule, i_m)
+    acc = tl.zeros([PACK * BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([PACK * BLOCK_M], tl.float32)
+    top = tl.full([PACK * BLOCK_M], float("-inf"), tl.float32)
+
+    for t in range(steps[0]):
+        j, inside = _masked_keys(steps, rule, t, BLOCK_N, BLOCK_SIZE, HAS_STRIPE)
+        o_j = j.to(tl.int64)
+        k = _load(p_k, o_j * stride_ks, inside, D, BLOCK_D, True, UPCAST)
+        v = _load(p_v, o_j * stride_vs, inside, D, BLOCK_D, True, UPCAST)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = cap_out * _tanh(s * cap_in) if HAS_SOFTCAP else s * qk_scale
+        keep = _keep(rule, i_m[:, None], j[None, :], lo_m[:, None], BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
+        s = tl.where(keep & inside[None, :], s, float("-inf"))
+        top_new = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(top_new == float("-inf"), 0.0, top_new)  # a row may have seen no key yet: -inf - -inf is NaN
+        p = tl.exp2(s - base[:, None])
+        alpha = tl.exp2(top - base)
+        total = total * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        top = top_new
+
+    for t in range(steps[1]):
+        j0, o_n = _full_keys(steps, rule, t, BLOCK_N, BLOCK_SIZE, HAS_STRIPE)
+        k = _load(p_k + j0.to(tl.int64) * stride_ks, o_n * stride_ks, 0, D, BLOCK_D, False, UPCAST)
+        v = _load(p_v + j0.to(tl.int64) * stride_vs, o_n * stride_vs, 0, D, BLOCK_D, False, UPCAST)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if HAS_SOFTCAP:
+            s = cap_out * _tanh(s * cap_in)
+            top_new = tl.maximum(top, tl.max(s, 1))
+            p = tl.exp2(s - top_new[:, None])
+        else:
+            top_new = tl.maximum(top, tl.max(s, 1) * qk_scale)
+            p = tl.exp2(s * qk_scale - top_new[:, None])  # one fused multiply-add; needs qk_scale >= 0
+        alpha = tl.exp2(top - top_new)
+        total = total * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        top = top_new
+
+    lse = (top + tl.log2(total)) * 0.6931471805599453
+    o_out = head_m * stride_oh + row_m.to(tl.int64) * stride_ot
+    _store(p_out + i_batch * stride_ob, o_out, real, acc / total[:, None], D, BLOCK_D)
+    tl.store(p_lse + (i_batch * H + head_m) * T + row_m, lse, real)

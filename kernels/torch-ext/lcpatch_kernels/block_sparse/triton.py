@@ -1,0 +1,294 @@
+"""Block-sparse attention in Triton: the launchers. The kernels are in `_triton_fwd.py` and `_triton_bwd.py`.
+
+The signatures and the meaning are those of reference.py. What a launch depends on are shapes, strides and the spec,
+never the contents of a tensor: nothing synchronises with the host, and a CUDA graph may record every launch after the
+first of its spec (which copies the pattern's few integers to the device).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ._triton_bwd import _bwd_dkdv_kernel, _bwd_dq_kernel, _delta_kernel
+from ._triton_common import INTERPRETED, LOG2E, PackTable, pack_table
+from ._triton_fwd import _fwd_kernel
+from .spec import BlockSparseSpec
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of one kernel: `pack` query heads x `block_m` positions are its rows, `block_n` keys its columns."""
+
+    block_m: int
+    pack: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# (rows = pack * block_m, block_n, num_warps, num_stages) by kernel and padded head dim. "hopper" holds compute
+# capability 9.0 and later; "ampere" fits the 99 KB of shared memory that sm_86 and sm_89 give a program.
+_HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
+    "hopper": {
+        "fwd": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
+        "dq": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+        "dkdv": {64: (64, 64, 4, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+    },
+    "ampere": {
+        "fwd": {64: (128, 64, 4, 3), 128: (128, 32, 4, 3), 256: (64, 32, 4, 2)},
+        "dq": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 1)},
+        "dkdv": {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 4, 1)},
+    },
+}
+_SINGLE = {64: (32, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)}  # fp32 multiplies without tensor cores
+_TINY = (64, 32, 4, 1)  # interpreted: several tiles and steps at the tests' lengths
+
+
+def config(
+    kernel: str,
+    arch: tuple[int, int] | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    spec: BlockSparseSpec,
+    num_kv_heads: int,
+    num_queries: int,
+) -> Config:
+    """The tiles of `kernel` ("fwd", "dq", "dkdv") on compute capability `arch`; None is the interpreter."""
+    padded = max(64, triton.next_power_of_2(head_dim))
+    if arch is None:
+        rows, *rest = _TINY
+    elif dtype == torch.float32:
+        rows, *rest = _SINGLE[padded]
+    else:
+        rows, *rest = _HALF["hopper" if arch >= (9, 0) else "ampere"][kernel][padded]
+    heads = max(pack.num_heads for pack in spec.packs(num_kv_heads))
+    if num_queries <= 16:  # decoding: fill the rows with heads; a dot wants 16 of them
+        block_m = 1 if num_queries == 1 else 16
+        pack = max(16 // block_m, min(triton.next_power_of_2(heads), rows // block_m))
+    else:
+        pack = 2 if heads % 2 == 0 else 1  # two heads of 64 rows read K and V as often as one of 128, and mask less
+        block_m = rows // pack
+    return Config(block_m, pack, *rest)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: BlockSparseSpec, bounds: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """`(out [B, H, T, D], lse [B, H, T])`; rows in no segment are 0 and -inf."""
+    return launch_forward(q, k, v, spec, bounds, scale, softcap)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spec: BlockSparseSpec,
+    bounds: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(dq, dk, dv)` in the inputs' dtypes, summed in fp32."""
+    grad_out, q, k, v, out = (_rows_contiguous(x) for x in (grad_out, q, k, v, out))
+    lse = lse.contiguous()
+    delta = launch_delta(grad_out, grad_lse, out)
+    args = (grad_out, q, k, v, lse, delta, spec, bounds, scale, softcap)
+    return launch_dq(*args), *launch_dkdv(*args)
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: BlockSparseSpec,
+    bounds: Tensor | None,
+    scale: float,
+    softcap: float,
+    tiles: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`forward` with its tiles as an argument, for the tuner."""
+    q, k, v, bounds = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v), _bounds(bounds)
+    if scale < 0:  # the kernel takes the maximum before it scales
+        q, scale = -q, -scale
+    (batch, heads, num_queries, head_dim), num_keys = q.shape, k.shape[2]
+    # Rows in no segment belong to no program.
+    new = torch.empty if bounds is None else torch.zeros
+    out = new((batch, num_queries, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
+    lse = torch.empty((batch, heads, num_queries), dtype=torch.float32, device=q.device)
+    if bounds is not None:
+        lse.fill_(-torch.inf)
+    if not out.numel():
+        return out, lse
+    tiles = tiles or _config("fwd", q, k, spec)
+    table = pack_table(spec, k.shape[1], tiles.pack, q.device)
+    num_slots = _query_slots(bounds, num_queries, num_keys, tiles.block_m)
+    with _on(q):
+        _fwd_kernel[(num_slots * table.num_packs * batch,)](
+            q, k, v, out, lse, bounds, table.packs,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            *_segment_args(bounds), num_slots, table.num_packs, heads, num_queries, num_keys,
+            *_scales(scale, softcap),
+            **_constants(q, spec, bounds, softcap, table, tiles),
+        )  # fmt: skip
+    return out, lse
+
+
+def launch_delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor) -> Tensor:
+    """rowsum(grad_out * out) - grad_lse, [B, H, T] in fp32."""
+    batch, heads, num_queries, head_dim = out.shape
+    delta = torch.empty((batch, heads, num_queries), dtype=torch.float32, device=out.device)
+    if not delta.numel():
+        return delta
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_m = 4096 // block_d
+    with _on(out):
+        _delta_kernel[(triton.cdiv(num_queries, block_m) * heads * batch,)](
+            grad_out, out, None if grad_lse is None else grad_lse.contiguous(), delta,
+            *grad_out.stride()[:3], *out.stride()[:3], heads, num_queries,
+            D=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, HAS_DLSE=grad_lse is not None,
+        )  # fmt: skip
+    return delta
+
+
+def launch_dq(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    spec: BlockSparseSpec,
+    bounds: Tensor | None,
+    scale: float,
+    softcap: float,
+    tiles: Config | None = None,
+) -> Tensor:
+    """Gradient of q, from `launch_delta`'s result."""
+    bounds = _bounds(bounds)
+    (batch, heads, num_queries, _), num_keys = q.shape, k.shape[2]
+    dq = (torch.empty if bounds is None else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
+    if not dq.numel():
+        return dq
+    tiles = tiles or _config("dq", q, k, spec)
+    table = pack_table(spec, k.shape[1], tiles.pack, q.device)
+    num_slots = _query_slots(bounds, num_queries, num_keys, tiles.block_m)
+    with _on(q):
+        _bwd_dq_kernel[(num_slots * table.num_packs * batch,)](
+            q, k, v, grad_out, dq, lse, delta, bounds, table.packs,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dq.stride()[:3],
+            *_segment_args(bounds), num_slots, table.num_packs, heads, num_queries, num_keys,
+            scale, *_scales(scale, softcap),
+            **_constants(q, spec, bounds, softcap, table, tiles),
+        )  # fmt: skip
+    return dq
+
+
+def launch_dkdv(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    spec: BlockSparseSpec,
+    bounds: Tensor | None,
+    scale: float,
+    softcap: float,
+    tiles: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of k and v, from `launch_delta`'s result."""
+    bounds = _bounds(bounds)
+    (batch, heads, num_queries, _), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
+    new = torch.empty if bounds is None else torch.zeros  # keys in no segment belong to no program
+    dk, dv = (new(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    if not q.numel():
+        return dk.zero_(), dv.zero_()
+    tiles = tiles or _config("dkdv", q, k, spec)
+    table = pack_table(spec, num_kv_heads, tiles.pack, q.device)
+    unit = max(spec.block_size, tiles.block_n) if table.flags["HAS_STRIPE"] else tiles.block_n
+    num_segments = 0 if bounds is None else bounds.shape[1]
+    num_slots = (triton.cdiv(num_keys, unit) + num_segments) * (unit // tiles.block_n)
+    with _on(q):
+        _bwd_dkdv_kernel[(num_slots * num_kv_heads * batch,)](
+            q, k, v, grad_out, dk, dv, lse, delta, bounds, table.packs, table.starts,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3],
+            *_segment_args(bounds), num_slots, num_kv_heads, heads, num_queries, num_keys,
+            scale, *_scales(scale, softcap),
+            FULL_PACKS=table.full,
+            REORDER=table.uniform or tiles.block_n <= spec.block_size,
+            COPIES=max(1, tiles.num_warps * 32 // (tiles.pack * tiles.block_m)),
+            **_constants(q, spec, bounds, softcap, table, tiles),
+        )  # fmt: skip
+    return dk, dv
+
+
+def _constants(
+    q: Tensor, spec: BlockSparseSpec, bounds: Tensor | None, softcap: float, table: PackTable, tiles: Config
+) -> dict[str, Any]:
+    """What a kernel is compiled for. Lengths are not among it: a new one compiles nothing."""
+    return {
+        "D": q.shape[-1],
+        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[-1])),
+        "BLOCK_M": tiles.block_m,
+        "PACK": tiles.pack,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_SIZE": spec.block_size if table.flags["HAS_STRIPE"] else 1,
+        "SEGMENTS": 0 if bounds is None else max(2, triton.next_power_of_2(bounds.shape[1])),
+        "HAS_SOFTCAP": softcap != 0,
+        "UPCAST": INTERPRETED and q.dtype != torch.float32,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+        **table.flags,
+    }
+
+
+def _scales(scale: float, softcap: float) -> tuple[float, float, float]:
+    """(qk_scale, cap_in, cap_out) for softmax in base 2; tanh(x) is computed from 2 log2(e) x."""
+    cap_in = 2 * LOG2E * scale / softcap if softcap else 0.0
+    return scale * LOG2E, cap_in, softcap * LOG2E
+
+
+def _query_slots(bounds: Tensor | None, num_queries: int, num_keys: int, block_m: int) -> int:
+    """Tiles of a batch row. Tiles sit on the grid of positions: a segment may cut one at either end."""
+    if bounds is not None:
+        return num_queries // block_m + 2 * bounds.shape[1]
+    return triton.cdiv(num_keys, block_m) - (num_keys - num_queries) // block_m
+
+
+def _segment_args(bounds: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if bounds is None else (bounds.stride(0), bounds.shape[1])
+
+
+def _bounds(bounds: Tensor | None) -> Tensor | None:
+    if bounds is None or bounds.stride()[1:] == (4, 1):
+        return bounds
+    return bounds.contiguous()
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _config(kernel: str, q: Tensor, k: Tensor, spec: BlockSparseSpec) -> Config:
+    arch = _arch(q.device) if q.is_cuda else None
+    return config(kernel, arch, q.dtype, q.shape[-1], spec, k.shape[1], q.shape[2])
+
+
+@lru_cache(maxsize=16)
+def _arch(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _on(x: Tensor):
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,0 +1,377 @@
+"""The evicting cache of Sparsely-Sharded attention: what the pattern will never read again is freed.
+
+Source: S2-Attention, arXiv 2407.17678, on KV-efficiency (no public code evicts). Row block i reads the sink blocks, its
+KV head's stripe and the last L blocks. When i grows by one, exactly block i - L leaves the window, and unless it is a
+sink or in the stripe no later row sees it. So a KV head keeps
+
+    ring   the last L + 1 blocks: block j in page j mod (L + 1), the window and one block more (room to step back)
+    far    the sinks and the stripe's blocks that left the ring, appended in order
+
+and all heads of a layer have the same two sizes but for one block. Keys are stored rotated, so their order is free: a
+decode step reads whole pages in any order (`sparse_decode`); a longer chunk of queries reads them as one sequence, far
+pages first, in which the far pages are sinks and the stripe goes on at a shifted residue (`block_sparse`).
+
+Rows of a left-padded batch have their own blocks, counted from their first real token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from lcpatch_kernels import BlockSparseSpec, Rule, sparse_decode
+
+from ..core.errors import UnsupportedModelError
+from ..hf.state import state_of
+from ..hf.watch import Call, attend, watch
+from .layer import GrowingLayer, LongCache, caches, to_list
+
+FAR_GRAIN = 16  # pages by which the far store grows: 1,024 tokens of blocks of 64
+
+
+@caches.register("s2")
+class S2Cache(LongCache):
+    """The cache for a model patched with `s2`: `model.generate(**inputs, past_key_values=S2Cache(model))`.
+
+    Gives the tokens that any full cache gives. Sparse layers keep (L + 1) + N / V blocks of N; dense layers keep all.
+
+    Args:
+        model: a model that `lcpatch.apply(model, "s2", …)` patched, stripes shared by a KV head's query heads.
+
+    Raises:
+        UnsupportedModelError: the model is not patched with `s2`, or its pattern frees nothing per KV head
+            (share="query_head", dense heads).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = {m.layer_idx: m for m in model.modules() if state_of(m) is not None}
+        if not any(state_of(m).spec is not None for m in modules.values()):
+            raise UnsupportedModelError("S2Cache needs a model patched with s2: lcpatch.apply(model, 's2') first")
+        layers: list[Any] = []
+        for index in range(max(modules) + 1):
+            state = state_of(modules[index]) if index in modules else None
+            if state is None or state.spec is None:
+                layers.append(GrowingLayer())
+                continue
+            if state.mode != "always":
+                raise UnsupportedModelError(
+                    f"S2Cache: layer {index} is sparse only in mode={state.mode!r}; use 'always'"
+                )
+            layers.append(S2Layer(state.spec, modules[index].config))
+        super().__init__(layers=layers)
+        watch(modules)
+
+
+class S2Layer(DynamicLayer):
+    """One sparse layer: the pages of every (row, KV head), and which of them hold what."""
+
+    is_croppable = True
+
+    def __init__(self, spec: BlockSparseSpec, config: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.rules = _one_rule_per_kv_head(spec, num_kv_heads)
+        self.block = spec.block_size
+        rule = self.rules[0]
+        self.ring = rule.back // self.block + 2  # L + 1 pages
+        self.num_sinks = rule.sinks // self.block
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seen = 0
+        self.pads: list[int] = []  # per row: pads before its first token
+        self.gone: list[int] = []  # per row: blocks that left the ring, all of 0 … gone - 1
+        self._pages: tuple[Tensor, Tensor] | None = None  # [B, K, pages, block, D]: ring, then far
+        self._new: tuple[Tensor, Tensor] | None = None  # keys and values of a step whose attention has not come yet
+        self._lists: tuple[Tensor, Tensor] | None = None  # sparse_decode's slots and num_keys
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    # What transformers asks a layer for. Positions and masks are the whole sequence's: the pattern counts in them.
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads = key_states.shape[:2]
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.pads, self.gone = [0] * batch, [0] * batch
+        self._pages = tuple(
+            x.new_zeros(batch, heads, self.ring, self.block, x.shape[3]) for x in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take new keys and values [B, K, T, D]; they are stored when their queries attend."""
+        if self._new is not None:
+            raise RuntimeError(
+                "S2Cache: the last step's attention never reached this cache; it works only with the model it was made "
+                "for, as long as that stays patched (lcpatch.apply(model, 's2'), then S2Cache(model))"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._new = (key_states, value_states)
+        return self._new
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens.
+
+        Raises:
+            ValueError: rows would then need blocks that are freed already.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): give a negative number, how many tokens to remove from the end"
+            )
+        for row, pads in enumerate(self.pads):
+            first = (self.seen + tokens_to_remove - pads - 1) // self.block - (self.ring - 2)
+            if first < self.gone[row]:
+                raise ValueError(
+                    f"crop({tokens_to_remove}): row {row} would need block {max(first, 0)} again, which is freed; S2Cache "
+                    f"can step back at most one block of {self.block} tokens"
+                )
+        self.seen += tokens_to_remove
+        self._lists = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if not self.is_initialized:
+            return
+        rows = to_list(indices)
+        self.pads, self.gone = [self.pads[r] for r in rows], [self.gone[r] for r in rows]
+        self._pages = tuple(x.index_select(0, indices.to(x.device)) for x in self._pages)
+        self._lists = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(len(self.pads)).repeat_interleave(repeats))
+
+    def memory(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(x.untyped_storage().nbytes() for x in self._pages or ())
+
+    # Attention over what is kept.
+
+    def attend(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Attention of the step's queries, and storing of its keys; see `hf.watch.Call`."""
+        new, self._new = self._new, None
+        num_queries = call.query.shape[2]
+        self._read_pads(call.bounds, num_queries)
+        if self.seen == 0:
+            out = attend(call)
+            self._store_chunk(*new)
+        elif num_queries == 1:
+            self._store_token(*new)
+            out = self._decode(call)
+        else:
+            out = self._attend_chunk(call, *new)
+            self._store_chunk(*new)
+        return out
+
+    def _read_pads(self, bounds: Tensor | None, num_queries: int) -> None:
+        """Learn where rows begin. Reads the bounds back while some row has had no token yet, so in the prefill only."""
+        if bounds is None or all(self.seen > pads for pads in self.pads):
+            return
+        if bounds.shape[1] > 1:
+            raise ValueError("S2Cache: packed documents in one row cannot be continued; give each its own row")
+        end = self.seen + num_queries
+        for row, (_, _, k0, k1) in enumerate(bounds[:, 0].tolist()):
+            if k1 not in (k0, end):
+                raise ValueError(f"S2Cache: row {row} is padded on the right; pad on the left (tokenizer.padding_side)")
+            if self.seen <= self.pads[row]:
+                self.pads[row] = k0 if k1 > k0 else end
+
+    def _decode(self, call: Call) -> tuple[Tensor, Tensor]:
+        """One token a row: every page that is kept, the row's newest page last and partly filled."""
+        slots, num_keys = self._lists or self._make_lists()
+        keys, values = (x.flatten(2, 3) for x in self._pages)
+        impl = "auto" if call.impl not in ("triton", "reference") else call.impl
+        return sparse_decode(
+            call.query, keys, values, slots=slots, num_keys=num_keys, page_size=self.block,
+            scale=call.scale, softcap=call.softcap, impl=impl,
+        )  # fmt: skip
+
+    def _make_lists(self) -> tuple[Tensor, Tensor]:
+        """`slots` [B, K, pages] and `num_keys` [B, K] of a decode step. They change once a block; in between a row's
+        count grows by one a token."""
+        lists, counts = [], []
+        for row, gone in enumerate(self.gone):
+            length = self.seen - self.pads[row]
+            last = (length - 1) // self.block
+            for head, rule in enumerate(self.rules):
+                far = range(self.ring, self.ring + self._num_far(head, gone))
+                near = [j for j in range(gone, last) if j > last - (self.ring - 1) or self._is_far(rule, j)]
+                pages = [*far, *(j % self.ring for j in near)]
+                counts.append(len(pages) * self.block + length - last * self.block if length > 0 else 0)
+                lists.append([*pages, last % self.ring] if length > 0 else [])
+        most = max(len(pages) for pages in lists)
+        padded = [pages + [-1] * (most - len(pages)) for pages in lists]
+        shape = (len(self.pads), len(self.rules))
+        slots = torch.tensor(padded, dtype=torch.int32).view(*shape, most).to(self.device)
+        self._lists = slots, torch.tensor(counts, dtype=torch.int32).view(shape).to(self.device)
+        return self._lists
+
+    def _attend_chunk(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Several queries a row: for every KV head the far pages, the ring in order, and the chunk, as one sequence."""
+        query = call.query.unflatten(1, (len(self.rules), -1))  # [B, K, H // K, T, D]
+        out, lse = torch.zeros_like(query), torch.full(query.shape[:-1], -torch.inf, device=query.device)
+        lse = lse.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+        for rows in self._alike():
+            gone, skip = self.gone[rows[0]], max(self.pads[rows[0]] - self.seen, 0)
+            if skip >= query.shape[3]:  # nothing but pads so far
+                continue
+            recent = tuple(self._recent(rows, pages, x) for pages, x in zip(self._pages, (keys, values), strict=True))
+            for head, rule in enumerate(self.rules):
+                num_far = self._num_far(head, gone)
+                one = slice(head, head + 1)
+                k, v = (
+                    torch.cat([x[rows, one, self.ring : self.ring + num_far].flatten(2, 3), r[:, one]], 2)
+                    for x, r in zip(self._pages, recent, strict=True)
+                )
+                sinks = (num_far + max(self.num_sinks - gone, 0)) * self.block
+                residue = (rule.residue + num_far - gone) % rule.stride if rule.stride else 0
+                shifted = Rule(sinks, rule.stride, residue, rule.group, back=rule.back)
+                spec = BlockSparseSpec.of([shifted] * query.shape[2], self.block)
+                part = attend(call._replace(query=query[rows, head, :, skip:], key=k, value=v, spec=spec, bounds=None))
+                out[rows, head, :, skip:], lse[rows, head, :, skip:] = part[0], part[1].to(lse.dtype)
+        return out.flatten(1, 2), lse.flatten(1, 2)
+
+    def _recent(self, rows: list[int], pages: Tensor, new: Tensor) -> Tensor:
+        """The tokens of `rows` (which are alike) from the ring's first block on, the new ones last: [rows, K, n, D]."""
+        gone, pads = self.gone[rows[0]], self.pads[rows[0]]
+        length = max(self.seen - pads, 0)
+        blocks = [j % self.ring for j in range(gone, -(-length // self.block))]
+        near = pages[:, :, : self.ring][rows][:, :, blocks].flatten(2, 3)[:, :, : length - gone * self.block]
+        return torch.cat([near, new[rows][:, :, max(pads - self.seen, 0) :]], 2)
+
+    # Storing.
+
+    def _store_chunk(self, keys: Tensor, values: Tensor) -> None:
+        """Store any number of tokens: blocks that fall out of the ring go to the far store or nowhere."""
+        seen = self.seen + keys.shape[2]
+        after = {}
+        for rows in self._alike():
+            last = (seen - self.pads[rows[0]] - 1) // self.block
+            after[rows[0]] = max(self.gone[rows[0]], last - (self.ring - 1))
+        self._reserve(max(self._num_far(head, gone) for gone in after.values() for head in range(len(self.rules))))
+        for rows in self._alike():
+            gone, leaving_to = self.gone[rows[0]], after[rows[0]]
+            for pages, new in zip(self._pages, (keys, values), strict=True):
+                recent = self._recent(rows, pages, new)
+                for head in range(len(self.rules)):
+                    self._move_far(pages, rows, head, gone, leaving_to, recent[:, head])
+                self._fill_ring(pages, rows, leaving_to, recent[:, :, (leaving_to - gone) * self.block :])
+            for row in rows:
+                self.gone[row] = leaving_to
+        self.seen, self._lists = seen, None
+
+    def _move_far(self, pages: Tensor, rows: list[int], head: int, gone: int, to: int, recent: Tensor) -> None:
+        """Append what the far store wants of the blocks gone … to - 1; `recent` [rows, n, D] begins at block `gone`."""
+        wanted = [j - gone for j in range(gone, to) if self._is_far(self.rules[head], j)]
+        if not wanted:
+            return
+        blocks = recent[:, : (to - gone) * self.block].unflatten(1, (-1, self.block))[:, wanted]
+        start = self.ring + self._num_far(head, gone)
+        pages[rows, head, start : start + len(wanted)] = blocks
+
+    def _fill_ring(self, pages: Tensor, rows: list[int], first: int, tokens: Tensor) -> None:
+        """Write `tokens` [rows, K, n, D], which begin at block `first`, into their pages."""
+        for j, part in enumerate(tokens.split(self.block, 2), first):
+            pages[rows, :, j % self.ring, : part.shape[2]] = part
+
+    def _store_token(self, keys: Tensor, values: Tensor) -> None:
+        """Store one token a row: no block is read again but at a block's first token."""
+        new_block = False
+        for rows in self._alike():
+            position = self.seen - self.pads[rows[0]]
+            block, offset = divmod(position, self.block)
+            if offset == 0:
+                new_block = True
+                self._open_block(rows, block)
+            everyone = len(rows) == len(self.pads)
+            for pages, new in zip(self._pages, (keys, values), strict=True):
+                page = pages[:, :, block % self.ring, offset]
+                if everyone:
+                    page.copy_(new[:, :, 0])
+                else:
+                    page[rows] = new[rows, :, 0]
+        self.seen += 1
+        if new_block:
+            self._lists = None
+        elif self._lists is not None:
+            self._lists = self._lists[0], self._lists[1] + 1
+
+    def _open_block(self, rows: list[int], block: int) -> None:
+        """Make the page of a new block free: the block that it holds goes to the far store or nowhere."""
+        gone = self.gone[rows[0]]
+        if block - (self.ring - 1) <= gone:
+            return
+        self._reserve(max(self._num_far(head, gone + 1) for head in range(len(self.rules))))
+        for pages in self._pages:
+            for head in range(len(self.rules)):
+                self._move_far(pages, rows, head, gone, gone + 1, pages[rows, head, gone % self.ring])
+        for row in rows:
+            self.gone[row] = gone + 1
+
+    def _reserve(self, num_far: int) -> None:
+        """Make room for `num_far` pages in the far store of every head."""
+        missing = self.ring + num_far - self._pages[0].shape[2]
+        if missing > 0:
+            extra = max(-(-missing // FAR_GRAIN) * FAR_GRAIN, (self._pages[0].shape[2] - self.ring) // 2)
+            self._pages = tuple(torch.cat([x, x.new_zeros(*x.shape[:2], extra, *x.shape[3:])], 2) for x in self._pages)
+
+    def _alike(self) -> list[list[int]]:
+        """Rows grouped by state: rows with equal pads have equal blocks. Without padding, one group."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, state in enumerate(zip(self.pads, self.gone, strict=True)):
+            groups.setdefault(state, []).append(row)
+        return list(groups.values())
+
+    def _is_far(self, rule: Rule, block: int) -> bool:
+        return block < self.num_sinks or (rule.stride > 0 and block % rule.stride == rule.residue)
+
+    def _num_far(self, head: int, gone: int) -> int:
+        """Far pages of a head once the blocks 0 … gone - 1 have left the ring."""
+        rule, sinks = self.rules[head], min(self.num_sinks, gone)
+        if not rule.stride:
+            return sinks
+
+        def striped(end: int) -> int:
+            return (end - rule.residue - 1) // rule.stride + 1 if end > rule.residue else 0
+
+        return sinks + striped(gone) - striped(sinks)
+
+
+def _one_rule_per_kv_head(spec: BlockSparseSpec, num_kv_heads: int) -> list[Rule]:
+    """The rule of each KV head.
+
+    Raises:
+        UnsupportedModelError: the spec is not S2's, or not one per KV head, so that no block could be freed.
+    """
+    packs = spec.packs(num_kv_heads)
+    rules = [spec.rules[pack.rule] for pack in packs]
+    if len(packs) != num_kv_heads:
+        raise UnsupportedModelError(
+            "S2Cache: the query heads of a KV head read different blocks, so none can be freed; use share='kv_head'"
+        )
+    for rule in rules:
+        whole = rule.group == spec.block_size and rule.back % spec.block_size == 0 and rule.sinks % spec.block_size == 0
+        if not whole or rule.shifted or (rule.back, rule.sinks) != (rules[0].back, rules[0].sinks):
+            raise UnsupportedModelError(
+                f"S2Cache frees whole blocks of {spec.block_size} tokens, alike in all KV heads; {rule} is not of that "
+                "kind (dense heads, sinks='tokens:N' beyond the sink blocks, or another method)"
+            )
+    return rules

@@ -1,0 +1,149 @@
+"""The Triton kernels on a GPU in half precision: what the interpreter cannot show (tensor cores, races, graphs, syncs).
+
+Compiling dominates, so the cases vary what costs no compilation (lengths, rules of one class) and little else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from block_sparse_cases import make_problem, make_spec, poison_outside
+from budget import Problem, assert_within, exact, run
+
+from lcpatch_kernels.block_sparse import BlockSparseSpec, Rule
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+BF16, FP16 = torch.bfloat16, torch.float16
+PACKED = [[[0, 300, 0, 300], [300, 301, 300, 301], [301, 990, 301, 990]], [[0, 1000, 0, 1000], [0] * 4, [0] * 4]]
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_memory(monkeypatch):
+    """A result that a kernel does not write is NaN, and NaN never passes."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        return x.fill_(torch.nan) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def problem_on_gpu(kind: str, tokens: int, keys: int | None = None, **options) -> Problem:
+    heads, kv_heads = options.pop("heads", 8), options.pop("kv_heads", 2)
+    spec = make_spec(kind, heads, kv_heads, options.pop("block_size", 64))
+    defaults = {"batch": 1, "head_dim": 128, "dtype": BF16, "device": "cuda"}
+    return make_problem(spec, kv_heads, tokens, keys, **defaults | options)
+
+
+@pytest.mark.parametrize("tokens", [1, 500, 1000, 4097])
+@pytest.mark.parametrize("kind", ["s2", "mixed"])
+def test_lengths(kind, tokens):
+    problem = problem_on_gpu(kind, tokens)
+    assert_within(run(problem, "triton"), problem)
+
+
+@pytest.mark.parametrize(
+    "kind", ["dense", "s2_odd_sinks", "s2_token_window", "s2_per_head", "window", "group", "share"]
+)
+def test_every_kind_of_rule(kind):
+    problem = problem_on_gpu(kind, 1000)
+    assert_within(run(problem, "triton"), problem)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 128])
+def test_block_sizes(block_size):
+    problem = problem_on_gpu("s2", 1000, block_size=block_size)
+    assert_within(run(problem, "triton"), problem)
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, BF16), (96, FP16), (128, FP16), (256, BF16)])
+def test_head_dims(head_dim, dtype):
+    problem = problem_on_gpu("s2", 1000, heads=8, kv_heads=1, head_dim=head_dim, dtype=dtype)
+    assert_within(run(problem, "triton"), problem)
+
+
+def test_fp32():
+    problem = problem_on_gpu("s2", 500, head_dim=64, dtype=torch.float32)
+    assert_within(run(problem, "triton"), problem)
+
+
+def test_odd_group():
+    problem = problem_on_gpu("s2", 500, heads=3, kv_heads=1, head_dim=64)
+    assert_within(run(problem, "triton"), problem)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "bounds"),
+    [
+        (1000, 1000, [[[317, 1000, 317, 1000]], [[0, 903, 0, 903]]]),
+        (1000, 1000, PACKED),
+        (500, 2000, [[[0, 500, 77, 1300]], [[20, 500, 0, 480]]]),
+        (500, 1300, None),
+    ],
+    ids=["padded", "packed", "static_cache", "chunk"],
+)
+def test_layouts(queries, keys, bounds):
+    problem = problem_on_gpu("mixed", queries, keys, batch=2, bounds=bounds)
+    want = exact(problem)
+    if bounds is not None:
+        problem = poison_outside(problem)
+    got = run(problem, "triton")
+    clean = replace(problem, k=problem.k.nan_to_num(), v=problem.v.nan_to_num())
+    assert_within(got, clean, want)
+
+
+def test_softcap():
+    problem = problem_on_gpu("s2", 500, softcap=5.0)
+    assert_within(run(problem, "triton"), problem)
+
+
+def test_the_comparison_sees_a_wrong_rule():
+    rule = Rule(sinks=64, stride=4, residue=2, group=64, back=128)
+    problem = replace(problem_on_gpu("s2", 1000), spec=BlockSparseSpec.of([rule] * 8))
+    for change in ({"stride": 5}, {"sinks": 63}, {"back": 127}, {"back": 129}):
+        got = run(problem, "triton", BlockSparseSpec.of([replace(rule, **change)] * 8))
+        with pytest.raises(AssertionError):
+            assert_within(got, problem)
+
+
+def test_same_bits_every_run():
+    problem = problem_on_gpu("s2", 4097)
+    first = run(problem, "triton")
+    for _ in range(7):
+        again = run(problem, "triton")
+        assert all(torch.equal(getattr(first, n), getattr(again, n)) for n in ("out", "lse", "dq", "dk", "dv"))
+
+
+@pytest.mark.parametrize("bounds", [None, [[[317, 1000, 317, 1000]]]])
+def test_nothing_waits_for_the_device(bounds):
+    problem = problem_on_gpu("s2", 1000, bounds=bounds)
+    run(problem, "triton")  # compiles, and copies the pattern's integers to the device
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(problem, "triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_graph_replays_with_other_bounds():
+    """Captured once: the bounds are read on the device, so a replay follows what they hold then."""
+    problem = problem_on_gpu("s2", 1000, bounds=[[[0, 1000, 0, 1000]]])
+    warm_up = torch.cuda.Stream()
+    with torch.cuda.stream(warm_up):
+        run(problem, "triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(problem, "triton")
+    for bounds in ([[[0, 1000, 0, 1000]]], [[[123, 900, 123, 900]]]):
+        problem.bounds.copy_(torch.tensor(bounds, dtype=torch.int32))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_within(got, problem)
