@@ -139,8 +139,8 @@ class S2Layer(DynamicLayer):
             first = (self.seen + tokens_to_remove - pads - 1) // self.block - (self.ring - 2)
             if first < self.gone[row]:
                 raise ValueError(
-                    f"crop({tokens_to_remove}): row {row} would need block {max(first, 0)} again, which is freed; S2Cache "
-                    f"can step back at most one block of {self.block} tokens"
+                    f"crop({tokens_to_remove}): row {row} would need block {max(first, 0)} again, which is freed; "
+                    f"S2Cache can step back at most one block of {self.block} tokens"
                 )
         self.seen += tokens_to_remove
         self._lists = None
