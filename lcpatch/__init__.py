@@ -34,13 +34,20 @@ def methods() -> dict[str, type]:
     return patterns.all()
 
 
+def _caches() -> dict[str, type]:
+    from .caches import caches
+
+    return caches.all()
+
+
 def __getattr__(name: str) -> Any:
     if name.startswith("_"):  # what Python itself asks modules for (__path__, __wrapped__) must load nothing
         raise AttributeError(f"module 'lcpatch' has no attribute {name!r}")
     if name in _HOME:
         value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    else:
-        value = {cls.__name__: cls for cls in methods().values()}.get(name)  # S2, SF, …: each method's class
+    else:  # the class of a method (S2, SF, …) or of a cache (S2Cache, …)
+        classes = _caches() if name.endswith("Cache") else methods()
+        value = {cls.__name__: cls for cls in classes.values()}.get(name)
     if value is None:
         raise AttributeError(f"module 'lcpatch' has no attribute {name!r}")
     globals()[name] = value
@@ -48,4 +55,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(["__version__", "methods", *_HOME, *(cls.__name__ for cls in methods().values())])
+    classes = [*methods().values(), *_caches().values()]
+    return sorted(["__version__", "methods", *_HOME, *(cls.__name__ for cls in classes)])

@@ -128,7 +128,7 @@ def check(name: str, pattern: AttentionPattern, shape: Shape) -> dict[str, Any]:
     peer = _out_and_grads(partial(sdpa, attn_mask=mask, enable_gqa=True), (q, k, v), grad)
     ours = _out_and_grads(partial(_ours, spec=spec, impl="triton"), (q, k, v), grad)
     errors = {
-        part: (_relative(mine, true), 2 * _relative(theirs, true))
+        part: (relative_error(mine, true), 2 * relative_error(theirs, true))
         for part, mine, theirs, true in zip(("out", "dq", "dk", "dv"), ours, peer, oracle, strict=True)
     }
     return {"pattern": name, "errors": errors, "passed": all(e <= b for e, b in errors.values())}
@@ -284,6 +284,7 @@ def _out_and_grads(forward: Callable[..., Tensor], inputs: tuple[Tensor, ...], g
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def _relative(x: Tensor, true: Tensor) -> float:
-    error = ((x.float() - true).norm() / true.norm()).item()
-    return error if error == error else float("inf")  # NaN never passes
+def relative_error(x: Tensor, true: Tensor) -> float:
+    """||x - true|| / ||true||; infinite for NaN, which never passes."""
+    error = ((x.to(true.dtype) - true).norm() / true.norm()).item()
+    return error if error == error else float("inf")

@@ -25,6 +25,20 @@ def device_ms(run: Callable[[], Any], warmup_ms: float = 25, repeat_ms: float = 
     return do_bench(run, warmup=warmup_ms, rep=repeat_ms, return_mode="median")
 
 
+def graphed(run: Callable[[], Any]) -> Callable[[], None]:
+    """`run` as the replay of a CUDA graph: without the launch gaps of many small kernels."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, and fills the caches that a graph cannot record filling
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def forward_backward_ms(forward: Callable[[], Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[float, float]:
     """Device time of `forward()` and of its backward alone, in ms; `inputs` require grad."""
     with torch.no_grad():

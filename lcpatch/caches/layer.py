@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from lcpatch_kernels import sparse_decode
+
 from ..core.registry import Registry
+from ..hf.watch import Call, attend
 
 caches: Registry[type[LongCache]] = Registry("cache", package="lcpatch.caches")
 
@@ -100,6 +103,26 @@ class GrowingLayer(DynamicLayer):
     def _show(self) -> None:
         if self.is_initialized:
             self.keys, self.values = (x[:, :, : self.length] for x in self._buffers)
+
+
+class DenseLayer(GrowingLayer):
+    """All tokens, decoded on a GPU by our split-K kernel instead of the model's dense implementation.
+
+    transformers' SDPA takes 12 ms for one token of one layer at 16K (H100, GQA), where reading the cache takes 0.02.
+    """
+
+    def wants_dense(self, query: Tensor) -> bool:
+        return query.shape[2] == 1 and query.is_cuda
+
+    def attend(self, call: Call) -> tuple[Tensor, Tensor]:
+        if call.query.shape[2] > 1:
+            return attend(call)
+        bounds = None if call.bounds is None else call.bounds[:, 0, 2:]
+        impl = call.impl if call.impl in ("triton", "reference") else "auto"
+        return sparse_decode(
+            call.query, call.key, call.value, spec=call.spec, bounds=bounds,
+            scale=call.scale, softcap=call.softcap, impl=impl,
+        )  # fmt: skip
 
 
 class LongCache(Cache):

@@ -27,7 +27,7 @@ from lcpatch_kernels import BlockSparseSpec, Rule, sparse_decode
 from ..core.errors import UnsupportedModelError
 from ..hf.state import state_of
 from ..hf.watch import Call, attend, watch
-from .layer import GrowingLayer, LongCache, caches, to_list
+from .layer import DenseLayer, LongCache, caches, to_list
 
 FAR_GRAIN = 16  # pages by which the far store grows: 1,024 tokens of blocks of 64
 
@@ -54,7 +54,7 @@ class S2Cache(LongCache):
         for index in range(max(modules) + 1):
             state = state_of(modules[index]) if index in modules else None
             if state is None or state.spec is None:
-                layers.append(GrowingLayer())
+                layers.append(DenseLayer())
                 continue
             if state.mode != "always":
                 raise UnsupportedModelError(
@@ -73,6 +73,7 @@ class S2Layer(DynamicLayer):
     def __init__(self, spec: BlockSparseSpec, config: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.spec = spec
         self.rules = _one_rule_per_kv_head(spec, num_kv_heads)
         self.block = spec.block_size
         rule = self.rules[0]
@@ -165,8 +166,13 @@ class S2Layer(DynamicLayer):
 
     # Attention over what is kept.
 
+    def wants_dense(self, query: Tensor) -> bool:
+        return True  # to refuse: what dense attention needs is freed
+
     def attend(self, call: Call) -> tuple[Tensor, Tensor]:
         """Attention of the step's queries, and storing of its keys; see `hf.watch.Call`."""
+        if call.spec != self.spec:
+            raise ValueError("S2Cache: the model's patch is not the one that this cache was made for; make a new cache")
         new, self._new = self._new, None
         num_queries = call.query.shape[2]
         self._read_pads(call.bounds, num_queries)

@@ -22,7 +22,8 @@ class PatchConfig:
     Args:
         method: registered name of the pattern ("s2", "shift", "sf", "sink").
         options: the pattern's own options, as JSON values.
-        layers: indices of the patched layers; None for every full-attention layer.
+        layers: indices of the patched layers; None for every full-attention layer. Until `apply` has resolved it, also
+            what it takes: "every_2" or a function of the index.
         mode: "train": sparse while `module.training`, dense otherwise; "always"; "never"; None: the method's default.
         sinks: None, "tokens" or "tokens:8" (the first 4 or 8 real tokens stay visible to every row), "logit" or
             "logit:-15" (a learnable logit per query head, starting at that value).
@@ -42,8 +43,8 @@ class PatchConfig:
         if not isinstance(self.options, Mapping):
             raise ValueError(f"options={self.options!r} must be a mapping of option names to values")
         parse_sinks(self.sinks)
-        if self.layers is None or isinstance(self.layers, str):
-            return
+        if self.layers is None or isinstance(self.layers, str) or callable(self.layers):
+            return  # `apply` resolves it to indices before anything is saved
         layers = tuple(self.layers) if isinstance(self.layers, Iterable) else ()
         if not layers or not all(isinstance(n, int) and n >= 0 for n in layers):
             raise ValueError(f"layers={self.layers!r} must be a non-empty list of layer indices (0, 1, …)")

@@ -1,0 +1,210 @@
+"""`lcpatch bench model`: a whole model, patched and not: prefill, a LoRA training step, decoding; time and peak memory.
+
+The model has the geometry of Llama-3.1-8B and random weights: speed does not depend on them. Each arm runs the same
+weights: dense (transformers' SDPA), S2 in every second layer, S2 in all.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..caches.s2 import S2Cache
+from ..core.errors import BenchmarkError
+from ..patching import patched
+from ..patterns.s2 import S2
+from . import measure
+
+GEOMETRY = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072 + 4096,
+}
+ARMS = {"dense": None, "s2, every second layer": "every_2", "s2, all layers": lambda layer: True}
+LOSS_TOKENS = 4096  # logits of a whole 32K row would take 16 GB beside everything else
+DECODE_STEPS = 24
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: seconds of the task (of one step, for decoding), and the most memory held meanwhile."""
+
+    task: str
+    arm: str
+    length: int
+    seconds: float | None = None
+    peak_gib: float | None = None
+    cache_gib: float | None = None
+    vs_dense: float | None = None
+    why: str | None = None
+
+
+def run(
+    tasks: tuple[tuple[str, int], ...],
+    num_layers: int = 32,
+    commit: str | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measure every (task, length) of "prefill", "train" and "decode" in every arm.
+
+    Raises:
+        BenchmarkError: no GPU, or arms that do not compute what they should.
+    """
+    if not torch.cuda.is_available():
+        raise BenchmarkError("this benchmark needs a CUDA GPU; torch.cuda.is_available() is False")
+    model = _model(num_layers)
+    result = {**measure.environment(commit), "geometry": {**GEOMETRY, "num_hidden_layers": num_layers}}
+    result["checks"] = [_check(model)]
+    say(f"check: S2 with every block in reach against dense, logits {result['checks'][0]}")
+    if not result["checks"][0]["passed"]:
+        raise BenchmarkError("a patch that reaches every block does not give the dense logits: nothing is timed")
+    rows: list[Row] = []
+    for task, length in tasks:
+        dense = None
+        for arm in ARMS:
+            with _arm(model, arm):
+                row = _measured(task, arm, length, model, dense)
+            dense = row if dense is None else dense
+            rows.append(row)
+            say(format_row(row))
+    return {**result, "rows": [asdict(row) for row in rows]}
+
+
+def format_row(row: Row) -> str:
+    """One line of the table."""
+    start = f"{row.task:8s} {row.arm:24s} {row.length:7d} "
+    if row.why is not None:
+        return start + row.why
+    cache = "" if row.cache_gib is None else f"  cache {row.cache_gib:5.2f} GiB"
+    ratio = "" if row.vs_dense is None else f"  {row.vs_dense:5.2f}x"
+    return start + f"{row.seconds:8.3f} s  peak {row.peak_gib:5.1f} GiB{cache}{ratio}"
+
+
+def _model(num_layers: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**{**GEOMETRY, "num_hidden_layers": num_layers}, attn_implementation="sdpa")
+    torch.manual_seed(0)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(previous)
+
+
+@torch.no_grad()
+def _check(model: nn.Module) -> dict[str, Any]:
+    """A pattern whose window covers the text is dense attention: the logits may differ by what bf16 rounds.
+
+    The budget is twice the distance between two dense backends of torch, which round differently too.
+    """
+    ids = _ids(1500)
+    dense = model(ids, logits_to_keep=64).logits.float()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        other = model(ids, logits_to_keep=64).logits.float()
+    with patched(model, S2(local_blocks=64)):
+        ours = model(ids, logits_to_keep=64).logits.float()
+    error, budget = ((x - dense).norm().item() / dense.norm().item() for x in (ours, other))
+    return {"error": error, "budget": 2 * budget, "passed": error <= 2 * budget}
+
+
+@contextmanager
+def _arm(model: nn.Module, arm: str) -> Iterator[None]:
+    if ARMS[arm] is None:
+        yield
+        return
+    with patched(model, S2(), layers=ARMS[arm]):
+        yield
+
+
+def _measured(task: str, arm: str, length: int, model: nn.Module, dense: Row | None) -> Row:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    run = {"prefill": _prefill, "train": _train, "decode": _decode}[task]
+    try:
+        seconds, cache_bytes = run(model, length, ARMS[arm] is not None)
+    except torch.OutOfMemoryError:
+        return Row(task, arm, length, why="out of memory")
+    ratio = None if dense is None or dense.seconds is None else dense.seconds / seconds
+    cache = None if cache_bytes is None else cache_bytes / 2**30
+    return Row(task, arm, length, seconds, torch.cuda.max_memory_allocated() / 2**30, cache, ratio)
+
+
+@torch.no_grad()
+def _prefill(model: nn.Module, length: int, sparse: bool) -> tuple[float, None]:
+    ids = _ids(length)
+    model(_ids(2048), use_cache=False, logits_to_keep=1)  # compiles
+    return _seconds(lambda: model(ids, use_cache=False, logits_to_keep=1), repeats=2), None
+
+
+@torch.no_grad()
+def _decode(model: nn.Module, length: int, sparse: bool) -> tuple[float, int]:
+    from transformers import DynamicCache
+
+    cache: Any = S2Cache(model) if sparse else DynamicCache(config=model.config)
+    model(_ids(length), past_key_values=cache, logits_to_keep=1)
+    if sparse:
+        held = cache.memory()["device"]
+    else:
+        held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    token = _ids(1)
+    for _ in range(4):
+        model(token, past_key_values=cache)
+    torch.cuda.reset_peak_memory_stats()
+    return _seconds(lambda: model(token, past_key_values=cache), repeats=DECODE_STEPS), held
+
+
+def _train(model: nn.Module, length: int, sparse: bool) -> tuple[float, None]:
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    wrapped = get_peft_model(model, lora).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    ids = _ids(length)
+
+    def step() -> None:
+        logits = wrapped(input_ids=ids, use_cache=False, logits_to_keep=LOSS_TOKENS).logits
+        nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, -LOSS_TOKENS + 1 :]).backward()
+        wrapped.zero_grad()
+
+    try:
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        return _seconds(step, repeats=2), None
+    finally:
+        model.gradient_checkpointing_disable()
+        model.disable_input_require_grads()
+        wrapped.unload()
+        model.eval()
+
+
+def _seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Median wall time of `run`, the device idle before and after."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _ids(length: int) -> torch.Tensor:
+    return torch.randint(1000, 100000, (1, length), device="cuda", generator=torch.Generator("cuda").manual_seed(0))

@@ -1,0 +1,127 @@
+"""Committed results as the README shows them: Markdown tables, and the plot of speed-up and share of the ceiling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def attention(result: Result) -> Table:
+    """Our kernel and FlexAttention, a line per pattern and length; dense peers in the first lines."""
+    header = (
+        "Tokens",
+        "Pattern",
+        "Kernel",
+        "Density",
+        "Forward ms",
+        "Backward ms",
+        "Share of matmul rate",
+        "Speed-up over FA2",
+    )
+    rows = []
+    for row in result["rows"]:
+        start = (_tokens(row["length"]), row["pattern"], row["provider"], f"{row['density']:.1%}")
+        if row["why"]:
+            rows.append((*start, "-", "-", row["why"], "-"))
+            continue
+        share = f"{row['forward_share']:.2f} / {row['backward_share']:.2f}"
+        gain = "1" if row["provider"] == "FA2" else _times(row["both_vs_fa2"])
+        rows.append((*start, _ms(row["forward_ms"]), _ms(row["backward_ms"]), share, gain))
+    return header, rows
+
+
+def decode(result: Result) -> Table:
+    """One step, a line per batch, length and kernel."""
+    header = ("Batch", "Tokens", "Pattern", "Kernel", "MB read", "ms", "Share of copy bandwidth", "Speed-up over FA2")
+    rows = []
+    for row in result["rows"]:
+        start = (str(row["batch"]), _tokens(row["length"]), row["pattern"], row["provider"], f"{row['megabytes']:.0f}")
+        if row["why"]:
+            rows.append((*start, "-", row["why"], "-"))
+            continue
+        gain = "1" if row["vs_fa2"] is None else _times(row["vs_fa2"])
+        rows.append((*start, f"{row['ms']:.3f}", f"{row['bandwidth_share']:.2f}", gain))
+    return header, rows
+
+
+def model(result: Result) -> Table:
+    """A whole model, a line per task and arm."""
+    header = ("Task", "Tokens", "Attention", "Seconds", "Peak GiB", "Cache GiB", "Speed-up")
+    rows = []
+    for row in result["rows"]:
+        start = (row["task"], _tokens(row["length"]), row["arm"])
+        if row["why"]:
+            rows.append((*start, row["why"], "-", "-", "-"))
+            continue
+        cache = "" if row["cache_gib"] is None else f"{row['cache_gib']:.2f}"
+        gain = "1" if row["vs_dense"] is None else _times(row["vs_dense"])
+        rows.append((*start, f"{row['seconds']:.3f}", f"{row['peak_gib']:.1f}", cache, gain))
+    return header, rows
+
+
+KINDS: dict[str, Callable[[Result], Table]] = {"attention": attention, "decode": decode, "model": model}
+"""Kind of result -> its table. A result file's name starts with its kind."""
+
+
+def provenance(result: Result) -> str:
+    """One line: where and with what a result was measured."""
+    parts = [result["gpu"], f"torch {result['torch']}", f"triton {result['triton']}", f"commit {result['commit']}"]
+    if "matmul_tflops" in result:
+        parts.insert(1, f"bf16 matmul {result['matmul_tflops']:.0f} TFLOP/s")
+    if "copy_gb_per_s" in result:
+        parts.insert(1, f"copy {result['copy_gb_per_s']:.0f} GB/s")
+    return ", ".join(parts)
+
+
+def plot(result: Result, path: Path) -> None:
+    """Speed-up over FlashAttention-2 and share of the matmul rate against length, of an attention result."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    panels = [
+        ("both_vs_fa2", "forward + backward: speed-up over FlashAttention-2"),
+        ("forward_share", "forward: share of the bf16 matmul rate"),
+        ("backward_share", "backward: share of the bf16 matmul rate"),
+    ]
+    lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if not row["why"] and not row["pattern"].startswith("causal"):
+            lines.setdefault((row["pattern"], row["provider"]), []).append(row)
+    patterns = list(dict.fromkeys(pattern for pattern, _ in lines))
+    for axis, (field, title) in zip(axes, panels, strict=True):
+        for (pattern, provider), rows in lines.items():
+            style = {"lcpatch": "-o", "Flex": "--x"}.get(provider, ":s")
+            label = pattern if provider == "lcpatch" else f"{pattern}, {provider}"
+            points = [(row["length"], row[field]) for row in rows]
+            axis.plot(*zip(*points, strict=True), style, color=f"C{patterns.index(pattern)}", label=label, markersize=5)
+        axis.set_xscale("log", base=2)
+        lengths = sorted({row["length"] for row in result["rows"]})
+        axis.set_xticks(lengths, [_tokens(n) for n in lengths])
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("tokens")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_ylim(bottom=0)
+    axes[0].legend(fontsize=7, ncols=2)
+    figure.suptitle(provenance(result), fontsize=9, color="0.4")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _tokens(n: int) -> str:
+    return f"{n // 1024}K" if n % 1024 == 0 else str(n)
+
+
+def _ms(x: float) -> str:
+    return f"{x:.2f}" if x < 10 else f"{x:.1f}"
+
+
+def _times(x: float | None) -> str:
+    return "-" if x is None else f"{x:.1f}×"

@@ -1,0 +1,72 @@
+"""How the attention function learns of the cache: transformers passes it to the attention module, not to us.
+
+A pre-forward hook on each attention module notes a cache of ours among its arguments; the attention function takes the
+note, so that nothing outlives the forward. Other caches are none of our business and stay untouched.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from lcpatch_kernels import BlockSparseSpec, block_sparse
+
+from .state import LayerState, state_of
+
+WATCH = "_lcpatch_watch"
+
+
+class Call(NamedTuple):
+    """One attention call: what a layer that attends by itself is given. Arguments as in `block_sparse`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    spec: BlockSparseSpec
+    bounds: Tensor | None
+    scale: float | None
+    softcap: float | None
+    impl: str
+
+
+def attend(call: Call) -> tuple[Tensor, Tensor]:
+    """The call as `block_sparse` runs it: keys and values hold every token in order."""
+    q, k, v, spec, bounds, scale, softcap, impl = call
+    return block_sparse(q, k, v, spec, bounds=bounds, scale=scale, softcap=softcap, impl=impl)
+
+
+class AttendingLayer(Protocol):
+    """A cache layer that computes attention over what it keeps."""
+
+    def wants_dense(self, query: Tensor) -> bool:
+        """Whether it also attends for calls that no pattern is active in, instead of the dense implementation."""
+
+    def attend(self, call: Call) -> tuple[Tensor, Tensor]:
+        """`(out [B, H, T, D], lse [B, H, T])` of the call's queries."""
+
+
+def watch(modules: dict[int, nn.Module]) -> None:
+    """Note caches of ours on these patched attention modules; idempotent."""
+    for module in modules.values():
+        if WATCH not in module.__dict__:
+            module.__dict__[WATCH] = module.register_forward_pre_hook(_note, with_kwargs=True)
+
+
+def unwatch(module: nn.Module) -> None:
+    """Take the hook off again, if there is one."""
+    if (handle := module.__dict__.pop(WATCH, None)) is not None:
+        handle.remove()
+
+
+def take_layer(state: LayerState, module: nn.Module) -> AttendingLayer | None:
+    """The cache layer that attends for this call, or None."""
+    cache, state.cache = state.cache, None
+    layer = None if cache is None else cache.layers[module.layer_idx]
+    return layer if hasattr(layer, "attend") else None
+
+
+def _note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    state = state_of(module)
+    if state is not None:
+        state.cache = next((x for x in kwargs.values() if getattr(x, "attends", False)), None)
