@@ -26,7 +26,10 @@ CORE := tests --ignore=tests/kernels
 # A bare machine with a GPU: nothing is installed, the tree itself is the package.
 GPU_ENV  := PYTHONPATH=.:kernels/torch-ext
 GPU_NAME  = $(shell $(GPU_ENV) $(PYTHON) -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")
-GPU_OUT  ?= kernels/results/attention-$(GPU_NAME).json
+RESULTS  ?= kernels/results
+
+# The results that the README's tables are made of: `lcpatch bench tables … --write README.md`
+README_RESULTS := $(wildcard kernels/results/*-nvidia-h100-80gb-hbm3.json)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: help venv demo test test-slow test-versions test-all quality format gpu wheel clean distclean $(TF:%=test-%)
@@ -77,6 +80,7 @@ quality: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m lcpatch.cli methods --check-readme README.md
+	$(BIN)/python -m lcpatch.cli bench tables $(README_RESULTS) --check README.md
 
 format: venv
 	$(BIN)/ruff check --fix .
@@ -85,7 +89,9 @@ format: venv
 # Correct first, then fast: a speed is worth nothing while a test fails.
 gpu:
 	$(GPU_ENV) $(PYTHON) -m pytest tests -m gpu
-	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench attention --out $(GPU_OUT)
+	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench attention --out $(RESULTS)/attention-$(GPU_NAME).json
+	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench decode --out $(RESULTS)/decode-$(GPU_NAME).json
+	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench model --out $(RESULTS)/model-$(GPU_NAME).json
 
 wheel: venv
 	rm -rf build dist

@@ -29,7 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     model.add_argument("--layers", type=int, default=32, help="layers of the model (default 32)")
     model.set_defaults(measure=_model)
     tables = what.add_parser("tables", help="committed results as Markdown tables and a plot")
-    tables.add_argument("results", nargs="+", type=Path, help="JSON files that `lcpatch bench` wrote")
+    tables.add_argument("results", nargs="*", type=Path, help="JSON files that `lcpatch bench` wrote")
     tables.add_argument("--write", type=Path, metavar="README", help="put each table between this file's markers")
     tables.add_argument("--check", type=Path, metavar="README", help="fail if this file's tables are out of date")
     tables.add_argument("--plot", type=Path, metavar="PNG", help="draw the attention result")
