@@ -36,10 +36,10 @@ class Job:
 
 def candidates(kernel: str, head_dim: int, group: int) -> Iterator[tuple[int, int, int, int, int]]:
     """Tiles worth trying: what fits registers and shared memory of the chips we know."""
-    rows = {"fwd": (64, 128), "dq": (64, 128), "dkdv": (64, 128)}[kernel]
+    rows = (32, 64) if kernel == "dkdv" else (64, 128)
     columns = (64, 128) if head_dim <= 128 else (32, 64)
-    stages = (2, 3, 4) if head_dim <= 64 else (1, 2, 3) if kernel == "dkdv" else (2, 3)
-    packs = [p for p in (1, 2, 4) if p <= group]
+    stages = (2, 3, 4)
+    packs = [p for p in (1, 2, 4) if p <= group and (p == 1 or kernel != "dkdv")]
     for r, pack, n, warps, stage in itertools.product(rows, packs, columns, (4, 8), stages):
         if r // pack >= 16:
             yield r // pack, pack, n, warps, stage
@@ -94,6 +94,6 @@ def _launcher(kernel: str, pattern: str, shape: Shape, length: int) -> Callable[
         return lambda tiles: kernels.launch_forward(q, k, v, spec, None, scale, 0.0, tiles=kernels.Config(*tiles))
     out, lse = kernels.forward(q, k, v, spec, None, scale, 0.0)
     grad = torch.randn_like(out)
-    delta = kernels.launch_delta(grad, None, out)
+    terms = kernels.launch_terms(grad, None, out, lse)
     launch = kernels.launch_dq if kernel == "dq" else kernels.launch_dkdv
-    return lambda tiles: launch(grad, q, k, v, lse, delta, spec, None, scale, 0.0, tiles=kernels.Config(*tiles))
+    return lambda tiles: launch(grad, q, k, v, terms, spec, None, scale, 0.0, tiles=kernels.Config(*tiles))

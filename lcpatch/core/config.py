@@ -43,8 +43,8 @@ class PatchConfig:
         if not isinstance(self.options, Mapping):
             raise ValueError(f"options={self.options!r} must be a mapping of option names to values")
         parse_sinks(self.sinks)
-        if self.layers is None or isinstance(self.layers, str) or callable(self.layers):
-            return  # `apply` resolves it to indices before anything is saved
+        if self.layers is None or isinstance(self.layers, str):
+            return
         layers = tuple(self.layers) if isinstance(self.layers, Iterable) else ()
         if not layers or not all(isinstance(n, int) and n >= 0 for n in layers):
             raise ValueError(f"layers={self.layers!r} must be a non-empty list of layer indices (0, 1, …)")

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ._triton_common import (
     VARYING,
+    _fast_key,
     _find_segment,
     _full_keys,
     _is_far,
@@ -18,6 +19,7 @@ from ._triton_common import (
     _last_row,
     _lo,
     _load,
+    _load_box,
     _masked_keys,
     _rule,
     _steps,
@@ -31,20 +33,25 @@ from ._triton_fwd import _query_tile
 def _delta_kernel(
     p_do,
     p_out,
+    p_lse,
     p_dlse,
     p_delta,
+    p_lse2,
     stride_gb,
     stride_gh,
     stride_gt,
     stride_ob,
     stride_oh,
     stride_ot,
+    stride_line,
+    num_lines,
     H,
     T,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     HAS_DLSE: tl.constexpr,
+    SHIFTS: tl.constexpr,
 ):
     num_tiles = tl.cdiv(T, BLOCK_M)
     i_head = (tl.program_id(0) // num_tiles).to(tl.int64)  # over batch and heads
@@ -57,7 +64,11 @@ def _delta_kernel(
     delta = tl.sum(do * out, 1)
     if HAS_DLSE:
         delta -= tl.load(p_dlse + i_head * T + row, real, 0.0)
-    tl.store(p_delta + i_head * T + row, delta, real)
+    lse = tl.load(p_lse + i_head * T + row, real, 0.0) * 1.4426950408889634
+    for n in tl.static_range(SHIFTS):
+        o_line = (n * num_lines + i_head) * stride_line + row - n
+        tl.store(p_delta + o_line, delta, real & (row >= n))
+        tl.store(p_lse2 + o_line, lse, real & (row >= n))
 
 
 @triton.jit
@@ -81,6 +92,8 @@ def _bwd_dq_kernel(
     p_delta,
     p_bounds,
     p_packs,
+    d_k,
+    d_v,
     stride_qb,
     stride_qh,
     stride_qt,
@@ -96,6 +109,7 @@ def _bwd_dq_kernel(
     stride_dqb,
     stride_dqh,
     stride_dqt,
+    stride_line,
     stride_bounds,
     num_segments,
     num_slots,
@@ -118,6 +132,7 @@ def _bwd_dq_kernel(
     HAS_STRIPE: tl.constexpr,
     HAS_RATIO: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     found, i_batch, i_pack, q0, k0, first, length, i0 = _query_tile(
@@ -137,9 +152,9 @@ def _bwd_dq_kernel(
     row_m = (q0 + i_m - first).to(tl.int64)
     q = _load(p_q + i_batch * stride_qb, head_m * stride_qh + row_m * stride_qt, real, D, BLOCK_D, True, UPCAST)
     do = _load(p_do + i_batch * stride_gb, head_m * stride_gh + row_m * stride_gt, real, D, BLOCK_D, True, UPCAST)
-    o_lse = (i_batch * H + head_m) * T + row_m
+    o_lse = (i_batch * H + head_m) * stride_line + row_m
     # An infinite LSE makes every probability of a row that is not there zero.
-    lse = tl.load(p_lse + o_lse, real, float("inf")) * 1.4426950408889634
+    lse = tl.load(p_lse + o_lse, real, float("inf"))
     delta = tl.load(p_delta + o_lse, real, 0.0)
     p_k += i_batch * stride_kb + i_kv * stride_kh + k0.to(tl.int64) * stride_ks
     p_v += i_batch * stride_vb + i_kv * stride_vh + k0.to(tl.int64) * stride_vs
@@ -149,28 +164,43 @@ def _bwd_dq_kernel(
     lo_m = _lo(rule, i_m)
     dq = tl.zeros([PACK * BLOCK_M, BLOCK_D], tl.float32)
 
-    for t in range(steps[0]):
-        j, inside = _masked_keys(steps, rule, t, BLOCK_N, BLOCK_SIZE, HAS_STRIPE)
-        o_j = j.to(tl.int64)
-        k = _load(p_k, o_j * stride_ks, inside, D, BLOCK_D, True, UPCAST)
-        v = _load(p_v, o_j * stride_vs, inside, D, BLOCK_D, True, UPCAST)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        p, slope = _probabilities(s, lse[:, None], qk_scale, cap_in, cap_out, HAS_SOFTCAP)
-        keep = _keep(rule, i_m[:, None], j[None, :], lo_m[:, None], BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
-        p = tl.where(keep & inside[None, :], p, 0.0)
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        ds = p * (dp - delta[:, None]) * slope
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    # As in the forward: what the diagonal may do, and why the `if`s.
+    FOLD: tl.constexpr = TMA and SEGMENTS == 0
+    diagonal = steps[2] if FOLD else 0
+    if steps[0] > diagonal:
+        for t in range(diagonal, steps[0]):
+            j, inside = _masked_keys(steps, rule, t, BLOCK_N, BLOCK_SIZE, HAS_STRIPE)
+            o_j = j.to(tl.int64)
+            k = _load(p_k, o_j * stride_ks, inside, D, BLOCK_D, True, UPCAST)
+            v = _load(p_v, o_j * stride_vs, inside, D, BLOCK_D, True, UPCAST)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            p, slope = _probabilities(s, lse[:, None], qk_scale, cap_in, cap_out, HAS_SOFTCAP)
+            keep = _keep(rule, i_m[:, None], j[None, :], lo_m[:, None], BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
+            p = tl.where(keep & inside[None, :], p, 0.0)
+            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+            ds = p * (dp - delta[:, None]) * slope
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
-    for t in range(steps[1]):
-        j0, o_n = _full_keys(steps, rule, t, BLOCK_N, BLOCK_SIZE, HAS_STRIPE)
-        k = _load(p_k + j0.to(tl.int64) * stride_ks, o_n * stride_ks, 0, D, BLOCK_D, False, UPCAST)
-        v = _load(p_v + j0.to(tl.int64) * stride_vs, o_n * stride_vs, 0, D, BLOCK_D, False, UPCAST)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        p, slope = _probabilities(s, lse[:, None], qk_scale, cap_in, cap_out, HAS_SOFTCAP)
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        ds = p * (dp - delta[:, None]) * slope
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    if diagonal + steps[1] > 0:
+        for t in range(diagonal + steps[1]):
+            if TMA:
+                j0 = _fast_key(steps, rule, t, diagonal, BLOCK_N, BLOCK_SIZE, HAS_STRIPE)
+                k = _load_box(d_k, i_batch, i_kv, k0 + j0, BLOCK_N, BLOCK_D, UPCAST)
+                v = _load_box(d_v, i_batch, i_kv, k0 + j0, BLOCK_N, BLOCK_D, UPCAST)
+            else:
+                j0, o_n = _full_keys(steps, rule, t, BLOCK_N, BLOCK_SIZE, HAS_STRIPE)
+                k = _load(p_k + j0.to(tl.int64) * stride_ks, o_n * stride_ks, 0, D, BLOCK_D, False, UPCAST)
+                v = _load(p_v + j0.to(tl.int64) * stride_vs, o_n * stride_vs, 0, D, BLOCK_D, False, UPCAST)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+            p, slope = _probabilities(s, lse[:, None], qk_scale, cap_in, cap_out, HAS_SOFTCAP)
+            if FOLD:  # noqa: SIM102 (decided when compiled)
+                if t < diagonal:
+                    j = j0 + tl.arange(0, BLOCK_N)
+                    keep = _keep(rule, i_m[:, None], j[None, :], lo_m[:, None], BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
+                    p = tl.where(keep, p, 0.0)
+            ds = p * (dp - delta[:, None]) * slope
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     o_dq = head_m * stride_dqh + row_m * stride_dqt
     _store(p_dq + i_batch * stride_dqb, o_dq, real, dq * scale, D, BLOCK_D)
@@ -232,6 +262,136 @@ def _key_tile(
     return block * BLOCK_SIZE + within
 
 
+@triton.jit
+def _columns(
+    i_pack,
+    d_q,
+    d_do,
+    d_lse,
+    d_delta,
+    p_q,
+    p_do,
+    p_lse,
+    p_delta,
+    p_packs,
+    i_batch,
+    up,
+    H,
+    k,
+    v,
+    dk,
+    dv,
+    q0,
+    first,
+    length,
+    j_n,
+    j_first,
+    j_last,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_gb,
+    stride_gh,
+    stride_gt,
+    stride_line,
+    num_lines,
+    qk_scale,
+    cap_in,
+    cap_out,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    HAS_STRIPE: tl.constexpr,
+    HAS_RATIO: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr,
+    SHIFTS: tl.constexpr,
+    COPIES: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """(dk, dv) with what the query heads of one pack add to them: a loop over their tiles of rows, head by head."""
+    o_m = tl.arange(0, BLOCK_M)
+    p_pack = p_packs + i_pack * 10
+    first_head, num_heads = tl.load(p_pack), tl.load(p_pack + 1)
+    rule = _rule(p_pack, length, HAS_RATIO)
+    row0 = q0 - first  # the row of position 0
+    p_qh = p_q + i_batch * stride_qb + first_head.to(tl.int64) * stride_qh + row0.to(tl.int64) * stride_qt
+    p_gh = p_do + i_batch * stride_gb + first_head.to(tl.int64) * stride_gh + row0.to(tl.int64) * stride_gt
+    i_line = i_batch * H + first_head
+
+    # Rows from `start` on, in tiles: some see not yet every key (the diagonal), then all see all, then only far
+    # keys or none. What is left over of the middle ones for a whole tile goes with the last.
+    far = _is_far(rule, j_n, BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
+    far_any = tl.max((far & (j_n < length)).to(tl.int32), 0) > 0
+    far_all = tl.min((far | (j_n >= length)).to(tl.int32), 0) > 0
+    start = tl.maximum(j_first, first)
+    num_diagonal = tl.cdiv(tl.maximum(j_last - start, 0), BLOCK_M)
+    middle = start + num_diagonal * BLOCK_M
+    all_until = tl.where(far_all, length, tl.minimum(_last_row(rule, j_first) + 1, length))
+    num_full = tl.maximum(all_until - middle, 0) // BLOCK_M
+    tail = middle + num_full * BLOCK_M
+    any_until = tl.where(far_any, length, tl.minimum(_last_row(rule, j_last) + 1, length))
+    num_masked = num_diagonal + tl.cdiv(tl.maximum(any_until - tail, 0), BLOCK_M)
+
+    if num_masked > 0:
+        for u in range(num_masked * num_heads):
+            h, t = u % num_heads, u // num_heads
+            i0 = tl.where(t < num_diagonal, start + t * BLOCK_M, tail + (t - num_diagonal) * BLOCK_M)
+            i_m = i0 + o_m
+            real = i_m < length
+            i0 = i0.to(tl.int64)
+            o_q, o_g = h.to(tl.int64) * stride_qh + i0 * stride_qt, h.to(tl.int64) * stride_gh + i0 * stride_gt
+            q = _load(p_qh + o_q, o_m * stride_qt, real, D, BLOCK_D, True, UPCAST)
+            do = _load(p_gh + o_g, o_m * stride_gt, real, D, BLOCK_D, True, UPCAST)
+            o_line = (i_line + h) * stride_line + row0 + i0
+            lse = _row_vector(p_lse + o_line, o_m, real, float("inf"), COPIES)
+            delta = _row_vector(p_delta + o_line, o_m, real, 0.0, COPIES)
+            s = tl.dot(k, tl.trans(q), input_precision="ieee")
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            p, slope = _probabilities(s, lse[None, :], qk_scale, cap_in, cap_out, HAS_SOFTCAP)
+            lo_m = _lo(rule, i_m)
+            keep = _keep(rule, i_m[None, :], j_n[:, None], lo_m[None, :], BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
+            p = tl.where(keep, p, 0.0)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+            ds = p * (dp - delta[None, :]) * slope
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+
+    if num_full > 0:
+        h = 0 * num_heads
+        i0 = tl.where(up, middle, middle + (num_full - 1) * BLOCK_M)
+        hop = tl.where(up, BLOCK_M, -BLOCK_M)
+        for _ in range(num_full * num_heads):
+            if TMA:
+                q = _load_box(d_q, i_batch, first_head + h, row0 + i0, BLOCK_M, BLOCK_D, UPCAST)
+                do = _load_box(d_do, i_batch, first_head + h, row0 + i0, BLOCK_M, BLOCK_D, UPCAST)
+            else:
+                o_q = h.to(tl.int64) * stride_qh + i0.to(tl.int64) * stride_qt
+                o_g = h.to(tl.int64) * stride_gh + i0.to(tl.int64) * stride_gt
+                q = _load(p_qh + o_q, o_m * stride_qt, 0, D, BLOCK_D, False, UPCAST)
+                do = _load(p_gh + o_g, o_m * stride_gt, 0, D, BLOCK_D, False, UPCAST)
+            if TMA:  # without the shuffles of `_row_vector`, 64 a step
+                shift = (row0 + i0) % SHIFTS
+                line = (shift * num_lines + i_line + h).to(tl.int32)
+                lse = d_lse.load([line, row0 + i0 - shift]).reshape(BLOCK_M)
+                delta = d_delta.load([line, row0 + i0 - shift]).reshape(BLOCK_M)
+            else:
+                o_line = (i_line + h) * stride_line + row0 + i0
+                lse = _row_vector(p_lse + o_line, o_m, o_m >= 0, 0.0, COPIES)
+                delta = _row_vector(p_delta + o_line, o_m, o_m >= 0, 0.0, COPIES)
+            s = tl.dot(k, tl.trans(q), input_precision="ieee")
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            p, slope = _probabilities(s, lse[None, :], qk_scale, cap_in, cap_out, HAS_SOFTCAP)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+            ds = p * (dp - delta[None, :]) * slope
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+            h += 1
+            i0 = tl.where(h == num_heads, i0 + hop, i0)
+            h = tl.where(h == num_heads, 0, h)
+    return dk, dv
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _bwd_dkdv_kernel(
     p_q,
@@ -245,6 +405,10 @@ def _bwd_dkdv_kernel(
     p_bounds,
     p_packs,
     p_starts,
+    d_q,
+    d_do,
+    d_lse,
+    d_delta,
     stride_qb,
     stride_qh,
     stride_qt,
@@ -260,10 +424,14 @@ def _bwd_dkdv_kernel(
     stride_dkb,
     stride_dkh,
     stride_dks,
+    stride_line,
+    num_lines,
     stride_bounds,
     num_segments,
     num_slots,
     num_kv_heads,
+    num_long,
+    team,
     H,
     T,
     S,
@@ -274,7 +442,6 @@ def _bwd_dkdv_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PACK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -282,15 +449,27 @@ def _bwd_dkdv_kernel(
     HAS_STRIPE: tl.constexpr,
     HAS_RATIO: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    FULL_PACKS: tl.constexpr,
+    TMA: tl.constexpr,
+    UNIFORM: tl.constexpr,
     REORDER: tl.constexpr,
+    SHIFTS: tl.constexpr,
     COPIES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     UNIT: tl.constexpr = BLOCK_SIZE if HAS_STRIPE and BLOCK_SIZE > BLOCK_N else BLOCK_N
-    num_rows = tl.num_programs(0) // num_slots  # batch x KV heads: they vary fastest, so all heads' long tiles go first
-    slot = tl.program_id(0) // num_rows
-    i_row = tl.program_id(0) % num_rows
+    # A row is a KV head of a batch row. The first `num_long` tiles of each, the stripe's, go first, `team` rows
+    # at a time: as many as run at once. A team starts together at the segment's end and walks down, so its programs
+    # share rows in L2. They end one by one, shortest first, and the next team's take their places, longest first: had
+    # those walked down too, each would read rows of its own; walking up, all of them meet. So teams take turns.
+    num_rows = tl.num_programs(0) // num_slots
+    pid = tl.program_id(0)
+    is_long = pid < num_long * num_rows
+    team_size = tl.maximum(num_long * team, 1)
+    i_team, within = pid // team_size, pid % team_size
+    rest = pid - num_long * num_rows
+    slot = tl.where(is_long, within // team, num_long + rest // num_rows)
+    i_row = tl.where(is_long, i_team * team + within % team, rest % num_rows)
+    up = is_long & (i_team % 2 == 1)
     i_batch, i_kv = (i_row // num_kv_heads).to(tl.int64), (i_row % num_kv_heads).to(tl.int64)
     if SEGMENTS:
         p_row = p_bounds + i_batch * stride_bounds
@@ -314,68 +493,25 @@ def _bwd_dkdv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     j_last = tl.max(tl.where(j_n < length, j_n, 0), 0)
 
-    o_m = tl.arange(0, PACK * BLOCK_M)
-    o_h = o_m // BLOCK_M
-    o_q = o_h.to(tl.int64) * stride_qh + (o_m % BLOCK_M).to(tl.int64) * stride_qt
-    o_g = o_h.to(tl.int64) * stride_gh + (o_m % BLOCK_M).to(tl.int64) * stride_gt
-    o_lse = o_h.to(tl.int64) * T + o_m % BLOCK_M
-    for i_pack in range(pack_start, pack_end):
-        p_pack = p_packs + i_pack * 10
-        first_head = tl.load(p_pack).to(tl.int64)
-        has_head = o_h < tl.load(p_pack + 1)
-        rule = _rule(p_pack, length, HAS_RATIO)
-        row0 = (q0 - first).to(tl.int64)  # the row of position 0
-        p_qh = p_q + i_batch * stride_qb + first_head * stride_qh + row0 * stride_qt
-        p_gh = p_do + i_batch * stride_gb + first_head * stride_gh + row0 * stride_gt
-        p_lh = p_lse + (i_batch * H + first_head) * T + row0
-        p_dh = p_delta + (i_batch * H + first_head) * T + row0
-
-        # Rows from `start` on, in tiles: some see not yet every key (the diagonal), then all see all, then only far
-        # keys or none. What is left over of the middle ones for a whole tile goes with the last.
-        far = _is_far(rule, j_n, BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
-        far_any = tl.max((far & (j_n < length)).to(tl.int32), 0) > 0
-        far_all = tl.min((far | (j_n >= length)).to(tl.int32), 0) > 0
-        start = tl.maximum(j_first, first)
-        num_diagonal = tl.cdiv(tl.maximum(j_last - start, 0), BLOCK_M)
-        middle = start + num_diagonal * BLOCK_M
-        all_until = tl.where(far_all, length, tl.minimum(_last_row(rule, j_first) + 1, length))
-        num_full = tl.maximum(all_until - middle, 0) // BLOCK_M
-        tail = middle + num_full * BLOCK_M
-        any_until = tl.where(far_any, length, tl.minimum(_last_row(rule, j_last) + 1, length))
-        num_masked = num_diagonal + tl.cdiv(tl.maximum(any_until - tail, 0), BLOCK_M)
-
-        for t in range(num_masked):
-            i0 = tl.where(t < num_diagonal, start + t * BLOCK_M, tail + (t - num_diagonal) * BLOCK_M)
-            i_m = i0 + o_m % BLOCK_M
-            real = (i_m < length) & has_head
-            i0 = i0.to(tl.int64)
-            q = _load(p_qh + i0 * stride_qt, o_q, real, D, BLOCK_D, True, UPCAST)
-            do = _load(p_gh + i0 * stride_gt, o_g, real, D, BLOCK_D, True, UPCAST)
-            lse = _row_vector(p_lh + i0, o_lse, real, float("inf"), COPIES) * 1.4426950408889634
-            delta = _row_vector(p_dh + i0, o_lse, real, 0.0, COPIES)
-            s = tl.dot(k, tl.trans(q), input_precision="ieee")
-            p, slope = _probabilities(s, lse[None, :], qk_scale, cap_in, cap_out, HAS_SOFTCAP)
-            lo_m = _lo(rule, i_m)
-            keep = _keep(rule, i_m[None, :], j_n[:, None], lo_m[None, :], BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
-            p = tl.where(keep, p, 0.0)
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-            ds = p * (dp - delta[None, :]) * slope
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-
-        for t in range(num_full):
-            # Downwards: programs of the sinks and the stripe start at the segment's end together and share rows in L2.
-            i0 = (middle + (num_full - 1 - t) * BLOCK_M).to(tl.int64)
-            q = _load(p_qh + i0 * stride_qt, o_q, has_head, D, BLOCK_D, not FULL_PACKS, UPCAST)
-            do = _load(p_gh + i0 * stride_gt, o_g, has_head, D, BLOCK_D, not FULL_PACKS, UPCAST)
-            lse = _row_vector(p_lh + i0, o_lse, has_head, float("inf"), COPIES) * 1.4426950408889634
-            delta = _row_vector(p_dh + i0, o_lse, has_head, 0.0, COPIES)
-            s = tl.dot(k, tl.trans(q), input_precision="ieee")
-            p, slope = _probabilities(s, lse[None, :], qk_scale, cap_in, cap_out, HAS_SOFTCAP)
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-            ds = p * (dp - delta[None, :]) * slope
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    if UNIFORM:  # one pack: without the loop around, more stays in registers
+        i_pack = pack_start
+        dk, dv = _columns(
+            i_pack, d_q, d_do, d_lse, d_delta, p_q, p_do, p_lse, p_delta, p_packs, i_batch, up, H, k, v, dk, dv,
+            q0, first, length, j_n, j_first, j_last, stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
+            stride_line, num_lines, qk_scale, cap_in, cap_out,
+            D, BLOCK_D, BLOCK_M, BLOCK_SIZE, HAS_SINK, HAS_STRIPE, HAS_RATIO, HAS_SOFTCAP,
+            TMA, SHIFTS, COPIES, UPCAST,
+        )  # fmt: skip
+    else:
+        for i_pack in range(pack_start, pack_end):
+            dk, dv = _columns(
+                i_pack, d_q, d_do, d_lse, d_delta, p_q, p_do, p_lse, p_delta, p_packs, i_batch, up, H, k, v, dk, dv,
+                q0, first, length, j_n, j_first, j_last,
+                stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
+                stride_line, num_lines, qk_scale, cap_in, cap_out,
+                D, BLOCK_D, BLOCK_M, BLOCK_SIZE, HAS_SINK, HAS_STRIPE, HAS_RATIO, HAS_SOFTCAP,
+                TMA, SHIFTS, COPIES, UPCAST,
+            )  # fmt: skip
 
     o_dk = o_k * stride_dks
     base = i_batch * stride_dkb + i_kv * stride_dkh

@@ -27,7 +27,10 @@ LOG2E = 1.4426950408889634
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Kernel arguments that vary from batch to batch: Triton must not compile anew where one is 1 or a multiple of 16.
-VARYING = ["T", "S", "H", "num_segments", "num_slots", "num_packs", "num_kv_heads", "stride_bounds"]
+VARYING = [
+    *("T", "S", "H", "num_segments", "num_slots", "num_packs", "num_kv_heads", "num_lines", "num_long", "team"),
+    "stride_bounds",
+]
 
 # Larger values mean "the whole sequence", but int32 sums of a few of them would overflow.
 _MAX_BACK, _MAX_GROUP = 1 << 29, 1 << 28
@@ -40,7 +43,6 @@ class PackTable:
     packs: Tensor  # int32 [P, 10]: first_head, num_heads, kv_head, sinks, stride, residue, back, group, share, shifted
     starts: Tensor  # int32 [K + 1]: KV head n is read by packs starts[n] to starts[n + 1]
     flags: dict[str, bool]
-    full: bool  # every pack has the most heads there may be
     uniform: bool  # all query heads of a KV head follow one rule
 
     @property
@@ -49,7 +51,7 @@ class PackTable:
 
 
 @lru_cache(maxsize=256)
-def pack_table(spec: BlockSparseSpec, num_kv_heads: int, max_heads: int, device: torch.device) -> PackTable:
+def pack_table(spec: BlockSparseSpec, num_kv_heads: int, max_heads: int | None, device: torch.device) -> PackTable:
     """Cached, because filling it copies from the host, which a CUDA graph cannot record: the first call warms up."""
     packs = spec.packs(num_kv_heads, max_heads)
     rules = [_simplest(rule) for rule in spec.rules]
@@ -64,7 +66,6 @@ def pack_table(spec: BlockSparseSpec, num_kv_heads: int, max_heads: int, device:
             "HAS_STRIPE": any(r.stride for r in used),
             "HAS_RATIO": any(isinstance(r.group, Fraction) for r in used),
         },
-        all(p.num_heads == max_heads for p in packs),
         len({(p.kv_head, p.rule) for p in packs}) == num_kv_heads,
     )
 
@@ -264,6 +265,21 @@ def _full_keys(steps, rule, t, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, 
 
 
 @triton.jit
+def _fast_key(
+    steps,
+    rule,
+    t,
+    diagonal,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HAS_STRIPE: tl.constexpr,
+):
+    """First key of step t of those that descriptors load: `diagonal` masked steps, then the full ones."""
+    j0, _ = _full_keys(steps, rule, tl.maximum(t - diagonal, 0), BLOCK_N, BLOCK_SIZE, HAS_STRIPE)
+    return tl.where(t < diagonal, steps[8] + t * BLOCK_N, j0)
+
+
+@triton.jit
 def _load(p, offsets, inside, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr):
     """[rows, BLOCK_D] at `p + offsets` (in elements), zero outside `inside` (ignored unless MASKED) and from D on."""
     o_d = tl.arange(0, BLOCK_D)
@@ -279,6 +295,13 @@ def _load(p, offsets, inside, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl
     if UPCAST:  # the interpreter holds bf16 as raw uint16 and would multiply the bits
         x = x.to(tl.float32)
     return x
+
+
+@triton.jit
+def _load_box(descriptor, i_batch, i_head, row, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
+    """`_load` of consecutive rows by a tensor descriptor over [B, H, rows, D]; zero outside of the tensor."""
+    x = descriptor.load([i_batch.to(tl.int32), i_head.to(tl.int32), row.to(tl.int32), 0]).reshape(ROWS, BLOCK_D)
+    return x.to(tl.float32) if UPCAST else x
 
 
 @triton.jit

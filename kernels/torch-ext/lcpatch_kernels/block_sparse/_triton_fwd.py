@@ -7,11 +7,13 @@ import triton.language as tl
 
 from ._triton_common import (
     VARYING,
+    _fast_key,
     _find_segment,
     _full_keys,
     _keep,
     _lo,
     _load,
+    _load_box,
     _masked_keys,
     _rule,
     _steps,
@@ -59,6 +61,8 @@ def _fwd_kernel(
     p_lse,
     p_bounds,
     p_packs,
+    d_k,
+    d_v,
     stride_qb,
     stride_qh,
     stride_qt,
@@ -92,6 +96,7 @@ def _fwd_kernel(
     HAS_STRIPE: tl.constexpr,
     HAS_RATIO: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     found, i_batch, i_pack, q0, k0, first, length, i0 = _query_tile(
@@ -119,41 +124,58 @@ def _fwd_kernel(
     lo_m = _lo(rule, i_m)
     acc = tl.zeros([PACK * BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([PACK * BLOCK_M], tl.float32)
-    top = tl.full([PACK * BLOCK_M], float("-inf"), tl.float32)
+    top = tl.full([PACK * BLOCK_M], -1e30, tl.float32)  # finite: -inf - -inf would be NaN
 
-    for t in range(steps[0]):
-        j, inside = _masked_keys(steps, rule, t, BLOCK_N, BLOCK_SIZE, HAS_STRIPE)
-        o_j = j.to(tl.int64)
-        k = _load(p_k, o_j * stride_ks, inside, D, BLOCK_D, True, UPCAST)
-        v = _load(p_v, o_j * stride_vs, inside, D, BLOCK_D, True, UPCAST)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        s = cap_out * _tanh(s * cap_in) if HAS_SOFTCAP else s * qk_scale
-        keep = _keep(rule, i_m[:, None], j[None, :], lo_m[:, None], BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
-        s = tl.where(keep & inside[None, :], s, float("-inf"))
-        top_new = tl.maximum(top, tl.max(s, 1))
-        base = tl.where(top_new == float("-inf"), 0.0, top_new)  # a row may have seen no key yet: -inf - -inf is NaN
-        p = tl.exp2(s - base[:, None])
-        alpha = tl.exp2(top - base)
-        total = total * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-        top = top_new
-
-    for t in range(steps[1]):
-        j0, o_n = _full_keys(steps, rule, t, BLOCK_N, BLOCK_SIZE, HAS_STRIPE)
-        k = _load(p_k + j0.to(tl.int64) * stride_ks, o_n * stride_ks, 0, D, BLOCK_D, False, UPCAST)
-        v = _load(p_v + j0.to(tl.int64) * stride_vs, o_n * stride_vs, 0, D, BLOCK_D, False, UPCAST)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if HAS_SOFTCAP:
-            s = cap_out * _tanh(s * cap_in)
+    # Outside of segments a key past the last row is either not there or finite: the diagonal may go the fast way too.
+    FOLD: tl.constexpr = TMA and SEGMENTS == 0
+    diagonal = steps[2] if FOLD else 0
+    # A loop that may run zero times merges its initial accumulator with one still being multiplied into, for which
+    # ptxas (C7515) makes every matrix instruction of the kernel wait for the one before: hence the `if`s.
+    if steps[0] > diagonal:
+        for t in range(diagonal, steps[0]):
+            j, inside = _masked_keys(steps, rule, t, BLOCK_N, BLOCK_SIZE, HAS_STRIPE)
+            o_j = j.to(tl.int64)
+            k = _load(p_k, o_j * stride_ks, inside, D, BLOCK_D, True, UPCAST)
+            v = _load(p_v, o_j * stride_vs, inside, D, BLOCK_D, True, UPCAST)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            s = cap_out * _tanh(s * cap_in) if HAS_SOFTCAP else s * qk_scale
+            keep = _keep(rule, i_m[:, None], j[None, :], lo_m[:, None], BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
+            s = tl.where(keep & inside[None, :], s, float("-inf"))
             top_new = tl.maximum(top, tl.max(s, 1))
             p = tl.exp2(s - top_new[:, None])
-        else:
-            top_new = tl.maximum(top, tl.max(s, 1) * qk_scale)
-            p = tl.exp2(s * qk_scale - top_new[:, None])  # one fused multiply-add; needs qk_scale >= 0
-        alpha = tl.exp2(top - top_new)
-        total = total * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-        top = top_new
+            alpha = tl.exp2(top - top_new)
+            total = total * alpha + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+            top = top_new
+
+    if diagonal + steps[1] > 0:
+        for t in range(diagonal + steps[1]):
+            if TMA:
+                j0 = _fast_key(steps, rule, t, diagonal, BLOCK_N, BLOCK_SIZE, HAS_STRIPE)
+                k = _load_box(d_k, i_batch, i_kv, k0 + j0, BLOCK_N, BLOCK_D, UPCAST)
+                v = _load_box(d_v, i_batch, i_kv, k0 + j0, BLOCK_N, BLOCK_D, UPCAST)
+            else:
+                j0, o_n = _full_keys(steps, rule, t, BLOCK_N, BLOCK_SIZE, HAS_STRIPE)
+                k = _load(p_k + j0.to(tl.int64) * stride_ks, o_n * stride_ks, 0, D, BLOCK_D, False, UPCAST)
+                v = _load(p_v + j0.to(tl.int64) * stride_vs, o_n * stride_vs, 0, D, BLOCK_D, False, UPCAST)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if HAS_SOFTCAP:
+                s = cap_out * _tanh(s * cap_in)
+            if FOLD:  # noqa: SIM102 (decided when compiled)
+                if t < diagonal:
+                    j = j0 + tl.arange(0, BLOCK_N)
+                    keep = _keep(rule, i_m[:, None], j[None, :], lo_m[:, None], BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
+                    s = tl.where(keep, s, float("-inf"))
+            if HAS_SOFTCAP:
+                top_new = tl.maximum(top, tl.max(s, 1))
+                p = tl.exp2(s - top_new[:, None])
+            else:
+                top_new = tl.maximum(top, tl.max(s, 1) * qk_scale)
+                p = tl.exp2(s * qk_scale - top_new[:, None])  # one fused multiply-add; needs qk_scale > 0
+            alpha = tl.exp2(top - top_new)
+            total = total * alpha + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+            top = top_new
 
     lse = (top + tl.log2(total)) * 0.6931471805599453
     o_out = head_m * stride_oh + row_m.to(tl.int64) * stride_ot

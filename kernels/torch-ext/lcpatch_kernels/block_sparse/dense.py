@@ -24,12 +24,12 @@ def mask_mod(
     q_seg, q_pos = _positions(bounds, num_queries, queries=True)
     k_seg, k_pos = _positions(bounds, num_keys, queries=False)
     length = (bounds[..., 3] - bounds[..., 2]).long()  # [B, N]
-    rules = _rule_table(spec, str(device))
+    rules = _rule_table(spec, str(device)).unbind()  # one by one: FlexAttention's tracer takes [:, h] for a read-back
     rows = bounds.shape[0]
 
     def keep(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         b = b % rows  # bounds may have one row for the whole batch
-        sinks, stride, residue, num, den, shifted, back, cyclic = rules[:, h]
+        sinks, stride, residue, num, den, shifted, back, cyclic = (table[h] for table in rules)
         seg, i, j = q_seg[b, q_idx], q_pos[b, q_idx], k_pos[b, kv_idx]
         n = length[b, seg.clamp(min=0)]
         share = den > 0
@@ -74,7 +74,7 @@ def flex(
     q: Tensor, k: Tensor, v: Tensor, spec: BlockSparseSpec, bounds: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` through FlexAttention, compiled on a GPU, eager (dense scores) on a CPU."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     keep = mask_mod(spec, bounds, q.shape[2], k.shape[2], q.device)
     # A head-dependent block mask holds H (T / 128)^2 integers a table: 134 MB at 128K and 32 heads.
@@ -84,7 +84,7 @@ def flex(
         return softcap * torch.tanh(score / softcap)
 
     run = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
-    return run(
+    out, aux = run(
         q,
         k,
         v,
@@ -92,8 +92,9 @@ def flex(
         block_mask=block_mask,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
-        return_lse=True,
+        return_aux=AuxRequest(lse=True),
     )
+    return out, aux.lse
 
 
 def _positions(bounds: Tensor, num_tokens: int, *, queries: bool) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""`sparse_decode`: attention of one new token per row over part of its cache: the keys of a pattern, or a list of pages."""
+"""`sparse_decode`: attention of one new token per row over part of its cache: a pattern's keys, or a list of pages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def sparse_decode(
     softcap: float | None = None,
     impl: DecodeImpl = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the newest token of each row. Inference only; lengths are tensors, so a CUDA graph replays at any length.
+    """Attention of the newest token of each row. Inference only.
+
+    Lengths are tensors, so a CUDA graph replays at any length.
 
     Which keys a row attends to comes either from a pattern (`spec`, `bounds`) or from a list (`slots`, `num_keys`).
 
@@ -115,7 +117,8 @@ def _check(
     quantised = k.dtype != q.dtype
     if v.dtype != k.dtype or quantised != (k_scale is not None) or quantised != (v_scale is not None):
         raise ValueError(
-            f"k and v must have q's dtype, or both another one with k_scale and v_scale; got {q.dtype}, {k.dtype}, {v.dtype}"
+            "k and v must have q's dtype, or both another one with k_scale and v_scale; "
+            f"got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     batch, num_kv_heads, size = k.shape[:3]
     wanted = {

@@ -1,8 +1,8 @@
 """One decode step in plain torch: every row gathers the keys that it attends to. The definition for the kernel.
 
-    scores = softcap(scale * q k^T) + bias      over the row's keys, k times its scale if it is quantised
-    lse    = logsumexp(scores)
-    out    = softmax(scores) v
+scores = softcap(scale * q k^T) + bias      over the row's keys, k times its scale if it is quantised
+lse    = logsumexp(scores)
+out    = softmax(scores) v
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def forward(
             continue
         k_t, v_t = k[row, kv_head, keys].to(dtype), v[row, kv_head, keys].to(dtype)
         if k_scale is not None:
-            k_t, v_t = k_t * k_scale[row, kv_head, keys, None].to(dtype), v_t * v_scale[row, kv_head, keys, None].to(dtype)
+            k_t, v_t = (
+                k_t * k_scale[row, kv_head, keys, None].to(dtype),
+                v_t * v_scale[row, kv_head, keys, None].to(dtype),
+            )
         scores = q[row, heads, 0].to(dtype) @ k_t.T * scale
         if softcap:
             scores = softcap * (scores / softcap).tanh()

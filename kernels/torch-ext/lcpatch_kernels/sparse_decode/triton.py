@@ -1,9 +1,9 @@
 """Split-K decode in Triton: the query heads of a pack share a tile, a row's keys are split over several programs.
 
-A decode step moves bytes: each key and value that counts is read once. So few rows would leave most of the chip idle; a
-row is cut into `splits` parts, each with its own online softmax, and a second small kernel merges them by their LSEs. How
-many keys a row has is read on the device, how many parts it is cut into follows from shapes alone: a CUDA graph replays at
-any length.
+A decode step moves bytes: each key and value that counts is read once. A few rows alone would leave most of the chip
+idle, so a row is cut into `splits` parts, each with its own online softmax, and a second small kernel merges them by
+their LSEs. How many keys a row has is read on the device, how many parts it is cut into follows from shapes alone: a
+CUDA graph replays at any length.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def forward(
             *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
             num_kv_heads, heads, size, 0 if slots is None else slots.shape[2], batch,
             scale * LOG2E, 2 * LOG2E * scale / softcap if softcap else 0.0, softcap * LOG2E,
-            D=head_dim, BLOCK_D=block_d, PACK=pack, BLOCK_N=BLOCK_N, SPLITS=splits, PAGE=page_size,
+            D=head_dim, BLOCK_D=block_d, PACK=pack, BLOCK_N=BLOCK_N, PAGE=page_size,
             BLOCK_SIZE=pattern.block_size if table.flags["HAS_STRIPE"] else 1,
             HAS_SOFTCAP=softcap != 0, UPCAST=INTERPRETED and q.dtype != torch.float32,
             num_warps=num_warps, num_stages=num_stages, **table.flags,
@@ -167,7 +167,6 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     PACK: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HAS_SINK: tl.constexpr,
@@ -205,7 +204,7 @@ def _decode_kernel(
         count = tl.full([], 0, tl.int32) + num_slots * PAGE
         if p_num_keys is not None:
             count = tl.minimum(count, tl.load(p_num_keys + i_batch * num_kv_heads + i_kv))
-        begin, end = _part(tl.cdiv(count, BLOCK_N), i_split, SPLITS)
+        begin, end = _part(tl.cdiv(count, BLOCK_N), i_split)
         for t in range(begin, end):
             n = t * BLOCK_N + o_n
             page = tl.load(p_list + n // PAGE, n < count, -1)
@@ -220,7 +219,7 @@ def _decode_kernel(
         i = length - 1
         steps = _steps(rule, i, i, length, BLOCK_N, BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
         lo = _lo(rule, i)
-        begin, end = _part(tl.where(length > 0, steps[0] + steps[1], 0), i_split, SPLITS)
+        begin, end = _part(tl.where(length > 0, steps[0] + steps[1], 0), i_split)
         for t in range(begin, tl.minimum(end, steps[1])):
             j0, o_j = _full_keys(steps, rule, t, BLOCK_N, BLOCK_SIZE, HAS_STRIPE)
             acc, total, top = _absorb(
@@ -242,9 +241,9 @@ def _decode_kernel(
 
 
 @triton.jit
-def _part(steps, i_split, SPLITS: tl.constexpr):
+def _part(steps, i_split):
     """The steps [begin, end) of split `i_split`."""
-    each = tl.cdiv(steps, SPLITS)
+    each = tl.cdiv(steps, tl.num_programs(0))
     return tl.minimum(i_split * each, steps), tl.minimum((i_split + 1) * each, steps)
 
 
