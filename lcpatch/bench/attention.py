@@ -255,27 +255,46 @@ def _grouped_cudnn(q: Tensor, k: Tensor, v: Tensor, group: int) -> Tensor:
 
 def _flex(pattern: S2, shape: Shape, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
     """FlexAttention with S2's rule in closed form, so that it is not slowed by the generality of our `mask_mod`."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
     q, k, v = inputs
+    torch._dynamo.reset()  # past 8 patterns and lengths dynamo would fall back to eager, which holds all scores
+    compiled = torch.compile(flex_attention, dynamic=False)
+    block_mask = flex_block_mask(pattern, shape, q.shape[2], q.device)
+    return partial(compiled, q, k, v, block_mask=block_mask, enable_gqa=True)
+
+
+def flex_block_mask(pattern: S2, shape: Shape, length: int, device: torch.device) -> Any:
+    """FlexAttention's `BlockMask` of S2 without sinks, from the pattern's blocks.
+
+    `create_block_mask` would ask all H T T pairs, compiled anew for every pattern and length; asking each pair of
+    64-token blocks gives the same tables (a test compares them) in 134 MB at 128K.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
     block, local, stride = pattern.block_size, pattern.local_blocks, pattern.stride
-    group = shape.num_heads // shape.num_kv_heads
+    group, tile = shape.num_heads // shape.num_kv_heads, 128
 
     def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         far = (j // block + h // group) % stride == 0
         return (j <= i) & ((i // block - j // block < local) | far)
 
-    compiled = torch.compile(flex_attention, dynamic=False)
-    block_mask = None
+    unit = min(block, tile)
+    starts = torch.arange(0, -(-length // tile) * tile, unit, device=device)
+    head = torch.arange(shape.num_heads, device=device)[:, None, None]
+    seen = keep(head, head, starts[:, None] + unit - 1, starts)  # a unit pair's last row: whether any pair is kept
+    whole = keep(head, head, starts[:, None], starts + unit - 1)  # its first row and last key: whether all are
+    per = tile // unit
 
-    def forward() -> Tensor:
-        nonlocal block_mask
-        if block_mask is None:
-            make = torch.compile(create_block_mask, dynamic=False)  # eager would hold H T T booleans
-            block_mask = make(keep, 1, shape.num_heads, q.shape[2], k.shape[2], device="cuda")
-        return compiled(q, k, v, block_mask=block_mask, enable_gqa=True)
+    def ordered(kept: Tensor) -> tuple[Tensor, Tensor]:
+        indices = kept.int().argsort(dim=-1, descending=True, stable=True)
+        return kept.sum(-1, dtype=torch.int32)[None], indices.int()[None]
 
-    return forward
+    seen, whole = (x.unflatten(2, (-1, per)).unflatten(1, (-1, per)) for x in (seen, whole))
+    seen, whole = seen.any(4).any(2), whole.all(4).all(2)
+    return BlockMask.from_kv_blocks(
+        *ordered(seen & ~whole), *ordered(whole), BLOCK_SIZE=tile, mask_mod=keep, seq_lengths=(length, length)
+    )
 
 
 def _out_and_grads(forward: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> list[Tensor]:

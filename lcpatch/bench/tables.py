@@ -11,41 +11,38 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
 def attention(result: Result) -> Table:
-    """Our kernel and FlexAttention, a line per pattern and length; dense peers in the first lines."""
-    header = (
-        "Tokens",
-        "Pattern",
-        "Kernel",
-        "Density",
-        "Forward ms",
-        "Backward ms",
-        "Share of matmul rate",
-        "Speed-up over FA2",
-    )
-    rows = []
-    for row in result["rows"]:
-        start = (_tokens(row["length"]), row["pattern"], row["provider"], f"{row['density']:.1%}")
+    """A line per pattern and kernel, a column per length: speed-up over FA2, share of the ceiling of either pass."""
+
+    def cell(row: dict[str, Any]) -> str:
         if row["why"]:
-            rows.append((*start, "-", "-", row["why"], "-"))
-            continue
-        share = f"{row['forward_share']:.2f} / {row['backward_share']:.2f}"
+            return row["why"]
         gain = "1" if row["provider"] == "FA2" else _times(row["both_vs_fa2"])
-        rows.append((*start, _ms(row["forward_ms"]), _ms(row["backward_ms"]), share, gain))
-    return header, rows
+        return f"{gain} ({row['forward_share']:.2f} / {row['backward_share']:.2f})"
+
+    return _by_length(result, ("pattern", "provider"), ("Pattern", "Kernel"), cell)
 
 
 def decode(result: Result) -> Table:
-    """One step, a line per batch, length and kernel."""
-    header = ("Batch", "Tokens", "Pattern", "Kernel", "MB read", "ms", "Share of copy bandwidth", "Speed-up over FA2")
-    rows = []
-    for row in result["rows"]:
-        start = (str(row["batch"]), _tokens(row["length"]), row["pattern"], row["provider"], f"{row['megabytes']:.0f}")
+    """A line per batch, pattern and kernel, a column per length: milliseconds, share of the bandwidth, speed-up."""
+
+    def cell(row: dict[str, Any]) -> str:
         if row["why"]:
-            rows.append((*start, "-", row["why"], "-"))
-            continue
+            return row["why"]
         gain = "1" if row["vs_fa2"] is None else _times(row["vs_fa2"])
-        rows.append((*start, f"{row['ms']:.3f}", f"{row['bandwidth_share']:.2f}", gain))
-    return header, rows
+        return f"{row['ms']:.3f} ms ({row['bandwidth_share']:.2f}), {gain}"
+
+    return _by_length(result, ("batch", "pattern", "provider"), ("Batch", "Pattern", "Kernel"), cell)
+
+
+def _by_length(
+    result: Result, keys: tuple[str, ...], names: tuple[str, ...], cell: Callable[[dict[str, Any]], str]
+) -> Table:
+    lengths = sorted({row["length"] for row in result["rows"]})
+    lines: dict[tuple[str, ...], dict[int, str]] = {}
+    for row in result["rows"]:
+        lines.setdefault(tuple(str(row[key]) for key in keys), {})[row["length"]] = cell(row)
+    header = (*names, *(f"{_tokens(n)} tokens" for n in lengths))
+    return header, [(*line, *(cells.get(n, "") for n in lengths)) for line, cells in lines.items()]
 
 
 def model(result: Result) -> Table:
@@ -117,10 +114,6 @@ def plot(result: Result, path: Path) -> None:
 
 def _tokens(n: int) -> str:
     return f"{n // 1024}K" if n % 1024 == 0 else str(n)
-
-
-def _ms(x: float) -> str:
-    return f"{x:.2f}" if x < 10 else f"{x:.1f}"
 
 
 def _times(x: float | None) -> str:
