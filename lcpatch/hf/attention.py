@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lcpatch_kernels import DENSE, BlockSparseSpec, block_sparse
+from lcpatch_kernels import BlockSparseSpec
 
 from .bounds import from_cu_seq_lens, from_positions, is_compact, split
-from .mask import dense_name, expand
-from .state import SINK_LOGIT, LayerState, state_of
+from .mask import expand, knows_no_documents, padding_of
+from .state import SINK_LOGIT, LayerState, dense_name, own_spec, state_of
+from .watch import Call, attend, take_layer
 
 
 def attention(
@@ -55,21 +56,27 @@ def attention(
             given part of it.
     """
     state = state_of(module)
-    spec = None if state is None else state.active_spec(module, query.shape[1])
+    spec = None if state is None else state.active_spec(module)
+    layer = None if state is None else take_layer(state, module)
+    if spec is None and layer is not None and layer.wants_dense(query):
+        spec = state.own
     bounds = _packed(query, key, attention_mask, position_ids, cu_seq_lens_q)
     if spec is None and (bounds is None or _isolates(state, module, attention_mask, cu_seq_lens_q)):
         passed_on = {"position_ids": position_ids, "cu_seq_lens_q": cu_seq_lens_q, **kwargs}
         options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux, **passed_on}
         return _dense(module, query, key, value, attention_mask, state, options)
     if spec is None:  # packed rows that the dense implementation would let see each other
-        spec = BlockSparseSpec.of([DENSE] * query.shape[1])
+        window = kwargs.pop("sliding_window", None)
+        spec = own_spec(query.shape[1], window) if state is None else state.own
+        attention_mask = attention_mask if window is None else None  # the rule says the window, the bounds the padding
     _refuse(module, state, attention_mask, dropout, kwargs)
     if bounds is None and is_compact(attention_mask):
         bounds, _ = split(attention_mask)
     if state is not None:
-        _check_length(state, spec, query.shape[2], key.shape[2])
-    impl = "auto" if state is None else state.impl
-    out, lse = block_sparse(query, key, value, spec, bounds=bounds, scale=scaling, softcap=softcap, impl=impl)
+        packed = bounds is not None and bounds.shape[1] > 1
+        _check_length(state, spec, query.shape[2], key.shape[2], packed)
+    call = Call(query, key, value, spec, bounds, scaling, softcap, "auto" if state is None else state.impl)
+    out, lse = attend(call) if layer is None else layer.attend(call)
     logit = getattr(module, SINK_LOGIT, s_aux)
     if logit is not None:
         out = add_sink_logit(out, lse, logit)
@@ -94,7 +101,11 @@ def _packed(
         return None
     if cu_seq_lens is not None and query.shape[0] == 1:
         return from_cu_seq_lens(cu_seq_lens)
-    if position_ids is None or position_ids.dim() != 2 or not (mask is None or is_compact(mask)):
+    if position_ids is None or position_ids.dim() != 2:
+        return None
+    if knows_no_documents(mask):
+        mask = padding_of(mask)
+    if not (mask is None or is_compact(mask)):
         return None
     if mask is not None and split(mask)[0].shape[1] > 1:
         return None  # it tells of them already
@@ -131,7 +142,7 @@ def _dense(
 
 def _refuse(module: nn.Module, state: LayerState | None, mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:
     """Nothing that the op cannot do is dropped in silence."""
-    what = f"layer {getattr(module, 'layer_idx', '?')} ({state.method if state else 'packed'})"
+    what = f"layer {getattr(module, 'layer_idx', '?')} ({(state and state.method) or 'packed documents'})"
     if dropout:
         raise ValueError(
             f"{what}: attention dropout {dropout} is not supported under a pattern; set attention_dropout to 0 in the "
@@ -153,13 +164,15 @@ def _refuse(module: nn.Module, state: LayerState | None, mask: Any, dropout: flo
         _warn("output_attentions=True: no weights are returned, a pattern's kernel never holds them")
 
 
-def _check_length(state: LayerState, spec: BlockSparseSpec, num_queries: int, num_keys: int) -> None:
+def _check_length(state: LayerState, spec: BlockSparseSpec, num_queries: int, num_keys: int, packed: bool) -> None:
     if spec is state.spec and state.follows_length and num_queries != num_keys:
         raise ValueError(
             f"{state.method}: a group_ratio is a share of the whole sequence, but {num_queries} queries came with "
             f"{num_keys} keys; give a fixed group_size, as in lcpatch.apply(model, {state.method!r}, group_size=1024)"
         )
     if torch.compiler.is_compiling() or state.max_positions is None or num_keys <= state.max_positions:
+        return
+    if packed:  # positions restart in every document, so the row's length says nothing
         return
     _warn(
         f"the sequence is longer than the {state.max_positions} positions this model was trained for; without RoPE "

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-# position_ids -> (version, mask, bounds): all layers of a forward, and its recomputation in the backward, look once.
+# position_ids -> (version, mask, batch, bounds): the layers of a forward, and their recomputation, look once.
 _documents: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -122,10 +122,10 @@ def from_positions(position_ids: Tensor, mask: Tensor | None, batch: int) -> Ten
         return None
     if position_ids.is_inference():  # carries no version, so a change in place could not be noticed
         return _from_restarts(positions, within)
-    version, known_mask, bounds = _documents.get(position_ids, (None, None, None))
-    if version != position_ids._version or known_mask is not mask:
+    version, known_mask, known_batch, bounds = _documents.get(position_ids, (None, None, None, None))
+    if version != position_ids._version or known_mask is not mask or known_batch != batch:
         bounds = _from_restarts(positions, within)
-        _documents[position_ids] = (position_ids._version, mask, bounds)
+        _documents[position_ids] = (position_ids._version, mask, batch, bounds)
     return bounds
 
 

@@ -15,8 +15,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, causal_mask_function
 
 from .bounds import compact, from_padding, from_starts, split
+from .state import dense_name
 
 _expanded: WeakIdKeyDictionary = WeakIdKeyDictionary()  # compact mask -> {implementation: the mask it wants}
+_unpacked: WeakIdKeyDictionary = WeakIdKeyDictionary()  # windowed layers' mask that knows no documents -> compact mask
 
 
 def mask(
@@ -40,10 +42,12 @@ def mask(
     dense = dense_name(config)
     device = torch.device(device)
     starts = _document_starts(mask_function, batch_size, q_length, kv_length, device)
+    seen = q_offset + q_length - kv_offset
+    real = None if attention_mask is None else _fit(attention_mask, kv_length, kv_offset)
     if kwargs.get("local_size") is not None or kwargs.get("use_vmap") or starts is False:
         if dense not in ALL_MASK_ATTENTION_FUNCTIONS:
             return None
-        return ALL_MASK_ATTENTION_FUNCTIONS[dense](
+        theirs = ALL_MASK_ATTENTION_FUNCTIONS[dense](
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -55,19 +59,25 @@ def mask(
             device=device,
             **kwargs,
         )
+        if isinstance(theirs, Tensor) and isinstance(starts, Tensor) and not bool(starts.any()):
+            nothing = _says_nothing(real, q_length, kv_length, seen)
+            _unpacked[theirs] = None if nothing else compact(from_padding(real, batch_size, q_length, seen, device), 0)
+        return theirs
     if starts is not None:
         return compact(from_starts(starts), 0)
-    seen = q_offset + q_length - kv_offset
-    real = None if attention_mask is None else _fit(attention_mask, kv_length, kv_offset)
     if _says_nothing(real, q_length, kv_length, seen) and (dense == "sdpa" or "flash" in dense):
         return None
     return compact(from_padding(real, batch_size, q_length, seen, device), seen - q_length)
 
 
-def dense_name(config: Any) -> str:
-    """The implementation of what the patch leaves dense: "sdpa" if the config says nothing."""
-    patch = getattr(config, "lcpatch", None) or {}
-    return patch.get("dense", "sdpa")
+def knows_no_documents(mask: Any) -> bool:
+    """Whether `mask` is a windowed layer's that `mask` above made without having been told of packing."""
+    return not torch.compiler.is_compiling() and isinstance(mask, Tensor) and mask in _unpacked
+
+
+def padding_of(mask: Tensor) -> Tensor | None:
+    """The compact mask of the padding in a mask that `knows_no_documents`; None: no padding."""
+    return _unpacked[mask]
 
 
 def expand(mask: Tensor, dense: str, num_queries: int, num_keys: int, dtype: torch.dtype, config: Any) -> Any:

@@ -19,3 +19,17 @@ def register() -> None:
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
+
+
+def check_dense(name: str) -> str:
+    """`name`, if a layer can run it where it stays dense.
+
+    Raises:
+        ValueError: no such attention implementation, or our own.
+    """
+    from transformers import AttentionInterface
+
+    known = sorted({"eager", *AttentionInterface().valid_keys()} - {NAME})
+    if name not in known and "/" not in name:  # "org/kernel" is looked up on the Hub
+        raise ValueError(f"dense={name!r} is not one of transformers' implementations: {', '.join(known)}")
+    return name

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from lcpatch_kernels import DENSE, BlockSparseSpec
+from lcpatch_kernels import DENSE, BlockSparseSpec, Rule
 
 ATTRIBUTE = "_lcpatch"
 """The attribute of an attention module that holds its `LayerState`."""
@@ -27,6 +28,9 @@ class LayerState:
         impl: implementation of `lcpatch_kernels.block_sparse`.
         follows_length: the spec needs the whole sequence at once (see `AttentionPattern.follows_length`).
         max_positions: the model's trained range of positions, in tokens; None if unknown.
+        own: what the layer attends to without a pattern: everything before, or its own sliding window. Built ahead,
+            as a spec cannot be built under tracing.
+        cache: a cache of ours that this forward passed to the module, until its attention takes it (see `watch`).
     """
 
     method: str | None
@@ -36,8 +40,10 @@ class LayerState:
     impl: str = "auto"
     follows_length: bool = False
     max_positions: int | None = None
+    own: BlockSparseSpec | None = None
+    cache: Any = None
 
-    def active_spec(self, module: nn.Module, num_heads: int) -> BlockSparseSpec | None:
+    def active_spec(self, module: nn.Module) -> BlockSparseSpec | None:
         """The spec to run now, or None to leave this call to the dense implementation.
 
         A learnable sink logit is part of the model, so a module that has one runs our op even where it is dense.
@@ -45,9 +51,20 @@ class LayerState:
         sparse = self.spec is not None and (self.mode == "always" or (self.mode == "train" and module.training))
         if sparse:
             return self.spec
-        return BlockSparseSpec.of([DENSE] * num_heads) if hasattr(module, SINK_LOGIT) else None
+        return self.own if hasattr(module, SINK_LOGIT) else None
+
+
+def own_spec(num_heads: int, window: int | None) -> BlockSparseSpec:
+    """Causal attention within `window` tokens, or within everything."""
+    return BlockSparseSpec.of([DENSE if window is None else Rule(back=window - 1)] * num_heads)
 
 
 def state_of(module: nn.Module) -> LayerState | None:
     """The module's state, or None if it was never patched."""
     return getattr(module, ATTRIBUTE, None)
+
+
+def dense_name(config: Any) -> str:
+    """The implementation of what the patch leaves dense: "sdpa" if the config says nothing."""
+    patch = getattr(config, "lcpatch", None) or {}
+    return patch.get("dense", "sdpa")

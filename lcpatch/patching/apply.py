@@ -8,17 +8,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import nn
 
 from lcpatch_kernels import BlockSparseSpec
+from lcpatch_kernels.block_sparse import Impl
 
 from ..core.config import PatchConfig, parse_sinks
 from ..core.errors import UnsupportedModelError
 from ..hf import NAME, LayerState, register
-from ..hf.state import ATTRIBUTE, SINK_LOGIT
+from ..hf.registration import check_dense
+from ..hf.state import ATTRIBUTE, SINK_LOGIT, dense_name, own_spec
+from ..hf.watch import unwatch
 from ..patterns import AttentionPattern
 from .resolve import Layers, attention_modules, config_of, pattern_of, shape_of, sparse_layers, with_sink_tokens
 
@@ -33,15 +36,39 @@ class Record:
 
     Args:
         config: the patch, every choice resolved.
+        impl: the implementation that was asked for.
         originals: the model's config objects before; they are never changed.
         copies: the copies in use while patched, in the same order.
         snapshots: the copies' contents right after patching: what differs later, the user changed.
     """
 
     config: PatchConfig
+    impl: str
     originals: list[Any] = field(default_factory=list)
     copies: list[Any] = field(default_factory=list)
-    snapshots: list[dict[str, Any]] = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)
+
+
+@dataclass
+class Snapshot:
+    """A config's attributes at one time, and what its containers held."""
+
+    attributes: dict[str, Any]
+    contents: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: Any) -> Snapshot:
+        containers = {k: v for k, v in config.__dict__.items() if isinstance(v, (dict, list, set))}
+        return cls(dict(config.__dict__), copy.deepcopy(containers))
+
+    def carry_changes(self, config: Any, target: Any) -> None:
+        """Do to `target` what was done to `config` since."""
+        for name, value in config.__dict__.items():
+            known = name in self.attributes and self.attributes[name] is value
+            if not known or (name in self.contents and self.contents[name] != value):
+                target.__dict__[name] = value
+        for name in self.attributes.keys() - config.__dict__.keys():
+            target.__dict__.pop(name, None)
 
 
 def apply(
@@ -76,21 +103,23 @@ def apply(
         UnsupportedModelError: a model that cannot take a pattern.
         ValueError: an option, layer or mode that does not fit.
     """
-    config = config_of(method, {"layers": layers, "mode": mode, "sinks": sinks, **options})
     base = unwrap(model)
     modules = attention_modules(base)
     if (record := getattr(base, RECORD, None)) is not None:
         layer_config = record.originals[0]
     else:
         layer_config = base.config
+    if layers is not None:
+        layers = sparse_layers(layers, layer_config, list(modules))
+    config = config_of(method, {"layers": layers, "mode": mode, "sinks": sinks, **options})
     pattern = pattern_of(config)
-    states, config = _states(layer_config, list(modules), pattern, config, impl)
+    states, config = _states(layer_config, modules, pattern, config, impl)
     _check(modules, states, layer_config, config, pattern)
 
     if record is not None:
         remove(model)
     register()
-    record = Record(config)
+    record = Record(config, impl)
     setattr(base, RECORD, record)
     _own_config(model, base, record)
     for index, module in modules.items():
@@ -109,11 +138,10 @@ def remove(model: Model) -> Model:
         return model
     for module in base.modules():
         module.__dict__.pop(ATTRIBUTE, None)
+        unwatch(module)
         module._parameters.pop(SINK_LOGIT, None)
     for original, copied, before in zip(record.originals, record.copies, record.snapshots, strict=True):
-        for name, value in copied.__dict__.items():  # what the user changed meanwhile stays changed
-            if name not in before or before[name] is not value:
-                original.__dict__[name] = value
+        before.carry_changes(copied, original)  # what the user changed meanwhile stays changed
     _replace_configs(model, base, record.copies, record.originals)
     del base.__dict__[RECORD]
     return model
@@ -123,6 +151,7 @@ def remove(model: Model) -> Model:
 def patched(model: Model, method: Any, **settings: Any) -> Iterator[Model]:
     """`with patched(model, "sf"):` applies a patch and afterwards restores what was there, an earlier patch too."""
     record: Record | None = getattr(unwrap(model), RECORD, None)
+    logits = {m: m._parameters[SINK_LOGIT] for m in model.modules() if SINK_LOGIT in m._parameters}
     apply(model, method, **settings)
     try:
         yield model
@@ -130,7 +159,9 @@ def patched(model: Model, method: Any, **settings: Any) -> Iterator[Model]:
         if record is None:
             remove(model)
         else:
-            apply(model, record.config)
+            apply(model, record.config, impl=record.impl)
+            for module, logit in logits.items():
+                module.register_parameter(SINK_LOGIT, logit)
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -140,25 +171,32 @@ def unwrap(model: nn.Module) -> Any:
 
 
 def _states(
-    model_config: Any, indices: list[int], pattern: AttentionPattern, config: PatchConfig, impl: str
+    model_config: Any, modules: dict[int, nn.Module], pattern: AttentionPattern, config: PatchConfig, impl: str
 ) -> tuple[dict[int, LayerState], PatchConfig]:
     """Each layer's state, and the config with every choice resolved."""
-    chosen = sparse_layers(config.layers, model_config, indices)
+    chosen = sparse_layers(config.layers, model_config, list(modules))
     dense = config.dense or model_config._attn_implementation or "sdpa"
+    if dense == NAME:  # a config that was taken from a patched model
+        dense = dense_name(model_config)
     config = replace(
         config,
         options=pattern.to_options(),
         layers=tuple(chosen),
         mode=config.mode or pattern.default_mode,
-        dense=dense,
+        dense=check_dense(dense),
     )
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, get_args(Impl)))}")
     if config.mode == "always" and pattern.follows_length:
         raise ValueError(
             f"{pattern.name}: mode='always' must also work on a sequence that still grows, which has no length to take "
             f"a share of; give a fixed group_size, such as {pattern.name!r}, group_size=1024 (and no wrap)"
         )
     limit = getattr(model_config, "max_position_embeddings", None)
-    states = {n: LayerState(None, None, config.mode, dense, impl, False, limit) for n in indices}
+    states = {}
+    for index, module in modules.items():
+        own = own_spec(model_config.num_attention_heads, getattr(module, "sliding_window", None))
+        states[index] = LayerState(None, None, config.mode, dense, impl, False, limit, own)
     for rank, index in enumerate(chosen):
         shape = shape_of(model_config, rank, len(chosen))
         rules = with_sink_tokens(pattern.rules(shape), config.sinks)
@@ -206,7 +244,7 @@ def _own_config(model: nn.Module, base: Any, record: Record) -> None:
     _replace_configs(model, base, record.originals, record.copies)
     own.lcpatch = record.config.to_dict()
     base.set_attn_implementation(NAME)
-    record.snapshots = [dict(c.__dict__) for c in record.copies]
+    record.snapshots = [Snapshot.of(c) for c in record.copies]
 
 
 def _replace_configs(model: nn.Module, base: Any, old: list[Any], new: list[Any]) -> None:

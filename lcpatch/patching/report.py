@@ -55,7 +55,7 @@ def _row(index: int, module: nn.Module, kind: str, implementation: str) -> Layer
     if state.spec is None:
         why = "left dense by `layers`" if kind == "full_attention" else "attends within a window of its own"
         return LayerReport(index, kind, None, None, state.dense, why)
-    spec = state.active_spec(module, state.spec.num_heads)
+    spec = state.active_spec(module)
     if spec is None:
         why = "mode='never'" if state.mode == "never" else "mode='train' and the model is in eval mode"
         return LayerReport(index, kind, state.method, state.mode, state.dense, why)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         m.layer_idx: m
         for m in model.modules()
         if isinstance(getattr(m, "layer_idx", None), int)
-        and hasattr(m, "is_causal")
+        and getattr(m, "is_causal", False)
         and "Attention" in type(m).__name__
         and hasattr(m, "config")
     }
@@ -125,7 +126,7 @@ def sparse_layers(layers: Layers, config: Any, indices: list[int]) -> list[int]:
     elif callable(layers):
         chosen = [n for n in full if layers(n)]
     else:
-        chosen = sorted(set(layers))
+        chosen = _indices(layers)
         if unknown := [n for n in chosen if n not in indices]:
             raise ValueError(
                 f"layers: there is no layer {unknown[0]}; this model has layers {indices[0]} to {indices[-1]}"
@@ -135,6 +136,13 @@ def sparse_layers(layers: Layers, config: Any, indices: list[int]) -> list[int]:
     if not chosen:
         raise ValueError(f"layers={layers!r} selects none of the full-attention layers {full}")
     return chosen
+
+
+def _indices(layers: object) -> list[int]:
+    try:
+        return sorted({index(n) for n in layers})  # numpy's integers are as good as Python's
+    except TypeError as error:
+        raise ValueError(f"layers={layers!r} must be a list of layer indices, 'every_N', a function or None") from error
 
 
 def shape_of(config: Any, rank: int, num_sparse: int) -> LayerShape:

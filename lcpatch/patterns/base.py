@@ -22,6 +22,9 @@ patterns: Registry[type[AttentionPattern]] = Registry(
     ),
 )
 
+MAX_DENOMINATOR = 4096
+"""A group's share of the length is the nearest fraction with no larger denominator: kernels take it as two integers."""
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -119,7 +122,8 @@ class GroupedPattern(AttentionPattern):
         if self.group_size is not None:
             self._require("group_size", "a whole number >= 2", _is_int(self.group_size) and self.group_size >= 2)
         else:
-            self._require("group_ratio", "in (0, 1], such as 1/4", 0 < float(self.group_ratio) <= 1)
+            ratio_ok = _is_number(self.group_ratio) and 1 / MAX_DENOMINATOR <= self.group_ratio <= 1
+            self._require("group_ratio", f"a number in (0, 1], such as 1/4, and at least 1/{MAX_DENOMINATOR}", ratio_ok)
             object.__setattr__(self, "group_ratio", float(self.group_ratio))
 
     @property
@@ -131,8 +135,12 @@ class GroupedPattern(AttentionPattern):
         """The group as `Rule` takes it."""
         if self.group_size is not None:
             return self.group_size
-        return Fraction(self.group_ratio).limit_denominator(4096)
+        return Fraction(self.group_ratio).limit_denominator(MAX_DENOMINATOR)
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from lcpatch_kernels import Rule
 
-from .base import GroupedPattern, LayerShape, _is_int, patterns
+from .base import GroupedPattern, LayerShape, _is_int, _is_number, patterns
 
 
 @patterns.register("sf")
@@ -44,7 +44,8 @@ class SF(GroupedPattern):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("returned_fraction", "in [0, 1]", 0 <= self.returned_fraction <= 1)
+        fraction_ok = _is_number(self.returned_fraction) and 0 <= self.returned_fraction <= 1
+        self._require("returned_fraction", "a number in [0, 1]", fraction_ok)
         self._require("num_sinks", "a whole number >= 0", _is_int(self.num_sinks) and self.num_sinks >= 0)
 
     def rules(self, layer: LayerShape) -> Sequence[Rule]:

@@ -40,6 +40,10 @@ class Shift(GroupedPattern):
 
     wrap: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("wrap", "True or False", isinstance(self.wrap, bool))
+
     @property
     def causal(self) -> bool:
         return not self.wrap
