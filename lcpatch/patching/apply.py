@@ -94,7 +94,9 @@ def apply(
             default: every full-attention layer. The others stay bit-equal.
         mode: "train" (sparse while `model.training`, dense otherwise), "always" or "never"; default: the method's own.
         sinks: "tokens" or "tokens:N": the first 4 or N real tokens stay visible to every row; "logit": a learnable
-            logit per query head, as a parameter of each sparse layer, so low at the start that nothing changes.
+            logit per query head, as a parameter of each sparse layer. It starts at -15 and takes the share
+            exp(-15 - LSE) of a row: nothing that fp32 shows unless a row's LSE is below about 0. "logit:START" sets
+            another start: lower is closer to no change, higher has larger gradients.
         impl: implementation of the attention op: "auto", "triton", "reference", "sdpa" or "flex".
         **options: the method's options, as fields of its pattern.
 
