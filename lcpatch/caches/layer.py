@@ -59,6 +59,7 @@ class GrowingLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens."""
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding in transformers 5.17 hands over a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop({tokens_to_remove}): give a negative number, how many tokens to remove from the end"

@@ -132,6 +132,7 @@ class S2Layer(DynamicLayer):
         Raises:
             ValueError: rows would then need blocks that are freed already.
         """
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding in transformers 5.17 hands over a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop({tokens_to_remove}): give a negative number, how many tokens to remove from the end"
