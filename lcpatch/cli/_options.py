@@ -45,6 +45,8 @@ def _value(name: str, text: str) -> Any:
     if "/" in text and text.replace("/", "", 1).isdigit():  # --group-ratio 1/8
         top, bottom = text.split("/")
         return int(top) / int(bottom) if int(bottom) else text
+    if text.startswith("."):  # --budget .2, which JSON has not
+        text = f"0{text}"
     try:
         return json.loads(text)
     except json.JSONDecodeError:

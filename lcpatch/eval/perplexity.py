@@ -1,4 +1,4 @@
-"""Perplexity without a logit for every token at once: memory is one chunk x vocabulary, whatever the length.
+"""Perplexity, as a measure and as a task. Memory is one chunk x vocabulary, whatever the length.
 
 The text goes through the decoder once. Its hidden states then go, a chunk at a time, through whatever the model itself
 puts behind them: the head, a logit scale (Cohere, Granite), a final softcap (Gemma). That is done by calling the model
@@ -7,18 +7,36 @@ on a single token and handing it the chunk in place of what its decoder returned
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..patching.apply import unwrap
+from .task import Task, Unit, tasks
+
+if TYPE_CHECKING:
+    from .reader import Reader
+    from .text import Text
+
+PROTOCOLS = ("longlora", "sliding")
+STRIDE = 256
+"""Tokens from one window of the `longlora` protocol to the next."""
+TAIL = 1024
+"""The last tokens of a window, which have the longest context: they are also reported for themselves."""
+BINS = 64
+CPU_ROWS = 64
+"""Rows of logits whose loss a CPU computes at a time: 256 of 49,152 in one go take thrice as long, in page faults."""
 
 
 @torch.no_grad()
 def token_nll(
-    model: nn.Module, input_ids: Tensor, *, attention_mask: Tensor | None = None, chunk_size: int = 256, **kwargs: Any
+    model: nn.Module, input_ids: Tensor, *, attention_mask: Tensor | None = None, chunk_size: int = 512, **kwargs: Any
 ) -> Tensor:
     """What each next token costs: its negative log-likelihood in nats, given all before it.
 
@@ -65,10 +83,76 @@ def perplexity(nll: Tensor) -> float:
     return float(nll.double().nanmean().exp())
 
 
+@tasks.register("perplexity")
+@dataclass(frozen=True)
+class Perplexity(Task):
+    """How well the next token of a text is predicted, in windows of the length that is measured.
+
+    Source: LongLoRA's evaluation code, arXiv 2309.12307 (`longlora`: a window every 256 tokens over the joined text,
+    one forward each from an empty cache, all positions averaged; perplexity = exp of the mean of the windows' losses),
+    and the usual sliding window (`sliding`: a window every `last` tokens of which only the last `last` are scored).
+    Departures: `max_windows` of them, evenly spread from the text's beginning on, instead of all; and a tokenizer that
+    puts a token before every text (BOS) also puts it before every window, in place of the window's last token.
+
+    Args:
+        protocol: "longlora" or "sliding".
+        last: tokens scored in a window of `sliding`.
+        max_windows: 0: all.
+    """
+
+    title: ClassVar[str] = "perplexity of real text, in tokens and in bytes"
+    source: ClassVar[str] = "2309.12307"
+    only_plan: ClassVar[tuple[str, ...]] = ("max_windows",)
+    scores_text: ClassVar[bool] = True
+
+    protocol: str = "longlora"
+    last: int = 256
+    max_windows: int = 10
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol={self.protocol!r} is not one of {', '.join(PROTOCOLS)}")
+        if self.last < 1 or self.max_windows < 0:
+            raise ValueError(f"last={self.last} must be at least 1, and max_windows={self.max_windows} at least 0")
+
+    def units(self, text: Text, length: int, seeds: Sequence[int]) -> Iterator[Unit]:
+        """One a window; a text has no randomness, so seeds change nothing."""
+        if self.protocol == "sliding" and self.last >= length:
+            raise ValueError(f"last={self.last} must be less than the length, {length}")
+        own = length - len(text.prefix)
+        text.need(own)
+        starts = range(0, len(text.stream) - own + 1, STRIDE if self.protocol == "longlora" else self.last)
+        count = min(self.max_windows or len(starts), len(starts))
+        for number in range(count):
+            yield Unit(length, 0, {"start": starts[number * len(starts) // count]})
+
+    def sample(self, text: Text, unit: Unit) -> Tensor:
+        """The window, [1, length]."""
+        start = unit.facts["start"]
+        own = text.stream[start : start + unit.length - len(text.prefix)]
+        return torch.cat([torch.tensor(text.prefix, dtype=torch.long), own])[None]
+
+    def measure(self, text: Text, sample: Tensor, reader: Reader, score: str) -> dict[str, Any]:
+        """Losses of the window: their mean, by position, and per byte."""
+        nll = reader.nll(sample)[0].double()
+        scored = nll[-self.last :] if self.protocol == "sliding" else nll
+        size = len(text.decode(sample[0, -len(scored) :]).encode())
+        edges = [round(n * len(nll) / BINS) for n in range(BINS + 1)] if len(nll) >= BINS else range(len(nll) + 1)
+        bins = [[a, b, float(nll[a:b].mean())] for a, b in pairwise(edges)]
+        row = {"nll": float(scored.mean()), "tokens": len(scored), "bytes": size, "positions": bins}
+        row["bits_per_byte"] = float(scored.sum()) / math.log(2) / max(size, 1)
+        return row | ({"tail_nll": float(nll[-TAIL:].mean())} if len(nll) > TAIL else {})
+
+
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     # Rows of classes, not [B, V, n]: along a strided axis a CPU takes ten times as long.
-    flat = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().to(logits.device), reduction="none")
-    return flat.view(targets.shape)
+    rows, classes = logits.flatten(0, 1), targets.flatten().to(logits.device)
+    size = CPU_ROWS if rows.device.type == "cpu" else len(rows)
+    pieces = zip(rows.split(size), classes.split(size), strict=True)
+    return torch.cat([F.cross_entropy(part.float(), right, reduction="none") for part, right in pieces]).view(
+        targets.shape
+    )
 
 
 def _hidden(model: nn.Module, base: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:

@@ -1,0 +1,103 @@
+"""Results on disk: one JSON line each, written when it is there, so that a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+FILE = "results.jsonl"
+
+
+class Store:
+    """Rows by key, in memory and, with a folder, in its `results.jsonl`.
+
+    Args:
+        folder: None: in memory only.
+        header: what all rows have in common; a file that was begun with another one is refused.
+
+    Raises:
+        ValueError: a file of another run, of a newer format, or with a broken line before its last.
+    """
+
+    def __init__(self, folder: Path | None, header: dict[str, Any]) -> None:
+        self.header = {"schema": SCHEMA, **header}
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.path = None if folder is None else folder / FILE
+        if self.path is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = self._read(self.path) if self.path.exists() else []
+        if lines:
+            self._compare(lines[0])
+            self.rows = {row["key"]: row for row in lines[1:]}
+        else:
+            self._append(self.header)
+
+    def add(self, key: str, row: dict[str, Any]) -> None:
+        """Keep a row, on disk before this returns."""
+        self.rows[key] = {"key": key, **row}
+        if self.path is not None:
+            self._append(self.rows[key])
+
+    def _append(self, row: dict[str, Any]) -> None:
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line)  # one call: nothing of another process lands inside the line
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def _read(self, path: Path) -> list[dict[str, Any]]:
+        """Every whole line; a last one that was cut off is taken out of the file."""
+        data = path.read_bytes()
+        lines = data.splitlines(keepends=True)
+        rows: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, 1):
+            row = _parse(line)
+            if row is not None and ("schema" in row if number == 1 else "key" in row):
+                rows.append(row)
+                continue
+            if number < len(lines):
+                raise ValueError(
+                    f"{path} line {number} is no result of `lcpatch eval`; nothing was changed. Delete that line to "
+                    "measure it again, or take another --out"
+                )
+            warnings.warn(f"{path} line {number} was cut off and is measured again; {len(rows)} are kept", stacklevel=4)
+            self._write(path, b"".join(lines[: number - 1]))
+        return rows
+
+    def _write(self, path: Path, data: bytes) -> None:
+        new = path.with_suffix(".new")
+        with new.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+
+    def _compare(self, found: dict[str, Any]) -> None:
+        if found["schema"] != SCHEMA:
+            raise ValueError(
+                f"{self.path} has schema {found['schema']}; this lcpatch goes on with schema {SCHEMA} only"
+            )
+        for name in self.header.keys() | found.keys():
+            if found.get(name) != self.header.get(name):
+                raise ValueError(
+                    f"{self.path} holds a run with {name}={found.get(name)!r}, this one has "
+                    f"{self.header.get(name)!r}: take another --out, or delete that folder"
+                )
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The line's object; None if it is not whole."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return row if isinstance(row, dict) else None
