@@ -18,6 +18,7 @@ import torch
 
 from lcpatch_kernels import BlockSparseSpec
 
+from ..core.errors import BenchmarkError
 from . import measure
 from .attention import Shape, cases, spec_of
 
@@ -49,6 +50,10 @@ def run(
     kernels: tuple[str, ...], patterns: tuple[str, ...], shape: Shape, length: int, say: Callable[[str], None] = print
 ) -> list[dict[str, Any]]:
     """Time every candidate; the fastest of each kernel and pattern come first."""
+    if not torch.cuda.is_available():
+        raise BenchmarkError("this benchmark needs a CUDA GPU; torch.cuda.is_available() is False")
+    if unknown := sorted({*kernels} - {"fwd", "dq", "dkdv"}):
+        raise ValueError(f"kernels: {unknown[0]!r} is not one of fwd, dq, dkdv")
     group = shape.num_heads // shape.num_kv_heads
     jobs = [
         Job(k, p, shape, tiles) for k in kernels for p in patterns for tiles in candidates(k, shape.head_dim, group)

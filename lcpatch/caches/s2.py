@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lcpatch_kernels import BlockSparseSpec, Rule, sparse_decode
+from lcpatch_kernels import BlockSparseSpec, Rule
 
 from ..core.errors import UnsupportedModelError
 from ..hf.state import state_of
 from ..hf.watch import Call, attend, watch
-from .layer import DenseLayer, LongCache, caches, to_list
+from .layer import DenseLayer, LongCache, caches, decode, to_list
 
 FAR_GRAIN = 16  # pages by which the far store grows: 1,024 tokens of blocks of 64
 
@@ -36,7 +36,9 @@ FAR_GRAIN = 16  # pages by which the far store grows: 1,024 tokens of blocks of 
 class S2Cache(LongCache):
     """The cache for a model patched with `s2`: `model.generate(**inputs, past_key_values=S2Cache(model))`.
 
-    Gives the tokens that any full cache gives. Sparse layers keep (L + 1) + N / V blocks of N; dense layers keep all.
+    Gives the logits that any full cache gives, up to rounding. Sparse layers keep (L + 1) + N / V blocks of N, dense
+    layers all, layers with a window of their own their window. For inference. Which tokens are pads is learnt where a
+    row begins and checked with every longer chunk; a mask that hides old tokens from a single new one is not looked at.
 
     Args:
         model: a model that `lcpatch.apply(model, "s2", …)` patched, stripes shared by a KV head's query heads.
@@ -54,7 +56,8 @@ class S2Cache(LongCache):
         for index in range(max(modules) + 1):
             state = state_of(modules[index]) if index in modules else None
             if state is None or state.spec is None:
-                layers.append(DenseLayer())
+                window = getattr(modules.get(index), "sliding_window", None)
+                layers.append(DenseLayer() if window is None else DynamicSlidingWindowLayer(window))
                 continue
             if state.mode != "always":
                 raise UnsupportedModelError(
@@ -69,6 +72,7 @@ class S2Layer(DynamicLayer):
     """One sparse layer: the pages of every (row, KV head), and which of them hold what."""
 
     is_croppable = True
+    expected = False
 
     def __init__(self, spec: BlockSparseSpec, config: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -106,11 +110,22 @@ class S2Layer(DynamicLayer):
         """Take new keys and values [B, K, T, D]; they are stored when their queries attend."""
         if self._new is not None:
             raise RuntimeError(
-                "S2Cache: the last step's attention never reached this cache; it works only with the model it was made "
-                "for, as long as that stays patched (lcpatch.apply(model, 's2'), then S2Cache(model))"
+                "S2Cache: an earlier forward failed half-way, so layers disagree; cache.reset() and prefill"
             )
+        if not self.expected:
+            raise RuntimeError(
+                "S2Cache: this model's attention does not ask the cache; it works only with the model it was made for, "
+                "as long as that keeps its patch (lcpatch.apply(model, 's2'), then a new S2Cache(model))"
+            )
+        self.expected = False
+        if torch.is_autocast_enabled(key_states.device.type):  # rotary embeddings leave keys in fp32 beside the values
+            key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != len(self.pads):
+            raise ValueError(
+                f"S2Cache holds {len(self.pads)} rows, the step has {key_states.shape[0]}; see batch_repeat_interleave"
+            )
         self._new = (key_states, value_states)
         return self._new
 
@@ -138,13 +153,15 @@ class S2Layer(DynamicLayer):
                 f"crop({tokens_to_remove}): give a negative number, how many tokens to remove from the end"
             )
         for row, pads in enumerate(self.pads):
-            first = (self.seen + tokens_to_remove - pads - 1) // self.block - (self.ring - 2)
+            first = max((self.seen + tokens_to_remove - pads - 1) // self.block - (self.ring - 2), 0)
             if first < self.gone[row]:
                 raise ValueError(
-                    f"crop({tokens_to_remove}): row {row} would need block {max(first, 0)} again, which is freed; "
+                    f"crop({tokens_to_remove}): row {row} would need block {first} again, which is freed; "
                     f"S2Cache can step back at most one block of {self.block} tokens"
                 )
-        self.seen += tokens_to_remove
+        self.seen = max(self.seen + tokens_to_remove, 0)
+        if self.seen == 0:
+            self.pads = [0] * len(self.pads)
         self._lists = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -189,8 +206,8 @@ class S2Layer(DynamicLayer):
         return out
 
     def _read_pads(self, bounds: Tensor | None, num_queries: int) -> None:
-        """Learn where rows begin. Reads the bounds back while some row has had no token yet, so in the prefill only."""
-        if bounds is None or all(self.seen > pads for pads in self.pads):
+        """Learn where rows begin, and check that nothing else is hidden. Reads the bounds back, so in chunks only."""
+        if bounds is None or (num_queries == 1 and all(self.seen > pads for pads in self.pads)):
             return
         if bounds.shape[1] > 1:
             raise ValueError("S2Cache: packed documents in one row cannot be continued; give each its own row")
@@ -200,16 +217,16 @@ class S2Layer(DynamicLayer):
                 raise ValueError(f"S2Cache: row {row} is padded on the right; pad on the left (tokenizer.padding_side)")
             if self.seen <= self.pads[row]:
                 self.pads[row] = k0 if k1 > k0 else end
+            elif k0 != self.pads[row]:
+                raise ValueError(
+                    f"S2Cache: row {row} began after {self.pads[row]} pads, the mask now hides {k0} tokens"
+                )
 
     def _decode(self, call: Call) -> tuple[Tensor, Tensor]:
         """One token a row: every page that is kept, the row's newest page last and partly filled."""
         slots, num_keys = self._lists or self._make_lists()
         keys, values = (x.flatten(2, 3) for x in self._pages)
-        impl = "auto" if call.impl not in ("triton", "reference") else call.impl
-        return sparse_decode(
-            call.query, keys, values, slots=slots, num_keys=num_keys, page_size=self.block,
-            scale=call.scale, softcap=call.softcap, impl=impl,
-        )  # fmt: skip
+        return decode(call, keys, values, slots=slots, num_keys=num_keys, page_size=self.block)
 
     def _make_lists(self) -> tuple[Tensor, Tensor]:
         """`slots` [B, K, pages] and `num_keys` [B, K] of a decode step. They change once a block; in between a row's

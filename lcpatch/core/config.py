@@ -22,8 +22,7 @@ class PatchConfig:
     Args:
         method: registered name of the pattern ("s2", "shift", "sf", "sink").
         options: the pattern's own options, as JSON values.
-        layers: indices of the patched layers; None for every full-attention layer. Until `apply` has resolved it, also
-            what it takes: "every_2" or a function of the index.
+        layers: indices of the patched layers; or "every_2"; None for every full-attention layer.
         mode: "train": sparse while `module.training`, dense otherwise; "always"; "never"; None: the method's default.
         sinks: None, "tokens" or "tokens:8" (the first 4 or 8 real tokens stay visible to every row), "logit" or
             "logit:-15" (a learnable logit per query head, starting at that value).

@@ -57,7 +57,7 @@ def attention(
     """
     state = state_of(module)
     spec = None if state is None else state.active_spec(module)
-    layer = None if state is None else take_layer(state, module)
+    layer = None if state is None else take_layer(state)
     if spec is None and layer is not None and layer.wants_dense(query):
         spec = state.own
     bounds = _packed(query, key, attention_mask, position_ids, cu_seq_lens_q)

@@ -30,7 +30,7 @@ class LayerState:
         max_positions: the model's trained range of positions, in tokens; None if unknown.
         own: what the layer attends to without a pattern: everything before, or its own sliding window. Built ahead,
             as a spec cannot be built under tracing.
-        cache: a cache of ours that this forward passed to the module, until its attention takes it (see `watch`).
+        layer: reference to the cache layer that this forward's attention is to ask, until it does (see `watch`).
     """
 
     method: str | None
@@ -41,7 +41,7 @@ class LayerState:
     follows_length: bool = False
     max_positions: int | None = None
     own: BlockSparseSpec | None = None
-    cache: Any = None
+    layer: Any = None
 
     def active_spec(self, module: nn.Module) -> BlockSparseSpec | None:
         """The spec to run now, or None to leave this call to the dense implementation.

@@ -6,12 +6,14 @@ note, so that nothing outlives the forward. Other caches are none of our busines
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from lcpatch_kernels import BlockSparseSpec, block_sparse
 
+from .registration import NAME
 from .state import LayerState, state_of
 
 WATCH = "_lcpatch_watch"
@@ -37,7 +39,13 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
 
 
 class AttendingLayer(Protocol):
-    """A cache layer that computes attention over what it keeps."""
+    """A cache layer that computes attention over what it keeps.
+
+    `expected` is set before the module runs if its attention will ask the layer; one that keeps less than every token
+    refuses an update that nobody announced, since other attention would take what it returns for all there is.
+    """
+
+    expected: bool
 
     def wants_dense(self, query: Tensor) -> bool:
         """Whether it also attends for calls that no pattern is active in, instead of the dense implementation."""
@@ -59,14 +67,18 @@ def unwatch(module: nn.Module) -> None:
         handle.remove()
 
 
-def take_layer(state: LayerState, module: nn.Module) -> AttendingLayer | None:
+def take_layer(state: LayerState) -> AttendingLayer | None:
     """The cache layer that attends for this call, or None."""
-    cache, state.cache = state.cache, None
-    layer = None if cache is None else cache.layers[module.layer_idx]
-    return layer if hasattr(layer, "attend") else None
+    layer, state.layer = state.layer, None
+    return None if layer is None else layer()
 
 
 def _note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     state = state_of(module)
-    if state is not None:
-        state.cache = next((x for x in kwargs.values() if getattr(x, "attends", False)), None)
+    cache = next((x for x in kwargs.values() if getattr(x, "attends", False)), None)
+    if state is None or cache is None or module.config._attn_implementation != NAME:
+        return
+    layer = cache.layers[module.layer_idx]
+    if hasattr(layer, "attend"):
+        layer.expected = True
+        state.layer = weakref.ref(layer)  # a forward that fails half-way must not keep the cache alive

@@ -9,6 +9,7 @@ from torch import nn
 
 from lcpatch_kernels.block_sparse import choose
 
+from ..hf import NAME
 from ..hf.state import state_of
 from .apply import unwrap
 from .resolve import attention_modules, full_attention_layers
@@ -50,7 +51,7 @@ def report(model: nn.Module) -> list[LayerReport]:
 
 def _row(index: int, module: nn.Module, kind: str, implementation: str) -> LayerReport:
     state = state_of(module)
-    if state is None:
+    if state is None or implementation != NAME:
         return LayerReport(index, kind, None, None, implementation, "not patched")
     if state.spec is None:
         why = "left dense by `layers`" if kind == "full_attention" else "attends within a window of its own"

@@ -152,13 +152,81 @@ def test_what_cannot_work_says_why():
         model(tokens(1, 50), attention_mask=mask, past_key_values=cache)
 
 
-def test_a_model_whose_patch_was_removed_is_noticed():
+@pytest.mark.parametrize("change", ["removed", "patched anew", "another implementation"])
+def test_a_model_that_stops_asking_the_cache_is_noticed(change):
     model, _ = patched("stripe")
     cache = lcpatch.S2Cache(model)
-    lcpatch.remove(model)
     model(tokens(1, 30), past_key_values=cache)
-    with pytest.raises(RuntimeError, match="never reached this cache"):
+    if change == "removed":
+        lcpatch.remove(model)
+    elif change == "patched anew":
+        lcpatch.apply(model, "s2", **PATTERNS["stripe"])
+    else:
+        model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="does not ask the cache"):
         model(tokens(1, 1), past_key_values=cache)
+
+
+def test_a_pattern_that_is_switched_off_is_noticed():
+    model, _ = patched("stripe")
+    cache = lcpatch.S2Cache(model)
+    model(tokens(1, 30), past_key_values=cache)
+    for module in model.modules():
+        if hasattr(module, "_lcpatch"):
+            module._lcpatch.mode = "never"
+    with pytest.raises(ValueError, match="not the one that this cache was made for"):
+        model(tokens(1, 1), past_key_values=cache)
+
+
+def test_another_number_of_rows_or_another_mask_is_noticed():
+    model, _ = patched("stripe")
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[0, :10] = 0
+    cache = lcpatch.S2Cache(model)
+    model(tokens(2, 50), attention_mask=mask[:, :50], past_key_values=cache)
+    with pytest.raises(ValueError, match="holds 2 rows, the step has 3"):
+        model(tokens(3, 1), past_key_values=cache)
+    cache = lcpatch.S2Cache(model)
+    model(tokens(2, 50), attention_mask=mask[:, :50], past_key_values=cache)
+    mask[0, :20] = 0
+    with pytest.raises(ValueError, match="began after 10 pads, the mask now hides 20"):
+        model(tokens(2, 10), attention_mask=mask, past_key_values=cache)
+
+
+def test_short_sequences_can_be_cropped_to_nothing():
+    model, budget = patched("stripe")
+    ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :15] = 0
+    cache = lcpatch.S2Cache(model)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    cache.crop(-40)
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+    assert distance(feed(model, ids, cache, [33, 7]), want) <= budget
+
+
+def test_autocast():
+    model, _ = patched("stripe")
+    ids = tokens(1, 80)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        want = model(ids, use_cache=False).logits
+        got = feed(model, ids, lcpatch.S2Cache(model), [70, *[1] * 10])
+    rough = build("llama").to(torch.bfloat16)
+    lcpatch.apply(rough, "s2", **PATTERNS["stripe"])
+    with torch.no_grad():
+        scale = distance(rough(ids, use_cache=False).logits.float(), want.float())
+    assert distance(got.float(), want.float()) <= scale
+
+
+def test_layers_with_a_window_keep_their_window():
+    model = build("gemma3_text")
+    budget = model_budget(model, tokens(1, LENGTH))
+    lcpatch.apply(model, "s2", **PATTERNS["stripe"])
+    ids, cache = tokens(1, LENGTH), lcpatch.S2Cache(model)
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+    assert distance(feed(model, ids, cache, [200, *[1] * 100]), want) <= budget
+    assert cache.layers[1].keys.shape[2] < model.config.sliding_window
 
 
 def test_growing_layer_holds_what_torch_cat_would():

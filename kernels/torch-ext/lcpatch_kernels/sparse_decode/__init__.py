@@ -56,12 +56,15 @@ def sparse_decode(
         impl: "triton" (a CUDA device, or TRITON_INTERPRET=1), "reference", or "auto".
 
     Returns:
-        `(out, lse)`: [B, H, 1, D] in q's dtype and [B, H, 1] in fp32; rows without keys get 0 and -inf.
+        `(out, lse)`: [B, H, 1, D] in q's dtype and [B, H, 1] in fp32 (float64 for float64); rows without keys get
+        0 and -inf.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or an `impl` that cannot run this.
         ImportError: impl="triton" without triton.
     """
+    if torch.is_autocast_enabled(q.device.type):  # rotary embeddings leave q in fp32
+        q = q.to(torch.get_autocast_dtype(q.device.type))
     _check(q, k, v, spec, bounds, slots, num_keys, page_size, bias, k_scale, v_scale)
     if slots is None and spec is None:
         spec = BlockSparseSpec.of([DENSE] * q.shape[1])
@@ -110,8 +113,8 @@ def _check(
         raise ValueError("give a pattern (spec, bounds) or a list (slots, num_keys), not both")
     if slots is None and num_keys is not None:
         raise ValueError("num_keys counts the keys of `slots`; with a pattern the length is said by `bounds`")
-    if page_size < 1 or page_size & (page_size - 1):
-        raise ValueError(f"page_size={page_size} must be a power of two")
+    if page_size < 1 or page_size & (page_size - 1) or k.shape[2] % page_size:
+        raise ValueError(f"page_size={page_size} must be a power of two that divides the {k.shape[2]} keys")
     if spec is not None and (spec.num_heads != q.shape[1] or spec.is_cyclic):
         raise ValueError(f"spec must describe {q.shape[1]} query heads without rolled groups")
     quantised = k.dtype != q.dtype
