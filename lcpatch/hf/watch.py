@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lcpatch_kernels import BlockSparseSpec, block_sparse
 
-from .state import LayerState, state_of
+from .layers import state_of
+from .state import LayerState
 
 WATCH = "_lcpatch_watch"
 
