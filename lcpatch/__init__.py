@@ -22,6 +22,7 @@ _HOME = {
     "register": "hf",
     "save_pretrained": "hub",
     "from_pretrained": "hub",
+    "push_to_hub": "hub",
     "PatchConfig": "core.config",
     "HubError": "core.errors",
     "LcpatchError": "core.errors",
