@@ -9,7 +9,7 @@ from ..core.errors import HubError
 
 _ADVICE = {
     401: "the Hub does not know this token, or the repository is private: hf auth login, or pass token=…",
-    403: "this token may not write there: take one with write access, or a repository of your own",
+    403: "this token may not do that: take one with the right to (to load a gated model, accept its terms first)",
     404: "there is no such repository or revision, or it is private: check the name, or pass token=…",
     409: "somebody else changed the repository meanwhile: try again",
     413: "the files are too large for one request: try again with a smaller max_shard_size",

@@ -54,6 +54,8 @@ def from_pretrained(
     folder = Path(id_or_path) if Path(id_or_path).is_dir() else _download(str(id_or_path), revision, files, hub)
     is_adapter = (folder / "adapter_config.json").is_file()
     patch = _patch_in(folder, id_or_path, is_adapter)
+    if isinstance(base, nn.Module) and kwargs:
+        raise ValueError(f"{sorted(kwargs)[0]} is for loading a base model, but base is one that is loaded already")
     kwargs = {**kwargs, "use_safetensors": True, "attn_implementation": attn_implementation or patch.dense}
     if is_adapter:
         model = _adapter(folder, base, {**kwargs, **hub})

@@ -67,16 +67,19 @@ def push_to_hub(
         **kwargs: for `lcpatch.save_pretrained`.
 
     Raises:
-        ValueError: the model is not patched, or cannot be saved so.
+        ValueError: the model is not patched, cannot be saved so, or the repository's name is not a valid one.
         HubError: the Hub refused or failed; the saved files are kept, and the message says where. Push again to repeat.
     """
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repo_id)
     patch = patch_of(model)
     folder = Path(tempfile.mkdtemp(prefix="lcpatch-push-"))
     keep = False
     try:
         save_pretrained(model, folder, tokenizer=tokenizer, **kwargs)
         write_readme(folder, repo_id, patch)
-        pushed = Push(repo_id, {f.name: f.stat().st_size for f in sorted(folder.iterdir())})
+        pushed = Push(repo_id, {name: file.stat().st_size for name, file in _files(folder).items()})
         if dry_run:
             return pushed
         keep = True
@@ -107,10 +110,15 @@ def _upload(
     if revision is not None and not create_pr:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     there = api.list_repo_files(repo_id, revision=revision)
-    ours = {f.name: f for f in folder.iterdir() if f.name != "README.md" or "README.md" not in there}
+    ours = {name: f for name, f in _files(folder).items() if name != "README.md" or name not in there}
     stale = [name for name in there if name not in ours and any(fnmatch(name, pattern) for pattern in REPLACED)]
     operations = [CommitOperationDelete(name) for name in stale]
-    operations += [CommitOperationAdd(name, file) for name, file in sorted(ours.items())]
+    operations += [CommitOperationAdd(name, file) for name, file in ours.items()]
     return api.create_commit(
         repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr, token=token
     )
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The folder's files by their names in a repository."""
+    return {f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}

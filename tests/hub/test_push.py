@@ -142,7 +142,7 @@ def test_a_dry_run_talks_to_nobody(story):
     [
         ("no token", "401, the Hub does not know this token"),
         ("bad token", "401, the Hub does not know this token"),
-        ("foreign", "403, this token may not write there"),
+        ("foreign", "403, this token may not do that"),
         ("409", "409, somebody else changed the repository"),
         ("429", "429, too many requests"),
         ("500", "500, the Hub has a fault"),

@@ -72,6 +72,19 @@ def test_an_adapter_comes_back(method: str, tmp_path: Path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     other = lcpatch.from_pretrained(tmp_path / "adapter", base=build())
     assert torch.equal(other(ids).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="dtype is for loading a base model"):
+        lcpatch.from_pretrained(tmp_path / "adapter", base=build(), dtype=torch.float32)
+
+
+def test_an_adapter_on_a_patched_base(tmp_path: Path):
+    """The adapter's own patch holds, whatever the base was saved with."""
+    lcpatch.save_pretrained(patched("sink"), tmp_path / "base")
+    base = lcpatch.from_pretrained(tmp_path / "base")
+    model, ids = with_adapter(lcpatch.apply(base, "s2", **PATCHES["s2"])), tokens()
+    lcpatch.save_pretrained(model, tmp_path / "adapter")
+    loaded = lcpatch.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.config.lcpatch["method"] == "s2"
 
 
 def test_a_merged_model_trained_sparse_runs_anywhere(tmp_path: Path):
