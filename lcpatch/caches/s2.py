@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from lcpatch_kernels import BlockSparseSpec, Rule
 
 from ..core.errors import UnsupportedModelError
-from ..hf.state import state_of
+from ..hf.layers import state_of
 from ..hf.watch import Call, attend, watch
 from .layer import DenseLayer, LongCache, caches, decode, to_list
 

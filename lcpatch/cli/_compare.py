@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from lcpatch_kernels import DENSE, BlockSparseSpec
 
 from ..eval import token_nll
-from ..hf.state import state_of
+from ..hf.layers import state_of
 from ..patching import patched
 from ..patching.resolve import attention_modules
 from ..patterns import patterns

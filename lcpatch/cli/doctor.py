@@ -59,8 +59,8 @@ def _load(name: str) -> tuple[Any, Any]:
 
 def _header(name: str, model: Any) -> list[str]:
     from .. import __version__
+    from ..hf.layers import shape_of
     from ..patching.doctor import SUPPORTED, installed
-    from ..patching.resolve import shape_of
 
     heads = shape_of(model.config, 0, 1)
     packages = [f"{package} {found}" for package in SUPPORTED if (found := installed(package))]

@@ -41,11 +41,13 @@ class PatchConfig:
             raise ValueError(f"mode={self.mode!r} is not one of {', '.join(map(repr, get_args(Mode)))}")
         if not isinstance(self.options, Mapping):
             raise ValueError(f"options={self.options!r} must be a mapping of option names to values")
+        if self.dense is not None and not isinstance(self.dense, str):
+            raise ValueError(f"dense={self.dense!r} must be the name of an attention implementation")
         parse_sinks(self.sinks)
         if self.layers is None or isinstance(self.layers, str):
             return
         layers = tuple(self.layers) if isinstance(self.layers, Iterable) else ()
-        if not layers or not all(isinstance(n, int) and n >= 0 for n in layers):
+        if not layers or not all(type(n) is int and n >= 0 for n in layers):
             raise ValueError(f"layers={self.layers!r} must be a non-empty list of layer indices (0, 1, …)")
         object.__setattr__(self, "layers", tuple(sorted(set(layers))))
 

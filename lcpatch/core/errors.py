@@ -13,5 +13,9 @@ class BenchmarkError(LcpatchError, RuntimeError):
     """A benchmark that cannot run here, or whose results are wrong, so that no time is worth reporting."""
 
 
+class HubError(LcpatchError, RuntimeError):
+    """The Hub refused or failed; the message says what was tried, why it failed and what to do."""
+
+
 class UnsupportedModelError(LcpatchError, ValueError):
     """A model that cannot take this patch; the message names its type and what would work."""

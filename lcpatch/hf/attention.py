@@ -18,8 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lcpatch_kernels import BlockSparseSpec
 
 from .bounds import from_cu_seq_lens, from_positions, is_compact, split
+from .layers import state_of
 from .mask import expand, knows_no_documents, padding_of
-from .state import SINK_LOGIT, LayerState, dense_name, own_spec, state_of
+from .state import SINK_LOGIT, LayerState, dense_name, own_spec
 from .watch import Call, attend, take_layer
 
 

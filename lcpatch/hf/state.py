@@ -59,11 +59,6 @@ def own_spec(num_heads: int, window: int | None) -> BlockSparseSpec:
     return BlockSparseSpec.of([DENSE if window is None else Rule(back=window - 1)] * num_heads)
 
 
-def state_of(module: nn.Module) -> LayerState | None:
-    """The module's state, or None if it was never patched."""
-    return getattr(module, ATTRIBUTE, None)
-
-
 def dense_name(config: Any) -> str:
     """The implementation of what the patch leaves dense: "sdpa" if the config says nothing."""
     patch = getattr(config, "lcpatch", None) or {}

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lcpatch_kernels import BlockSparseSpec, block_sparse
 
+from .layers import state_of
 from .registration import NAME
-from .state import LayerState, state_of
+from .state import LayerState
 
 WATCH = "_lcpatch_watch"
 

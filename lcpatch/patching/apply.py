@@ -13,17 +13,17 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import nn
 
-from lcpatch_kernels import BlockSparseSpec
 from lcpatch_kernels.block_sparse import Impl
 
 from ..core.config import PatchConfig, parse_sinks
 from ..core.errors import UnsupportedModelError
 from ..hf import NAME, LayerState, register
+from ..hf.layers import is_loaded_patched, layer_states, resolved_patch, shape_of
 from ..hf.registration import check_dense
-from ..hf.state import ATTRIBUTE, SINK_LOGIT, dense_name, own_spec
+from ..hf.state import ATTRIBUTE, SINK_LOGIT, dense_name
 from ..hf.watch import unwatch
 from ..patterns import AttentionPattern
-from .resolve import Layers, attention_modules, config_of, pattern_of, shape_of, sparse_layers, with_sink_tokens
+from .resolve import Layers, attention_modules, config_of, pattern_of, sparse_layers
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -107,7 +107,7 @@ def apply(
     """
     base = unwrap(model)
     modules = attention_modules(base)
-    if (record := getattr(base, RECORD, None)) is not None:
+    if (record := record_of(base)) is not None:
         layer_config = record.originals[0]
     else:
         layer_config = base.config
@@ -135,7 +135,7 @@ def apply(
 def remove(model: Model) -> Model:
     """Take the patch off `model`, restoring everything that `apply` set, and return it; no-op if there is none."""
     base = unwrap(model)
-    record: Record | None = getattr(base, RECORD, None)
+    record = record_of(base)
     if record is None:
         return model
     for module in base.modules():
@@ -152,7 +152,7 @@ def remove(model: Model) -> Model:
 @contextmanager
 def patched(model: Model, method: Any, **settings: Any) -> Iterator[Model]:
     """`with patched(model, "sf"):` applies a patch and afterwards restores what was there, an earlier patch too."""
-    record: Record | None = getattr(unwrap(model), RECORD, None)
+    record = record_of(unwrap(model))
     logits = {m: m._parameters[SINK_LOGIT] for m in model.modules() if SINK_LOGIT in m._parameters}
     apply(model, method, **settings)
     try:
@@ -164,6 +164,23 @@ def patched(model: Model, method: Any, **settings: Any) -> Iterator[Model]:
             apply(model, record.config, impl=record.impl)
             for module, logit in logits.items():
                 module.register_parameter(SINK_LOGIT, logit)
+
+
+def record_of(base: Any) -> Record | None:
+    """What was set on the transformers model `base`, or None if it is not patched.
+
+    A model that transformers loaded patched gets the record that `apply` would have left.
+    """
+    record: Record | None = getattr(base, RECORD, None)
+    if record is None and is_loaded_patched(getattr(base, "config", None)):
+        record = Record(resolved_patch(base.config), "auto")
+        record.copies, record.originals = _copied_configs(base, base)
+        record.snapshots = [Snapshot.of(c) for c in record.copies]
+        for original in record.originals:
+            original.__dict__.pop("lcpatch", None)
+            original._attn_implementation = record.config.dense
+        setattr(base, RECORD, record)
+    return record
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -194,16 +211,7 @@ def _states(
             f"{pattern.name}: mode='always' must also work on a sequence that still grows, which has no length to take "
             f"a share of; give a fixed group_size, such as {pattern.name!r}, group_size=1024 (and no wrap)"
         )
-    limit = getattr(model_config, "max_position_embeddings", None)
-    states = {}
-    for index, module in modules.items():
-        own = own_spec(model_config.num_attention_heads, getattr(module, "sliding_window", None))
-        states[index] = LayerState(None, None, config.mode, dense, impl, False, limit, own)
-    for rank, index in enumerate(chosen):
-        shape = shape_of(model_config, rank, len(chosen))
-        rules = with_sink_tokens(pattern.rules(shape), config.sinks)
-        spec = BlockSparseSpec.of(rules, getattr(pattern, "block_size", 64))
-        states[index] = replace(states[index], method=pattern.name, spec=spec, follows_length=pattern.follows_length)
+    states = layer_states(model_config, modules, config, pattern, impl)
     for message in pattern.warnings(shape_of(model_config, 0, len(chosen))):
         warnings.warn(message, stacklevel=3)
     return states, config
@@ -237,16 +245,22 @@ def _check(
 
 def _own_config(model: nn.Module, base: Any, record: Record) -> None:
     """Give the model copies of its config objects, and write the patch into the main one."""
-    memo: dict[int, Any] = {}
-    own = copy.deepcopy(base.config, memo)
-    held = {id(c): c for m in _config_holders(model, base) if (c := m.__dict__.get("config")) is not None}
-    record.originals = [c for key, c in held.items() if key in memo]
-    record.originals.sort(key=lambda c: c is not base.config)  # the main config first
-    record.copies = [memo[id(c)] for c in record.originals]
+    record.originals, record.copies = _copied_configs(model, base)
+    own = record.copies[0]
     _replace_configs(model, base, record.originals, record.copies)
     own.lcpatch = record.config.to_dict()
     base.set_attn_implementation(NAME)
     record.snapshots = [Snapshot.of(c) for c in record.copies]
+
+
+def _copied_configs(model: nn.Module, base: Any) -> tuple[list[Any], list[Any]]:
+    """The config objects that the model's modules hold, the main one first, and a copy of each."""
+    memo: dict[int, Any] = {}
+    copy.deepcopy(base.config, memo)
+    held = {id(c): c for m in _config_holders(model, base) if (c := m.__dict__.get("config")) is not None}
+    found = [c for key, c in held.items() if key in memo]
+    found.sort(key=lambda c: c is not base.config)
+    return found, [memo[id(c)] for c in found]
 
 
 def _replace_configs(model: nn.Module, base: Any, old: list[Any], new: list[Any]) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from lcpatch_kernels.block_sparse import has_triton
 
-from .apply import RECORD, unwrap
+from .apply import record_of, unwrap
 from .report import report
 from .resolve import attention_modules
 
@@ -107,7 +107,7 @@ def _triton() -> Iterator[str]:
 
 def _carried_patch(base: Any) -> Iterator[str]:
     patch = getattr(base.config, "lcpatch", None)
-    if patch and not hasattr(base, RECORD):
+    if patch and record_of(base) is None:
         yield (
             f"config.json carries a patch ({patch.get('method')!r}), but this model runs without it; "
             "lcpatch.apply(model, model.config.lcpatch) puts it on"
@@ -139,7 +139,7 @@ def _sink_logits(base: Any) -> Iterator[str]:
 
 
 def _packing(base: Any) -> Iterator[str]:
-    if not hasattr(base, RECORD) and getattr(base.config, "use_cache", False):
+    if record_of(base) is None and getattr(base.config, "use_cache", False):
         yield (
             "packed rows: with use_cache=True, the default even in training, documents told apart by position_ids see "
             "each other in this unpatched model; pass use_cache=False or cu_seq_lens_q/k (a patch keeps them apart)"
@@ -173,7 +173,7 @@ def _eager(base: Any, length: int) -> Iterator[str]:
 
 
 def _density(base: Any, length: int) -> Iterator[str]:
-    from ..hf.state import state_of
+    from ..hf.layers import state_of
 
     specs = {state.spec for m in attention_modules(base).values() if (state := state_of(m)) is not None and state.spec}
     density = sum(spec.density(length) for spec in specs) / max(len(specs), 1)

@@ -10,7 +10,7 @@ from torch import nn
 from lcpatch_kernels.block_sparse import choose
 
 from ..hf import NAME
-from ..hf.state import state_of
+from ..hf.layers import state_of
 from .apply import unwrap
 from .resolve import attention_modules, full_attention_layers
 

@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from lcpatch_kernels import Rule
-
-from ..core.config import PatchConfig, parse_sinks
+from ..core.config import PatchConfig
 from ..core.errors import UnsupportedModelError
-from ..patterns import AttentionPattern, LayerShape, patterns
+from ..hf.layers import is_self_attention
+from ..patterns import AttentionPattern, patterns
 
 Layers = Iterable[int] | str | Callable[[int], bool] | None
 
@@ -73,14 +72,7 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         raise UnsupportedModelError(f"{kind} has several parts; patch its language model, or load the text-only class")
     if not type(model)._can_set_attn_implementation():
         raise UnsupportedModelError(f"{kind} computes its attention inside its own layers; wanted: {works}")
-    found = {
-        m.layer_idx: m
-        for m in model.modules()
-        if isinstance(getattr(m, "layer_idx", None), int)
-        and getattr(m, "is_causal", False)
-        and "Attention" in type(m).__name__
-        and hasattr(m, "config")
-    }
+    found = {m.layer_idx: m for m in model.modules() if is_self_attention(m)}
     if not found:
         raise UnsupportedModelError(f"{kind} has no causal self-attention layer; wanted: {works}")
     if any(hasattr(m, "kv_lora_rank") for m in found.values()):
@@ -143,21 +135,3 @@ def _indices(layers: object) -> list[int]:
         return sorted({index(n) for n in layers})  # numpy's integers are as good as Python's
     except TypeError as error:
         raise ValueError(f"layers={layers!r} must be a list of layer indices, 'every_N', a function or None") from error
-
-
-def shape_of(config: Any, rank: int, num_sparse: int) -> LayerShape:
-    """The heads of the model's layers, for the pattern."""
-    num_heads = config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    return LayerShape(num_heads, num_kv_heads, rank, num_sparse)
-
-
-def with_sink_tokens(rules: Iterable[Rule], sinks: str | None) -> list[Rule]:
-    """`rules`, every row of which also sees the first tokens that `sinks` asks for."""
-    rules = list(rules)
-    parsed = parse_sinks(sinks)
-    if parsed is None or parsed[0] != "tokens":
-        return rules
-    if any(rule.cyclic for rule in rules):
-        raise ValueError(f"sinks={sinks!r} cannot be combined with rolled groups (wrap=True)")
-    return [replace(rule, sinks=max(rule.sinks, int(parsed[1]))) for rule in rules]

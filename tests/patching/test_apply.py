@@ -180,11 +180,12 @@ def test_models_of_one_config_do_not_infect_each_other():
 
 
 def test_a_model_made_from_a_patched_models_config():
-    """Runs dense until it is patched itself."""
+    """Follows the patch that the config carries, as one that transformers loads does, until it is patched itself."""
     ids = tokens()
     patched = lcpatch.apply(build(), "s2", **S2_SHORT)
     other = build(config=patched.config)
-    assert torch.equal(other(ids).logits, build()(ids).logits)
+    assert torch.equal(other(ids).logits, patched(ids).logits)
+    assert torch.equal(lcpatch.remove(other)(ids).logits, build()(ids).logits)
     lcpatch.apply(other, "sink", layers=[0], **SHORT["sink"])
     assert torch.equal(other(ids).logits, lcpatch.apply(build(), "sink", layers=[0], **SHORT["sink"])(ids).logits)
 

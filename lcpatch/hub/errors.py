@@ -1,0 +1,48 @@
+"""What the Hub answers, as one sentence that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..core.errors import HubError
+
+_ADVICE = {
+    401: "the Hub does not know this token, or the repository is private: hf auth login, or pass token=…",
+    403: "this token may not do that: take one with the right to (to load a gated model, accept its terms first)",
+    404: "there is no such repository or revision, or it is private: check the name, or pass token=…",
+    409: "somebody else changed the repository meanwhile: try again",
+    413: "the files are too large for one request: try again with a smaller max_shard_size",
+    429: "too many requests: wait a minute and try again",
+}
+
+
+@contextmanager
+def sentence(task: str, token: str | bool | None = None, afterwards: str = "") -> Iterator[None]:
+    """Turn what huggingface_hub raises into a `HubError`.
+
+    Args:
+        task: what was tried, such as "push to me/model".
+        token: never repeated, whatever a server says.
+        afterwards: appended to the message.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    transport = HfHubHTTPError.__bases__[0]  # httpx's base error, whichever httpx this huggingface_hub builds on
+    try:
+        yield
+    except LocalEntryNotFoundError as error:
+        message = "the files are not in the cache and the Hub cannot be reached: check the connection and HF_ENDPOINT"
+        raise HubError(_clean(f"cannot {task}: {message}{afterwards}", token)) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        fallback = "the Hub has a fault: try again later" if status >= 500 else error.server_message or "it was refused"
+        message = f"cannot {task}: {status}, {_ADVICE.get(status, fallback)}{afterwards}"
+        raise HubError(_clean(message, token)) from error
+    except (transport, ConnectionError, TimeoutError) as error:
+        message = f"cannot {task}: no answer from the Hub ({type(error).__name__}): check the connection and try again"
+        raise HubError(_clean(message + afterwards, token)) from error
+
+
+def _clean(message: str, token: str | bool | None) -> str:
+    return message.replace(token, "…") if isinstance(token, str) and token else message

@@ -1,0 +1,124 @@
+"""Load a patched model, from a folder or the Hub, with its patch on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..core.config import PatchConfig, parse_sinks
+from ..hf.state import SINK_LOGIT
+from ..patching import apply
+from ..patching.apply import unwrap
+from ..patching.resolve import attention_modules, pattern_of
+from .errors import sentence
+from .sidecar import CONFIG_FILE, read_config, read_json, read_logits, read_patch
+
+MAX_MODEL_CONFIG_BYTES = 4 * 2**20
+FILES = ["*.json", "*.safetensors"]
+"""What a model needs. No pickle is downloaded, and code only with `trust_remote_code=True`."""
+
+
+def from_pretrained(
+    id_or_path: str | Path,
+    *,
+    base: nn.Module | str | Path | None = None,
+    attn_implementation: str | None = None,
+    impl: str = "auto",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Load what `lcpatch.save_pretrained` or `lcpatch.push_to_hub` wrote: a patched causal LM or a PEFT adapter.
+
+    Args:
+        id_or_path: a folder, or a repository on the Hub.
+        base: for an adapter: the model it goes on, or its name or folder; default: the one the adapter names.
+        attn_implementation: of what the patch leaves dense; default: the one it was saved with.
+        impl: implementation of the attention op, as in `lcpatch.apply`.
+        revision: branch, tag or commit of the repository.
+        token, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`.
+        **kwargs: for transformers' `from_pretrained`, such as `dtype`, `device_map` or `trust_remote_code`.
+
+    Raises:
+        ValueError: no patch there, or one that is broken, of a newer format or not for this model.
+        HubError: the Hub did not give the files; the message says why and what to do.
+    """
+    from transformers import AutoModelForCausalLM
+
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    files = [*FILES, "*.py"] if kwargs.get("trust_remote_code") else FILES
+    folder = Path(id_or_path) if Path(id_or_path).is_dir() else _download(str(id_or_path), revision, files, hub)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    patch = _patch_in(folder, id_or_path, is_adapter)
+    if isinstance(base, nn.Module) and kwargs:
+        raise ValueError(f"{sorted(kwargs)[0]} is for loading a base model, but base is one that is loaded already")
+    kwargs = {**kwargs, "use_safetensors": True, "attn_implementation": attn_implementation or patch.dense}
+    if is_adapter:
+        model = _adapter(folder, base, {**kwargs, **hub})
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+        model.config._name_or_path = model.name_or_path = str(id_or_path)  # not the place in the cache
+    model.config.__dict__.pop("lcpatch", None)
+    data = patch.to_dict()
+    if attn_implementation is not None:
+        data["dense"] = attn_implementation
+    apply(model, data, impl=impl)
+    if (parse_sinks(patch.sinks) or ("",))[0] == "logit":
+        _load_logits(model, folder)
+    return model.eval()
+
+
+def _download(repo_id: str, revision: str | None, files: list[str], hub: dict[str, Any]) -> Path:
+    """The repository's files at one commit."""
+    from huggingface_hub import snapshot_download
+
+    with sentence(f"load {repo_id}", hub["token"]):
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files, **hub))
+
+
+def _patch_in(folder: Path, name: str | Path, is_adapter: bool) -> PatchConfig:
+    """The patch that the files carry: in the sidecar or, if a model lost it, in `config.json`."""
+    patch = read_config(folder)
+    carried = None
+    config = folder / "config.json"
+    if not is_adapter and config.is_file():
+        data = read_json(config, MAX_MODEL_CONFIG_BYTES).get("lcpatch")
+        carried = None if data is None else read_patch(data, "config.json")
+    if patch is None and carried is None:
+        raise ValueError(
+            f"{name} carries no patch ({CONFIG_FILE} or config.lcpatch): load it with transformers, then lcpatch.apply"
+        )
+    if patch is not None and carried is not None and patch != carried:
+        raise ValueError(f"{name}: {CONFIG_FILE} and config.json carry different patches; save it again with lcpatch")
+    found = patch or carried
+    pattern_of(found)  # a wrong one is refused before the weights are loaded
+    return found
+
+
+def _adapter(folder: Path, base: nn.Module | str | Path | None, kwargs: dict[str, Any]) -> Any:
+    """The PEFT model of an adapter's folder."""
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{folder} has no adapter_model.safetensors; lcpatch loads no pickles")
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(base, nn.Module):
+        name = base or config.base_model_name_or_path
+        if not name:
+            raise ValueError("the adapter names no base model; give one: from_pretrained(…, base='org/model')")
+        revision = config.revision if base is None else None
+        base = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **kwargs)
+    return PeftModel.from_pretrained(base, str(folder))
+
+
+def _load_logits(model: nn.Module, folder: Path) -> None:
+    modules = {n: m for n, m in attention_modules(unwrap(model)).items() if hasattr(m, SINK_LOGIT)}
+    logits = read_logits(folder, {n: getattr(m, SINK_LOGIT).numel() for n, m in modules.items()})
+    for index, module in modules.items():
+        parameter = getattr(module, SINK_LOGIT)
+        parameter.data = logits[index].to(parameter.device)

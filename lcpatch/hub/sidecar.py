@@ -1,0 +1,145 @@
+"""The two files that lcpatch adds to a saved model: the patch as JSON, and its learnable sink logits.
+
+A file from the Hub is untrusted: it is measured before it is read, and what is not expected in it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..core.config import PatchConfig
+
+CONFIG_FILE = "lcpatch_config.json"
+LOGITS_FILE = "lcpatch.safetensors"
+FORMAT = 1
+"""Version of `lcpatch_config.json`. A reader refuses a newer one."""
+
+MAX_CONFIG_BYTES = 64 * 2**10
+MAX_LOGITS_BYTES = 64 * 2**20
+
+
+def write_config(folder: Path, patch: PatchConfig) -> None:
+    """Write `lcpatch_config.json`."""
+    from .. import __version__
+
+    data = {"format": FORMAT, "lcpatch_version": __version__, "patch": patch.to_dict()}
+    (folder / CONFIG_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def read_config(folder: Path) -> PatchConfig | None:
+    """The patch in `lcpatch_config.json`, or None if there is no such file.
+
+    Raises:
+        ValueError: a file that is too large, not valid JSON, of a newer format, or with anything unexpected in it.
+    """
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        return None
+    data = read_json(file)
+    version = data.get("format")
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{CONFIG_FILE}: format={version!r} must be a whole number from 1 to {FORMAT}")
+    if version > FORMAT:
+        raise ValueError(
+            f"{CONFIG_FILE} has format {version}; this lcpatch reads up to {FORMAT}: pip install -U lcpatch"
+        )
+    if unknown := sorted(set(data) - {"format", "lcpatch_version", "patch"}):
+        raise ValueError(f"{CONFIG_FILE}: unknown key {unknown[0]!r}; keys: format, lcpatch_version, patch")
+    if not isinstance(data.get("lcpatch_version", ""), str):
+        raise ValueError(f"{CONFIG_FILE}: lcpatch_version must be a string")
+    return read_patch(data.get("patch"), CONFIG_FILE)
+
+
+def read_patch(data: Any, source: str) -> PatchConfig:
+    """The patch that untrusted JSON describes.
+
+    Args:
+        data: the JSON value.
+        source: where it comes from, for messages.
+
+    Raises:
+        ValueError: not a patch, or one that would make transformers download and run code.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{source}: the patch must be a JSON object, not {type(data).__name__}")
+    if type(data.get("format", 1)) is not int:
+        raise ValueError(f"{source}: the patch's format={data['format']!r} must be a whole number")
+    for name in ("mode", "sinks", "dense"):
+        if not isinstance(data.get(name), str | None):
+            raise ValueError(f"{source}: {name}={data[name]!r} must be a string")
+    if "/" in (data.get("dense") or ""):
+        raise ValueError(
+            f"{source}: dense={data['dense']!r} is a kernel from the Hub, which a file may not choose; name it "
+            "yourself: from_pretrained(…, attn_implementation=…)"
+        )
+    try:
+        return PatchConfig.from_dict(data)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def read_json(file: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """The JSON object in `file`.
+
+    Raises:
+        ValueError: too large, or not a JSON object.
+    """
+    with file.open("rb") as stream:
+        raw = stream.read(max_bytes + 1)
+    if len(raw) > max_bytes:
+        raise ValueError(f"{file.name} is larger than {max_bytes} bytes: refused")
+    try:
+        data = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{file.name} must hold a JSON object, not {type(data).__name__}")
+    return data
+
+
+def write_logits(folder: Path, logits: Mapping[int, Tensor]) -> None:
+    """Write the sink logits [H] of each layer index; without any, remove what an earlier save left."""
+    file = folder / LOGITS_FILE
+    if not logits:
+        file.unlink(missing_ok=True)
+        return
+    tensors = {_key(index): logit.detach().cpu().contiguous() for index, logit in logits.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def read_logits(folder: Path, num_heads: Mapping[int, int]) -> dict[int, Tensor]:
+    """The sink logits of the layers in `num_heads`, which says how many each has.
+
+    Raises:
+        ValueError: a missing, broken or oversized file, or one that holds anything else.
+    """
+    file = folder / LOGITS_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"the patch has learnable sink logits, but there is no {LOGITS_FILE}: save with lcpatch.save_pretrained"
+        )
+    if file.stat().st_size > MAX_LOGITS_BYTES:
+        raise ValueError(f"{LOGITS_FILE} is larger than {MAX_LOGITS_BYTES} bytes, which no model's sink logits need")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{LOGITS_FILE} is not a valid safetensors file: {error}") from error
+    if tensors.keys() != {_key(index) for index in num_heads}:
+        raise ValueError(f"{LOGITS_FILE} must hold exactly the logits of layers {sorted(num_heads)}")
+    found = {index: tensors[_key(index)] for index in num_heads}
+    for index, logit in found.items():
+        if logit.shape != (num_heads[index],) or logit.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{LOGITS_FILE}: layer {index} must have {num_heads[index]} floating-point logits")
+    return found
+
+
+def _key(index: int) -> str:
+    return f"layers.{index}.sink_logit"
