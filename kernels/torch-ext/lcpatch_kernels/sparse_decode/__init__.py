@@ -47,7 +47,8 @@ def sparse_decode(
         k, v: [B, K, S, D], any strides with a contiguous last dimension, in q's dtype, or int8 / float8 with scales.
         spec: the rule of each query head, asked for the row's last position; default, without `slots`: dense.
         bounds: int32 [B, 2] = (k0, k1): the row's tokens are the keys [k0, k1), the newest at k1 - 1; None: all S.
-        slots: int32 [B, K, M]: the pages of S that each KV head attends to, each once; negative: none.
+        slots: int32 [B, K, M]: the pages of S that each KV head attends to, each once; negative: none. A page must lie
+            within S, which is not checked: they are on the device.
         num_keys: int32 [B, K]: how many keys of its list count, from the front; None: all.
         page_size: keys per page, a power of two; page n holds the keys [n page_size, (n + 1) page_size).
         bias: fp32 [B, K, S], added to the scores of a key (after the softcap): the log of the tokens it stands for.
@@ -113,8 +114,8 @@ def _check(
         raise ValueError("give a pattern (spec, bounds) or a list (slots, num_keys), not both")
     if slots is None and num_keys is not None:
         raise ValueError("num_keys counts the keys of `slots`; with a pattern the length is said by `bounds`")
-    if page_size < 1 or page_size & (page_size - 1) or k.shape[2] % page_size:
-        raise ValueError(f"page_size={page_size} must be a power of two that divides the {k.shape[2]} keys")
+    if page_size < 1 or page_size & (page_size - 1):
+        raise ValueError(f"page_size={page_size} must be a power of two")
     if spec is not None and (spec.num_heads != q.shape[1] or spec.is_cyclic):
         raise ValueError(f"spec must describe {q.shape[1]} query heads without rolled groups")
     quantised = k.dtype != q.dtype
