@@ -92,8 +92,9 @@ def run(
     peers: bool = True,
     commit: str | None = None,
     say: Callable[[str], None] = print,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Check, then measure; returns what `measure.write` takes.
+    """Check, then measure; returns what `measure.write` takes, and gives it to `keep` after each length as it is.
 
     Raises:
         BenchmarkError: no GPU, or a check that failed: nothing is timed then.
@@ -117,6 +118,7 @@ def run(
         for row in _measure_length(length, patterns, shape, result["matmul_tflops"], peers):
             result["rows"].append(asdict(row))
             say(format_row(row))
+        keep(result)
     return result
 
 

@@ -76,10 +76,15 @@ def _cases_and_shape(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
 
 def _attention(args: argparse.Namespace) -> dict[str, Any]:
-    from ..bench import attention
+    from ..bench import attention, measure
 
     cases, shape = _cases_and_shape(args)
-    return attention.run(args.lengths, cases, shape, peers=not args.no_peers, commit=args.commit)
+
+    def keep(result: dict[str, Any]) -> None:
+        if args.out:  # FlexAttention takes minutes to compile: what is measured outlives an interruption
+            measure.write(result, args.out)
+
+    return attention.run(args.lengths, cases, shape, peers=not args.no_peers, commit=args.commit, keep=keep)
 
 
 def _shapes(args: argparse.Namespace) -> dict[str, Any]:
