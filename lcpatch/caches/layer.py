@@ -286,7 +286,7 @@ class LongCache(Cache):
 
     def memory(self) -> dict[str, int]:
         """Bytes held per tier (so far: the device's memory)."""
-        return {"device": sum(_bytes(layer) for layer in self.layers)}
+        return {"device": sum(layer_bytes(layer) for layer in self.layers)}
 
     def stats(self) -> dict[str, Any]:
         """How many tokens were seen, and how many are kept per (row, KV head): the most of a row, and by layer."""
@@ -340,7 +340,7 @@ def negative(tokens_to_remove: Any) -> int:
     return tokens_to_remove
 
 
-def _bytes(layer: Any) -> int:
+def layer_bytes(layer: Any) -> int:
     """Bytes that a layer of ours or of transformers holds."""
     if hasattr(layer, "memory"):
         return layer.memory()
