@@ -101,7 +101,7 @@ def config(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: BlockSparseSpec, bounds: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """`(out [B, H, T, D], lse [B, H, T])`; rows in no segment are 0 and -inf."""
+    """`(out [B, H, T, D], lse [B, H, T])`; rows that see nothing are 0 and -inf."""
     return launch_forward(q, k, v, spec, bounds, scale, softcap)
 
 
@@ -331,6 +331,7 @@ def _constants(
         "BLOCK_N": tiles.block_n,
         "BLOCK_SIZE": spec.block_size if table.flags["HAS_STRIPE"] else 1,
         "SEGMENTS": 0 if bounds is None else max(2, triton.next_power_of_2(bounds.shape[1])),
+        "GAP": bounds is not None and bounds.shape[2] == 5,
         "HAS_SOFTCAP": softcap != 0,
         "UPCAST": INTERPRETED and q.dtype != torch.float32,
         "num_warps": tiles.num_warps,
@@ -357,7 +358,7 @@ def _segment_args(bounds: Tensor | None) -> tuple[int, int]:
 
 
 def _bounds(bounds: Tensor | None) -> Tensor | None:
-    if bounds is None or bounds.stride()[1:] == (4, 1):
+    if bounds is None or bounds.stride()[1:] == (bounds.shape[2], 1):
         return bounds
     return bounds.contiguous()
 
