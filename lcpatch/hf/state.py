@@ -16,6 +16,10 @@ SINK_LOGIT = "lcpatch_sink_logit"
 """The parameter of an attention module that holds its learnable sink logits, [H]."""
 
 
+ON_REMOVE = "_lcpatch_on_remove"
+"""The attribute of a model that holds what takes off what was set on top of its patch."""
+
+
 @dataclass
 class LayerState:
     """State of one attention module.
@@ -31,6 +35,8 @@ class LayerState:
         own: what the layer attends to without a pattern: everything before, or its own sliding window. Built ahead,
             as a spec cannot be built under tracing.
         layer: reference to the cache layer that this forward's attention is to ask, until it does (see `watch`).
+        parallel: the ranks that this layer's attention reaches over (see `training.parallel`), with
+            `attend(layer, call, shard) -> (out, lse)`; None: this process has all tokens.
     """
 
     method: str | None
@@ -42,6 +48,7 @@ class LayerState:
     max_positions: int | None = None
     own: BlockSparseSpec | None = None
     layer: Any = None
+    parallel: Any = None
 
     def active_spec(self, module: nn.Module) -> BlockSparseSpec | None:
         """The spec to run now, or None to leave this call to the dense implementation.

@@ -28,7 +28,6 @@ class Work:
         num_kv_heads, head_dim: of the layer.
         layout, documents: the batch's, as in `Shard`.
         itemsize: bytes of a number of q, k and v.
-        plain: whether the layer has neither a softcap nor sink logits.
     """
 
     spec: BlockSparseSpec

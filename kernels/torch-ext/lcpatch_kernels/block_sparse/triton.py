@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ._triton_bwd import _bwd_dkdv_kernel, _bwd_dq_kernel, _delta_kernel
 from ._triton_common import INTERPRETED, LOG2E, PackTable, pack_table
 from ._triton_fwd import _fwd_kernel
+from ._triton_sink import _bwd_sink_kernel
 from .spec import BlockSparseSpec
 
 
@@ -53,8 +54,9 @@ _HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
     },
 }
 _SINGLE = {64: (32, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)}  # fp32 multiplies without tensor cores
+_MOST_SINKS = 32  # sink tokens beyond which their rows are no longer shared out
 _TINY = (64, 32, 4, 1)  # interpreted: several tiles and steps at the tests' lengths
-_LONG = 1 << 16  # more keys than this are another length bucket
+_MEDIUM, _LONG = 1 << 14, 1 << 16  # more keys than this are another length bucket
 
 
 def config(
@@ -84,7 +86,7 @@ def config(
         if arch >= (9, 0) and padded == 128:
             if kernel == "fwd" and not has_stripe:
                 rest = [128, 8, 3]
-            elif kernel == "fwd" and spec.block_size >= 128:
+            elif kernel == "fwd" and spec.block_size >= 128 and num_keys > _MEDIUM:
                 rest, pack = [128, 8, 3], 1
             elif kernel == "dkdv" and (not has_stripe or (spec.block_size >= 128 and num_keys > _LONG)):
                 rest = [128, 8, 4]
@@ -96,6 +98,14 @@ def config(
     else:
         block_m = rows // pack
     return Config(block_m, pack, *rest)
+
+
+def sink_tiles(dtype: torch.dtype | None, head_dim: int, sinks: int) -> Config:
+    """The tiles of the sinks' own kernel, `sinks` keys wide; dtype None is the interpreter."""
+    padded = max(64, triton.next_power_of_2(head_dim))
+    if dtype is None or dtype == torch.float32:
+        return Config(32 if padded <= 128 else 16, 1, sinks, 4, 1)
+    return Config(64, 1, sinks, 4, 2) if padded <= 128 else Config(32, 1, sinks, 4, 1)
 
 
 def forward(
@@ -149,6 +159,7 @@ def launch_forward(
     if not out.numel():
         return out, lse
     tiles = tiles or _config("fwd", q, k, spec)
+    has_gap = bounds is not None and bounds.shape[2] == 5  # then a row need not have a key of its own
     table = pack_table(spec, k.shape[1], tiles.pack, q.device)
     num_slots = _query_slots(bounds, num_queries, num_keys, tiles.block_m)
     boxes = _key_boxes(k, v, spec, table, tiles, scale)
@@ -158,7 +169,7 @@ def launch_forward(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             *_segment_args(bounds), num_slots, table.num_packs, heads, num_queries, num_keys,
             *_scales(scale, softcap),
-            PACK=tiles.pack, TMA=boxes[0] is not None,
+            PACK=tiles.pack, TMA=boxes[0] is not None, FIXED=q.dtype != torch.float16 and not has_gap,
             **_constants(q, spec, bounds, softcap, table, tiles),
         )  # fmt: skip
     return out, lse
@@ -252,6 +263,10 @@ def launch_dkdv(
     num_slots = (triton.cdiv(num_keys, unit) + num_segments) * (unit // tiles.block_n)
     num_rows = num_kv_heads * batch
     num_long, team = (0, 1) if bounds is not None else _teams(spec, num_rows, num_keys, tiles, q.device)
+    sums = _sink_sums(grad_out, q, k, v, terms, spec, bounds, scale, softcap, table)
+    constants = _constants(q, spec, bounds, softcap, table, tiles)
+    if sums is not None:
+        constants["HAS_SINK"] = False
     delta, lse = terms
     boxes = (None,) * 4
     if _takes_descriptors(q, grad_out):
@@ -263,7 +278,7 @@ def launch_dkdv(
         )
     with _on(q):
         _bwd_dkdv_kernel[(num_slots * num_rows,)](
-            q, k, v, grad_out, dk, dv, lse, delta, bounds, table.packs, table.starts, *boxes,
+            q, k, v, grad_out, dk, dv, sums, lse, delta, bounds, table.packs, table.starts, *boxes,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3],
             terms.shape[-1], heads * batch, *_segment_args(bounds), num_slots, num_kv_heads,
             min(num_long, num_slots), team, heads, num_queries, num_keys, scale, *_scales(scale, softcap),
@@ -272,9 +287,55 @@ def launch_dkdv(
             REORDER=table.uniform or tiles.block_n <= spec.block_size,
             SHIFTS=terms.shape[1],
             COPIES=max(1, tiles.num_warps * 32 // tiles.block_m),
-            **_constants(q, spec, bounds, softcap, table, tiles),
+            SINKS=0 if sums is None else sums.shape[3],
+            **constants,
         )  # fmt: skip
     return dk, dv
+
+
+def _sink_sums(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    terms: Tensor,
+    spec: BlockSparseSpec,
+    bounds: Tensor | None,
+    scale: float,
+    softcap: float,
+    table: PackTable,
+) -> Tensor | None:
+    """What the sink keys' dk (before the scale) and dv get from rows beyond their interval: fp32 [B, K, 2, sinks, D].
+
+    None where the dk and dv kernel itself sees to them: no sinks or more than a tile of them, a stripe, whose tiles are
+    as long as the sinks', or packed documents, which have sinks of their own each, or rows beyond a gap.
+    """
+    most = max(rule.sinks for rule in spec.rules)
+    if not table.flags["HAS_SINK"] or table.flags["HAS_STRIPE"] or most > _MOST_SINKS:
+        return None
+    if bounds is not None and (bounds.shape[1] > 1 or bounds.shape[2] == 5):
+        return None
+    (batch, heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
+    num_rows, sinks = batch * num_kv_heads, max(16, triton.next_power_of_2(most))
+    tiles = sink_tiles(None if INTERPRETED else q.dtype, head_dim, sinks)
+    # About four programs a processor, none with less work than it takes to start one.
+    share = triton.cdiv(num_queries * num_rows, 4 * _num_processors(q.device)) if q.is_cuda else 0
+    chunk = triton.cdiv(max(share, 4 * tiles.block_m if q.is_cuda else tiles.block_m), tiles.block_m) * tiles.block_m
+    num_slots = triton.cdiv(num_queries, chunk)
+    sums = torch.empty((num_slots, batch, num_kv_heads, 2, sinks, head_dim), dtype=torch.float32, device=q.device)
+    delta, lse = (x[0] for x in terms)
+    constants = _constants(q, spec, bounds, softcap, table, tiles)
+    for name in ("BLOCK_N", "BLOCK_SIZE", "GAP", "HAS_SINK", "HAS_STRIPE"):
+        del constants[name]
+    with _on(q):
+        _bwd_sink_kernel[(num_slots * num_rows,)](
+            q, k, v, grad_out, sums, lse, delta, bounds, table.packs, table.starts,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], terms.shape[-1],
+            _segment_args(bounds)[0], num_rows, num_kv_heads, chunk, heads, num_queries, num_keys,
+            *_scales(scale, softcap),
+            SINKS=sinks, COPIES=max(1, tiles.num_warps * 32 // tiles.block_m), **constants,
+        )  # fmt: skip
+    return sums.sum(0)
 
 
 def _teams(spec: BlockSparseSpec, num_rows: int, num_keys: int, tiles: Config, device: torch.device) -> tuple[int, int]:
