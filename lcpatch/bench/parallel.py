@@ -152,9 +152,7 @@ def formula(work: Work, name: str, pattern: Any) -> Volume | None:
         helped = [n - f for n, f in zip(r, fetched, strict=True)]  # ranks that compute my queries
         helping = [ranks - 1 - n - d for n, d in zip(r, direct, strict=True)]
         forward = [s * (2 * kv * direct[n] + q * helped[n] + (q + lse) * helping[n]) for n in r]
-        backward = [
-            s * (2 * kv * (direct[n] + fetched[n]) + (2 * q + 2 * lse) * helped[n] + q * helping[n]) for n in r
-        ]
+        backward = [s * (2 * kv * (direct[n] + fetched[n]) + (2 * q + 2 * lse) * helped[n] + q * helping[n]) for n in r]
         return Volume(tuple(forward), tuple(backward))
     received = [_keys_received(work, pattern, n, s) for n in r]
     if received[0] is None:

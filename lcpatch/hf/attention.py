@@ -23,7 +23,6 @@ from .mask import expand, knows_no_documents, padding_of
 from .state import SINK_LOGIT, LayerState, dense_name, own_spec
 from .watch import Call, attend, take_layer
 
-
 SHARD = "lcpatch_shard"
 """The keyword argument of a parallelized model's forward that says which tokens this rank holds."""
 
@@ -72,7 +71,8 @@ def attention(
     layer = None if state is None else take_layer(state)
     if spec is None and layer is not None and layer.wants_dense(query):
         spec = state.own
-    bounds = _packed(query, key, attention_mask, position_ids, cu_seq_lens_q)
+    untouched = layer is None and state is not None and state.routed  # also where packed documents see each other
+    bounds = None if untouched else _packed(query, key, attention_mask, position_ids, cu_seq_lens_q)
     if spec is None and (bounds is None or _isolates(state, module, attention_mask, cu_seq_lens_q)):
         passed_on = {"position_ids": position_ids, "cu_seq_lens_q": cu_seq_lens_q, **kwargs}
         options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux, **passed_on}
@@ -107,7 +107,7 @@ def _over_ranks(
     softcap: float | None,
     shard: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The layer's attention over the tokens of all ranks. Masks say nothing here: the shard knows padding and packing."""
+    """The layer's attention over all ranks' tokens. Masks say nothing here: the shard knows padding and packing."""
     if query.shape[2] != key.shape[2]:
         raise ValueError("a parallelized model takes no cache; leave its context before generating")
     if torch.is_autocast_enabled(query.device.type):

@@ -1,10 +1,10 @@
 """balance: batches of mixed lengths over many ranks, each sequence on as many as it needs, all done at the same time.
 
 Source: "ByteScale: Efficient Scaling of LLM Training with a 2048K Context Length on More Than 12,000 GPUs",
-arXiv 2502.21231, sections 4 and 5: hybrid data parallelism, in which a long sequence spreads over several ranks and short ones
-are packed on one; assignment by FLOPs, longest first; as many micro-batches a rank as balance wants; activations moved
-to the host only as far as that saves ranks. Departures: a sequence that would take longer than the rest of the batch on
-the ranks that its memory needs gets more; what waits for a rank that is still busy is filled with short sequences.
+arXiv 2502.21231, sections 4 and 5: hybrid data parallelism, in which a long sequence spreads over several ranks and
+short ones are packed on one; assignment by FLOPs, longest first; as many micro-batches a rank as balance wants;
+activations moved to the host only as far as that saves ranks. Departures: a sequence that would take longer than the
+rest of the batch on the ranks that its memory needs gets more; while a rank waits for others it does short sequences.
 
 Pure Python: it decides, and moves nothing.
 """
@@ -66,7 +66,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Plan:
-    """A batch's micro-batches, in an order that every rank keeps to: it computes those it is in, one after the other."""
+    """A batch's micro-batches, in an order that every rank keeps to: it computes those it is in, one by one."""
 
     batches: tuple[MicroBatch, ...]
     num_ranks: int
@@ -93,7 +93,7 @@ class Plan:
         return max(free)
 
 
-def plan(lengths: Sequence[int], num_ranks: int, capacity: int, costs: Costs = Costs()) -> Plan:  # noqa: B008 (frozen)
+def plan(lengths: Sequence[int], num_ranks: int, capacity: int, costs: Costs = Costs()) -> Plan:
     """Assign every sequence to ranks.
 
     Args:
@@ -251,7 +251,7 @@ def check_host(plan: Plan, model: object) -> None:
     zero3 = any(hasattr(p, "ds_id") for p in model.parameters())
     if sharded or zero3:
         raise ParallelError(
-            f"ranks have {min(counts)} to {max(counts)} micro-batches, but under {'FSDP' if sharded else 'ZeRO-3'} every "
-            "forward gathers weights from all ranks, so the others would wait for ever; use LoRA with DDP and "
+            f"ranks have {min(counts)} to {max(counts)} micro-batches, but under {'FSDP' if sharded else 'ZeRO-3'} "
+            "every forward gathers weights from all ranks, so the others would wait for ever; use LoRA with DDP and "
             "no_sync(), or ZeRO-1"
         )

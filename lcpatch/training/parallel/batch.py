@@ -8,6 +8,7 @@ add up to those of one GPU.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def shard_batch(
     ids = batch["input_ids"]
     if ids.dim() != 2 or not ids.numel():
         raise ParallelError(f"input_ids must be [rows, tokens] with at least one of each; got {list(ids.shape)}")
-    rows, length = ids.shape
+    length = ids.shape[1]
     if length < num_ranks:
         raise ParallelError(f"rows of {length} tokens leave some of {num_ranks} ranks without any; use fewer ranks")
     if unknown := [k for k, v in batch.items() if k not in KNOWN and isinstance(v, Tensor)]:
@@ -78,9 +79,9 @@ def documents_of(batch: Mapping[str, Any]) -> Documents:
     mask, positions, offsets = (batch.get(name) for name in ("attention_mask", "position_ids", "cu_seq_lens_q"))
     if offsets is not None and rows == 1:
         edges = offsets.tolist()
-        return (tuple((a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b),)
+        return (tuple((a, b) for a, b in pairwise(edges) if a < b),)
     if mask is not None and mask.dim() != 2:
-        raise ParallelError(f"attention_mask must be [rows, tokens], 1 for tokens and 0 for pads; got {list(mask.shape)}")
+        raise ParallelError(f"attention_mask must be [rows, tokens], 1 for tokens, 0 for pads; got {list(mask.shape)}")
     real = torch.ones(rows, length, dtype=torch.bool) if mask is None else mask.bool().cpu()
     found = []
     for b in range(rows):
@@ -93,7 +94,7 @@ def documents_of(batch: Mapping[str, Any]) -> Documents:
             row = positions.expand(rows, -1)[b, start:end].cpu()
             edges += ((row[1:] <= row[:-1]).nonzero()[:, 0] + start + 1).tolist()
         edges.append(end)
-        found.append(tuple((x, y) for x, y in zip(edges, edges[1:], strict=False) if x < y))
+        found.append(tuple((x, y) for x, y in pairwise(edges) if x < y))
     return tuple(found)
 
 

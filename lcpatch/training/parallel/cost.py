@@ -64,7 +64,7 @@ class Choice:
 
 
 @lru_cache(maxsize=1024)
-def choose(work: Work, rates: Rates = Rates()) -> Choice:  # noqa: B008 (frozen)
+def choose(work: Work, rates: Rates = Rates()) -> Choice:
     """The strategy that should finish the layer first.
 
     Raises:
@@ -95,7 +95,8 @@ def estimate(strategy: Strategy, work: Work, rates: Rates) -> Estimate:
     if isinstance(strategy, Pairwise):
         seconds = max(compute, transfer) + 4 * rates.latency * len(strategy.schedule(work.layout.num_ranks))
     elif strategy.name == "halo":  # the first part's keys travel before anything is computed
-        seconds = transfer / PARTS + max(compute, transfer * (1 - 1 / PARTS)) + (2 * PARTS * rates.latency if sent else 0)
+        first, rest = transfer / PARTS, transfer * (1 - 1 / PARTS)
+        seconds = first + max(compute, rest) + (2 * PARTS * rates.latency if sent else 0)
     else:
         seconds = compute + transfer + 6 * rates.latency
     return Estimate(strategy.name, None, seconds, compute, transfer, sent)

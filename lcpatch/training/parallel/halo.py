@@ -54,7 +54,7 @@ class Halo(Strategy):
         for part, own, arrive in zip(parts, rows, arriving, strict=True):
             arrived = None if arrive is None else arrive()
             out, lse = _attend_part(call, part, own, arrived)
-            # Also a rank that needs nothing takes part in the way back, and has gradients (of zero) for all its weights.
+            # A rank that needs nothing takes part in the way back, too, and has gradients (of zero) for its weights.
             if not part.calls:
                 out = tie(out, own)
             results.append((out if arrived is None else tie(out, arrived), lse))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -183,7 +184,7 @@ def _add(calls: list[list[tuple[int, ...]]], n: int, segment: tuple[int, ...]) -
 def _cuts(start: int, end: int, parts: int) -> list[Run]:
     size, rest = divmod(end - start, parts)
     edges = [start + n * size + min(n, rest) for n in range(parts + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def _kept(runs: Sequence[Run]) -> tuple[Run, ...]:

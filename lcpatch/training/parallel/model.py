@@ -84,7 +84,7 @@ class Parallel:
     ) -> None:
         base = unwrap(model)
         if ON_REMOVE in base.__dict__:
-            raise ParallelError("this model is parallelized already; leave that context, or lcpatch.remove(model), first")
+            raise ParallelError("this model is parallelized already; leave that context or lcpatch.remove(model) first")
         names = [strategy] if isinstance(strategy, str) else list(strategy)
         self._wanted = None if names == ["auto"] else [strategies.get(name)() for name in names]
         self._layout, self._rates = layout, rates
@@ -194,7 +194,8 @@ class Parallel:
         ids = kwargs.get("input_ids", args[0] if args else None)
         ids = kwargs.get("inputs_embeds") if ids is None else ids
         shape = (0, 0) if shard is None or ids is None else ids.shape[:2]
-        mine = [shard is not None and kwargs.get("attention_mask") is None, *shape, 0 if shard is None else shard.digest()]
+        whole = shard is not None and kwargs.get("attention_mask") is None
+        mine = [whole, *shape, 0 if shard is None else shard.digest()]
         found = self.link.gather([int(x) for x in mine])
         for rank, (whole, rows, tokens, digest) in enumerate(found):
             if not whole:
@@ -203,7 +204,7 @@ class Parallel:
                     "calls it with **ranks.shard(batch) and nothing else that has tokens"
                 )
             if digest != found[0][3]:
-                raise ParallelError(f"rank {rank} holds a part of another batch than rank 0; shard the same batch on all")
+                raise ParallelError(f"rank {rank} holds a part of another batch than rank 0; shard one batch on all")
             layout = shard.layout
             if tokens != layout.num_tokens(rank) or rows != len(shard.documents):
                 raise ParallelError(

@@ -15,7 +15,7 @@ causality or packing leaves nothing to compute.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,7 +27,7 @@ from lcpatch_kernels.block_sparse import block_sparse_backward
 
 from ...hf.watch import Call
 from .layout import Layout, Shard, sees
-from .link import Link
+from .link import Link, Message
 from .strategy import Strategy, Volume, Work, bounds_tensor
 
 
@@ -37,6 +37,11 @@ class Pair(NamedTuple):
     q: int
     kv: int
     at: int
+
+    @property
+    def other(self) -> int:
+        """The rank whose tensors travel; `at` itself for a rank with itself."""
+        return self.kv if self.at == self.q else self.q
 
 
 Schedule = list[list[Pair]]
@@ -69,7 +74,7 @@ class Pairwise(Strategy):
         return None
 
     def attend(self, call: Call, shard: Shard, link: Link) -> tuple[Tensor, Tensor]:
-        return _Attend.apply(call.query, call.key, call.value, _Run(self, call, shard, link))
+        return _Attend.apply(call.query, call.key, call.value, self, call, shard, link)
 
     def plan(self, layout: Layout, documents: Any) -> list[dict[Pair, Piece]]:
         """The schedule's steps, without what sees nothing."""
@@ -89,7 +94,7 @@ class Pairwise(Strategy):
             for pair, piece in step.items():
                 if pair.q == pair.kv:
                     continue
-                num_q, num_k = piece.queries.stop - piece.queries.start, piece.keys.stop - piece.keys.start
+                num_q, num_k = size(piece.queries), size(piece.keys)
                 if pair.at == pair.q:
                     forward[pair.kv] += 2 * num_k * key
                     backward[pair.kv] += 2 * num_k * key
@@ -109,9 +114,10 @@ def _piece(layout: Layout, documents: Any, pair: Pair) -> Piece | None:
         return None
     q0, q1 = min(s[0] for s in segments), max(s[1] for s in segments)
     k0, k1 = min(s[2] for s in segments), max(s[3] for s in segments)
-    calls = []
-    for n in range(max(map(len, rows))):
-        calls.append([[_within(s, q0, k0) for s in (row[n] if n < len(row) else [])] for row in rows])
+    calls = [
+        [[_within(s, q0, k0) for s in (row[n] if n < len(row) else [])] for row in rows]
+        for n in range(max(map(len, rows)))
+    ]
     return Piece(slice(q0, q1), slice(k0, k1), calls)
 
 
@@ -119,154 +125,82 @@ def _within(segment: tuple[int, ...], q0: int, k0: int) -> tuple[int, ...]:
     return segment[0] - q0, segment[1] - q0, segment[2] - k0, segment[3] - k0, segment[4]
 
 
-class _Run:
-    """One layer's attention on one rank: its plan, and what a pair computes."""
+class _Walk(ABC):
+    """One rank's way through the steps of a forward or a backward. Sums are kept in `wide` precision."""
 
     def __init__(self, strategy: Pairwise, call: Call, shard: Shard, link: Link) -> None:
         self.link, self.rank = link, shard.rank
         self.steps = strategy.plan(shard.layout, shard.documents)
         self.spec = BlockSparseSpec.of([DENSE] * call.query.shape[1])
         self.options = {"scale": call.scale, "softcap": call.softcap, "impl": call.impl}
+        self.k, self.v = call.key, call.value
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """`(out, lse)` of this rank's queries, both in `wide` precision."""
-        out = torch.zeros(q.shape, dtype=wide(q), device=q.device)
-        lse = torch.full(q.shape[:3], -torch.inf, dtype=wide(q), device=q.device)
+    @abstractmethod
+    def rows(self, queries: slice) -> list[Tensor]:
+        """What must be known of these queries to compute with them."""
 
-        def inputs(pair: Pair, piece: Piece) -> list[Tensor]:
-            return [_both(k, v, piece.keys)] if pair.at == pair.q else [q[:, :, piece.queries].contiguous()]
+    @abstractmethod
+    def compute(self, piece: Piece, rows: Sequence[Tensor], k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """A pair's results for the queries' rank and for the keys' rank."""
 
-        def expect(pair: Pair, piece: Piece) -> list[Tensor]:
-            num_q, num_k = _size(piece.queries), _size(piece.keys)
-            if pair.at == pair.q:
-                return [k.new_empty(2, *k.shape[:2], num_k, k.shape[3])]
-            return [q.new_empty(*q.shape[:2], num_q, q.shape[3])]
+    @abstractmethod
+    def empty(self, piece: Piece, *, for_queries: bool) -> list[Tensor]:
+        """Buffers for one of the two."""
 
-        def compute(pair: Pair, piece: Piece, got: list[Tensor]) -> list[Tensor]:
-            at_home = pair.at == pair.q
-            q_ = q[:, :, piece.queries] if at_home else got[0]
-            k_, v_ = (k[:, :, piece.keys], v[:, :, piece.keys]) if pair.at == pair.kv else got[0]
-            part = self._attend(piece, q_, k_, v_)
-            if not at_home:
-                return [part[0].to(q.dtype).contiguous(), part[1].contiguous()]
-            merge_into(out[:, :, piece.queries], lse[:, :, piece.queries], *part)
-            return []
+    @abstractmethod
+    def absorb(self, piece: Piece, results: list[Tensor], *, for_queries: bool) -> None:
+        """Take in one of the two."""
 
-        def results(pair: Pair, piece: Piece) -> list[Tensor]:
-            if pair.at == pair.q:
-                return []
-            num_q = _size(piece.queries)
-            return [q.new_empty(*q.shape[:2], num_q, q.shape[3]), lse.new_empty(*lse.shape[:2], num_q)]
-
-        def absorb(pair: Pair, piece: Piece, got: list[Tensor]) -> None:
-            merge_into(out[:, :, piece.queries], lse[:, :, piece.queries], *got)
-
-        self._walk(inputs, expect, compute, results, absorb)
-        return out, lse
-
-    def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`(dq, dk, dv)` in `wide` precision."""
-        dq, dk, dv = (torch.zeros(x.shape, dtype=wide(x), device=x.device) for x in (q, k, v))
-        of_queries = (q, grad_out, lse, delta)
-
-        def inputs(pair: Pair, piece: Piece) -> list[Tensor]:
-            if pair.at == pair.q:
-                return [_both(k, v, piece.keys)]
-            return [x[:, :, piece.queries].contiguous() for x in of_queries]
-
-        def expect(pair: Pair, piece: Piece) -> list[Tensor]:
-            if pair.at == pair.q:
-                return [k.new_empty(2, *k.shape[:2], _size(piece.keys), k.shape[3])]
-            return [x.new_empty(*x.shape[:2], _size(piece.queries), *x.shape[3:]) for x in of_queries]
-
-        def compute(pair: Pair, piece: Piece, got: list[Tensor]) -> list[Tensor]:
-            rows = [x[:, :, piece.queries] for x in of_queries] if pair.at == pair.q else got
-            k_, v_ = (k[:, :, piece.keys], v[:, :, piece.keys]) if pair.at == pair.kv else got[0]
-            dq_, dk_, dv_ = self._differentiate(piece, *rows, k_, v_)
-            if pair.at == pair.kv:
-                dk[:, :, piece.keys] += dk_
-                dv[:, :, piece.keys] += dv_
-            if pair.at == pair.q:
-                dq[:, :, piece.queries] += dq_
-            if pair.q == pair.kv:
-                return []
-            home = torch.stack([dk_, dv_]) if pair.at == pair.q else dq_
-            return [home.to(q.dtype).contiguous()]
-
-        def results(pair: Pair, piece: Piece) -> list[Tensor]:
-            if pair.at == pair.q:
-                return [k.new_empty(2, *k.shape[:2], _size(piece.keys), k.shape[3])]
-            return [q.new_empty(*q.shape[:2], _size(piece.queries), q.shape[3])]
-
-        def absorb(pair: Pair, piece: Piece, got: list[Tensor]) -> None:
-            if pair.at == pair.q:
-                dk[:, :, piece.keys] += got[0][0]
-                dv[:, :, piece.keys] += got[0][1]
-            else:
-                dq[:, :, piece.queries] += got[0]
-
-        self._walk(inputs, expect, compute, results, absorb)
-        return dq, dk, dv
-
-    def _walk(
-        self,
-        inputs: Callable[[Pair, Piece], list[Tensor]],
-        expect: Callable[[Pair, Piece], list[Tensor]],
-        compute: Callable[[Pair, Piece, list[Tensor]], list[Tensor]],
-        results: Callable[[Pair, Piece], list[Tensor]],
-        absorb: Callable[[Pair, Piece, list[Tensor]], None],
-    ) -> None:
-        """Go through the steps; every rank posts its transfers in the same order.
-
-        Args:
-            inputs: what a pair's other rank sends; `expect`: buffers for it.
-            compute: does a pair of this rank's and returns what goes back; `results`: buffers for it; `absorb`: takes it.
-        """
-        arrived = self._post(0, inputs, expect)
-        home: Callable[[], None] = lambda: None
+    def walk(self) -> None:
+        """Go through the steps. Every rank posts its transfers in the same order: inputs one step ahead, results."""
+        arrived = self._post(0)
+        home: Callable[[], None] | None = None
         for n, step in enumerate(self.steps):
-            got = arrived()
-            arrived = self._post(n + 1, inputs, expect)
-            sends, receives, waiting = [], [], []
+            inputs = arrived()
+            arrived = self._post(n + 1)
+            sends: list[Message] = []
+            waiting: list[tuple[Piece, list[Tensor], bool]] = []
+            receives: list[Message] = []
             for pair, piece in step.items():
-                other = pair.kv if pair.at == pair.q else pair.q
                 if pair.at == self.rank:
-                    sends += [(x, other) for x in compute(pair, piece, got)]
-                elif other == self.rank:
-                    buffers = results(pair, piece)
+                    sends += self._do(pair, piece, inputs)
+                elif pair.other == self.rank:
+                    buffers = self.empty(piece, for_queries=pair.q == self.rank)
                     receives += [(x, pair.at) for x in buffers]
-                    waiting.append((pair, piece, buffers))
-            home()  # the last step's results had this step's time to travel
-            home = self._absorber(self.link.transfer(sends, receives), waiting, absorb)
-        home()
+                    waiting.append((piece, buffers, pair.q == self.rank))
+            if home is not None:
+                home()  # the last step's results had this step's time to travel
+            home = self._absorber(self.link.transfer(sends, receives), waiting)
+        if home is not None:
+            home()
 
-    @staticmethod
-    def _absorber(wait: Callable[[], None], waiting: list, absorb: Callable) -> Callable[[], None]:
-        def take() -> None:
-            wait()
-            for pair, piece, buffers in waiting:
-                if buffers:
-                    absorb(pair, piece, buffers)
+    def _do(self, pair: Pair, piece: Piece, inputs: list[Tensor]) -> list[Message]:
+        rows = self.rows(piece.queries) if pair.q == self.rank else inputs
+        k, v = (x[:, :, piece.keys] for x in (self.k, self.v)) if pair.kv == self.rank else inputs[0]
+        of_queries, of_keys = self.compute(piece, rows, k, v)
+        sends: list[Message] = []
+        for results, owner, for_queries in ((of_queries, pair.q, True), (of_keys, pair.kv, False)):
+            if owner == self.rank:
+                self.absorb(piece, results, for_queries=for_queries)
+            else:
+                like = self.empty(piece, for_queries=for_queries)
+                sends += [(x.to(y.dtype), owner) for x, y in zip(results, like, strict=True)]
+        return sends
 
-        return take
-
-    def _post(self, n: int, inputs: Callable, expect: Callable) -> Callable[[], list[Tensor]]:
+    def _post(self, n: int) -> Callable[[], list[Tensor]]:
         """Start the transfers of step n's inputs; the result waits for them and returns this rank's."""
-        if n >= len(self.steps):
-            return lambda: []
-        sends, receives, mine = [], [], []
-        for pair, piece in self.steps[n].items():
-            if pair.q == pair.kv:
-                continue
-            other = pair.kv if pair.at == pair.q else pair.q
-            if pair.at == self.rank:
-                mine = expect(pair, piece)
-                receives += [(x, other) for x in mine]
-            elif other == self.rank:
-                sends += [(x, pair.at) for x in inputs(pair, piece)]
-        wait = self.link.transfer(sends, receives)
+        sends: list[Message] = []
+        mine: list[Tensor] = []
+        peer = self.rank
+        for pair, piece in self.steps[n].items() if n < len(self.steps) else ():
+            home = pair.at == pair.q  # then the keys travel
+            if pair.at == self.rank != pair.other:
+                peer = pair.other
+                mine = [self._keys(piece.keys, new=True)] if home else [_like(x, piece) for x in self.rows(slice(0, 0))]
+            elif pair.other == self.rank != pair.at:
+                inputs = [self._keys(piece.keys)] if home else self.rows(piece.queries)
+                sends += [(x, pair.at) for x in inputs]
+        wait = self.link.transfer(sends, [(x, peer) for x in mine])
 
         def arrived() -> list[Tensor]:
             wait()
@@ -274,42 +208,108 @@ class _Run:
 
         return arrived
 
-    def _attend(self, piece: Piece, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out = lse = None
-        for rows in piece.calls:
-            bounds = bounds_tensor(rows, 5, q.device)
-            part = block_sparse(q, k, v, self.spec, bounds=bounds, **self.options)
+    def _keys(self, keys: slice, new: bool = False) -> Tensor:
+        """K and V in one tensor [2, B, K, n, D]; with `new` a buffer for another rank's."""
+        if new:
+            batch, heads, _, dim = self.k.shape
+            return self.k.new_empty(2, batch, heads, size(keys), dim)
+        return torch.stack([self.k[:, :, keys], self.v[:, :, keys]])
+
+    def _absorber(self, wait: Callable[[], None], waiting: list[tuple[Piece, list[Tensor], bool]]) -> Callable:
+        def take() -> None:
+            wait()
+            for piece, buffers, for_queries in waiting:
+                if buffers:
+                    self.absorb(piece, buffers, for_queries=for_queries)
+
+        return take
+
+
+class _Forward(_Walk):
+    def __init__(self, strategy: Pairwise, call: Call, shard: Shard, link: Link) -> None:
+        super().__init__(strategy, call, shard, link)
+        self.q = call.query
+        self.out = torch.zeros(self.q.shape, dtype=wide(self.q), device=self.q.device)
+        self.lse = torch.full(self.q.shape[:3], -torch.inf, dtype=wide(self.q), device=self.q.device)
+
+    def rows(self, queries: slice) -> list[Tensor]:
+        return [self.q[:, :, queries]]
+
+    def compute(self, piece: Piece, rows: Sequence[Tensor], k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        (q,) = rows
+        out, lse = None, None
+        for call in piece.calls:
+            part = block_sparse(q, k, v, self.spec, bounds=bounds_tensor(call, 5, q.device), **self.options)
             if out is None:
                 out, lse = part[0].to(wide(q)), part[1]
             else:
                 merge_into(out, lse, *part)
-        return out, lse
+        return [out, lse], []
 
-    def _differentiate(
-        self, piece: Piece, q: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, k: Tensor, v: Tensor
-    ) -> Sequence[Tensor]:
-        parts = []
-        for rows in piece.calls:
-            bounds = bounds_tensor(rows, 5, q.device)
-            parts.append(block_sparse_backward(grad_out, delta, q, k, v, lse, self.spec, bounds=bounds, **self.options))
-        return [sum(x) for x in zip(*parts, strict=True)]
+    def empty(self, piece: Piece, *, for_queries: bool) -> list[Tensor]:
+        return [_like(self.q, piece), _like(self.lse, piece)] if for_queries else []
+
+    def absorb(self, piece: Piece, results: list[Tensor], *, for_queries: bool) -> None:
+        if for_queries:
+            merge_into(self.out[:, :, piece.queries], self.lse[:, :, piece.queries], *results)
+
+
+class _Backward(_Walk):
+    def __init__(
+        self, strategy: Pairwise, call: Call, shard: Shard, link: Link, grad_out: Tensor, lse: Tensor, delta: Tensor
+    ) -> None:
+        super().__init__(strategy, call, shard, link)
+        self.of_rows = (call.query, grad_out, lse, delta)
+        self.dq, self.dk, self.dv = (
+            torch.zeros(x.shape, dtype=wide(x), device=x.device) for x in (call.query, call.key, call.value)
+        )
+
+    def rows(self, queries: slice) -> list[Tensor]:
+        return [x[:, :, queries] for x in self.of_rows]
+
+    def compute(self, piece: Piece, rows: Sequence[Tensor], k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        q, grad_out, lse, delta = rows
+        parts = [
+            block_sparse_backward(
+                *(grad_out, delta, q, k, v, lse, self.spec), bounds=bounds_tensor(call, 5, q.device), **self.options
+            )
+            for call in piece.calls
+        ]
+        dq, dk, dv = (sum(x) for x in zip(*parts, strict=True))
+        return [dq], [torch.stack([dk, dv])]
+
+    def empty(self, piece: Piece, *, for_queries: bool) -> list[Tensor]:
+        return [_like(self.of_rows[0], piece)] if for_queries else [self._keys(piece.keys, new=True)]
+
+    def absorb(self, piece: Piece, results: list[Tensor], *, for_queries: bool) -> None:
+        if for_queries:
+            self.dq[:, :, piece.queries] += results[0]
+        else:
+            self.dk[:, :, piece.keys] += results[0][0]
+            self.dv[:, :, piece.keys] += results[0][1]
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, run: _Run) -> tuple[Tensor, Tensor]:
-        out, lse = run.forward(q, k, v)
-        out = out.to(q.dtype)
-        ctx.run = run
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out, lse
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, strategy: Pairwise, call: Call, shard: Shard, link: Link
+    ) -> tuple[Tensor, Tensor]:
+        walk = _Forward(strategy, call._replace(query=q, key=k, value=v), shard, link)
+        walk.walk()
+        out = walk.out.to(q.dtype)
+        ctx.given = strategy, call._replace(query=None, key=None, value=None), shard, link
+        ctx.save_for_backward(q, k, v, out, walk.lse)
+        return out, walk.lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
+        strategy, call, shard, link = ctx.given
         delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1) - grad_lse
-        grads = ctx.run.backward(q, k, v, grad_out.to(q.dtype), lse, delta)
-        return *(g.to(q.dtype) for g in grads), None
+        call = call._replace(query=q, key=k, value=v)
+        walk = _Backward(strategy, call, shard, link, grad_out.to(q.dtype), lse, delta)
+        walk.walk()
+        return *(g.to(q.dtype) for g in (walk.dq, walk.dk, walk.dv)), None, None, None, None
 
 
 def merge_into(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
@@ -328,9 +328,11 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _both(k: Tensor, v: Tensor, keys: slice) -> Tensor:
-    return torch.stack([k[:, :, keys], v[:, :, keys]])
-
-
-def _size(span: slice) -> int:
+def size(span: slice) -> int:
+    """Tokens of a span."""
     return span.stop - span.start
+
+
+def _like(x: Tensor, piece: Piece) -> Tensor:
+    """A buffer for the piece's rows of another rank's `x` [B, H, t, ...]."""
+    return x.new_empty(*x.shape[:2], size(piece.queries), *x.shape[3:])

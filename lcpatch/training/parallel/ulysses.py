@@ -15,7 +15,7 @@ from torch import Tensor
 from lcpatch_kernels import BlockSparseSpec, block_sparse
 
 from ...hf.watch import Call
-from .layout import Documents, Layout, Shard
+from .layout import Layout, Shard
 from .link import Link
 from .strategy import Strategy, Volume, Work, bounds_tensor, flat, strategies
 
@@ -37,7 +37,7 @@ class Ulysses(Strategy):
         if problem := self.problem(work):
             raise ValueError(f"ulysses: {problem}")
         batch, heads, _, dim = call.query.shape
-        ranks, h, kv, length = link.size, heads // link.size, _kv_share(work), shard.layout.length
+        ranks, h, kv = link.size, heads // link.size, _kv_share(work)
         where = (shard.layout, shard.rank, batch, heads, work.num_kv_heads, str(call.query.device))
         send, places, home = _indices(*where)
         tokens = [shard.layout.num_tokens(r) for r in range(ranks)]
