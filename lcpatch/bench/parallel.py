@@ -65,7 +65,7 @@ def run(lengths: tuple[int, ...], ranks: int, shape: Shape, commit: str | None =
     rows = []
     for length in lengths:
         for layer, pattern in layers().items():
-            for name, layout in _served(pattern):
+            for name, layout in strategies_for(pattern):
                 row, work, volume = _count(layer, pattern, name, layout, length, ranks, shape)
                 wanted = formula(work, name, pattern)
                 if wanted is not None and wanted != volume:
@@ -76,10 +76,18 @@ def run(lengths: tuple[int, ...], ranks: int, shape: Shape, commit: str | None =
     for p, share in idle.items():
         if share != (0 if p % 2 else 1 / (2 * p)):
             raise BenchmarkError(f"lightseq idles in {share} of its slots on {p} ranks")
-    return {**measure.environment(commit), "shape": asdict(shape), "lightseq_idle": idle, "rows": rows}
+    result = {**measure.environment(commit), "counted": _what(shape), "shape": asdict(shape)}
+    return {**result, "lightseq_idle": idle, "rows": rows}
 
 
-def _served(pattern: Any) -> list[tuple[str, str]]:
+def _what(shape: Shape) -> str:
+    return (
+        f"{shape.num_heads} query heads over {shape.num_kv_heads} KV heads, head dim {shape.head_dim}, bf16, "
+        f"batch {shape.batch}"
+    )
+
+
+def strategies_for(pattern: Any) -> list[tuple[str, str]]:
     """(strategy, layout) that serve a layer, each in the layout that suits it."""
     if pattern is not None:
         return [("halo", "contiguous"), ("ulysses", "contiguous")]
@@ -89,13 +97,17 @@ def _served(pattern: Any) -> list[tuple[str, str]]:
     ]
 
 
+def spec_for(pattern: Any, shape: Shape) -> BlockSparseSpec:
+    """The layer's rules; None is dense."""
+    return BlockSparseSpec.of([DENSE] * shape.num_heads) if pattern is None else spec_of(pattern, shape)
+
+
 def _count(
     layer: str, pattern: Any, name: str, layout: str, length: int, ranks: int, shape: Shape
 ) -> tuple[Row, Work, Volume]:
-    spec = BlockSparseSpec.of([DENSE] * shape.num_heads) if pattern is None else spec_of(pattern, shape)
     documents = (((0, length),),) * shape.batch
     cut = make_layout(layout, length, ranks, documents)
-    work = Work(spec, shape.num_kv_heads, shape.head_dim, cut, documents, ITEM)
+    work = Work(spec_for(pattern, shape), shape.num_kv_heads, shape.head_dim, cut, documents, ITEM)
     strategy = strategies.get(name)()
     if problem := strategy.problem(work):
         raise BenchmarkError(f"{name} on {layer}: {problem}")
