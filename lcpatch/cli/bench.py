@@ -31,21 +31,28 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     model.add_argument("--layers", type=int, default=32, help="layers of the model (default 32)")
     model.set_defaults(measure=_model)
+    parallel = what.add_parser("parallel", help="the bytes that context parallelism sends (needs no GPU), and its time")
+    parallel.add_argument("--ranks", type=int, default=8, help="ranks to count for (default 8)")
+    parallel.add_argument(
+        "--time", action="store_true", help="instead, time every strategy: under torchrun, a GPU for each rank"
+    )
+    parallel.set_defaults(measure=_parallel, lengths=(131072,))
     tables = what.add_parser("tables", help="committed results as Markdown tables and a plot")
     tables.add_argument("results", nargs="*", type=Path, help="JSON files that `lcpatch bench` wrote")
     tables.add_argument("--write", type=Path, metavar="README", help="put each table between this file's markers")
     tables.add_argument("--check", type=Path, metavar="README", help="fail if this file's tables are out of date")
     tables.add_argument("--plot", type=Path, metavar="PNG", help="draw the attention result")
     tables.set_defaults(measure=None)
-    for verb in (attention, tune, decode):
+    for verb in (attention, tune, decode, parallel):
         verb.add_argument("--lengths", type=_lengths, help="tokens, comma-separated")
-        verb.add_argument("--patterns", help="comma-separated names out of the default set (see the output's column)")
         verb.add_argument("--heads", type=int, default=32, help="query heads (default 32)")
         verb.add_argument("--kv-heads", type=int, default=8, help="KV heads (default 8)")
         verb.add_argument("--head-dim", type=int, default=128, help="head dim (default 128)")
+    for verb in (attention, tune, decode):
+        verb.add_argument("--patterns", help="comma-separated names out of the default set (see the output's column)")
         if verb is not decode:
             verb.add_argument("--batch", type=int, default=1, help="batch size (default 1)")
-    for verb in (attention, shapes, tune, decode, model):
+    for verb in (attention, shapes, tune, decode, model, parallel):
         verb.add_argument("--out", type=Path, help="write the results here as JSON")
         verb.add_argument("--commit", help="commit to record; default: this checkout's")
     parser.set_defaults(run=run)
@@ -58,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from ..bench import measure
 
     result = args.measure(args)
-    if args.out:
+    if args.out and result:  # of several processes one has the result
         measure.write(result, args.out)
         print(f"written to {args.out}")
     return 0
@@ -99,6 +106,17 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
     cases, shape = _cases_and_shape(args)
     steps = {name: pattern for name, pattern in cases.items() if not pattern.follows_length}
     return decode.run(args.lengths, args.batches, steps, shape, commit=args.commit)
+
+
+def _parallel(args: argparse.Namespace) -> dict[str, Any]:
+    from ..bench import attention, parallel
+
+    shape = attention.Shape(1, args.heads, args.kv_heads, args.head_dim)
+    if args.time:
+        from ..bench import parallel_time
+
+        return parallel_time.run(args.lengths, shape, commit=args.commit)
+    return parallel.run(args.lengths, args.ranks, shape, commit=args.commit)
 
 
 def _model(args: argparse.Namespace) -> dict[str, Any]:

@@ -159,6 +159,13 @@ class BlockSparseSpec:
         causal = length * (length + 1) // 2
         return sum(pairs[r] for r in self.head_rules) / (self.num_heads * causal)
 
+    def num_pairs(self, first: int, last: int, length: int) -> int:
+        """Attended pairs of rows [first, last) of a segment of `length` tokens, over all query heads."""
+        if self.is_cyclic and (first, last) != (0, length):
+            raise ValueError("rows of rolled groups are not counted apart; give first=0 and last=length")
+        pairs = [_num_pairs(rule, self.block_size, length, first, last) for rule in self.rules]
+        return sum(pairs[r] for r in self.head_rules)
+
     def to_ints(self) -> list[int]:
         """Flat encoding: the form in which a spec crosses a `torch.library` schema."""
         return list(self._ints)
@@ -197,13 +204,13 @@ def _packs(spec: BlockSparseSpec, num_kv_heads: int, max_heads: int | None) -> t
 
 
 @lru_cache(maxsize=1024)
-def _num_pairs(rule: Rule, block_size: int, length: int) -> int:
-    """Number of (i, j) pairs that `rule` keeps in a segment of `length` tokens."""
+def _num_pairs(rule: Rule, block_size: int, length: int, first: int = 0, last: int | None = None) -> int:
+    """Number of (i, j) pairs that `rule` keeps in rows [first, last) of a segment of `length` tokens."""
     if rule.cyclic:
         group, _ = rule.resolve(length)
         sizes = [min(group, length - start) for start in range(0, length, group)]
         return sum(n * (n + 1) // 2 for n in sizes)
-    i = torch.arange(length)
+    i = torch.arange(first, length if last is None else last)
     group, offset = rule.resolve(length)
     lo = ((i + offset) // group * group - offset - rule.back).clamp(min=0)
     sinks = lo.clamp(max=rule.sinks)

@@ -112,7 +112,7 @@ def sink_tiles(dtype: torch.dtype | None, head_dim: int, sinks: int) -> Config:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: BlockSparseSpec, bounds: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """`(out [B, H, T, D], lse [B, H, T])`; rows in no segment are 0 and -inf."""
+    """`(out [B, H, T, D], lse [B, H, T])`; rows that see nothing are 0 and -inf."""
     return launch_forward(q, k, v, spec, bounds, scale, softcap)
 
 
@@ -160,6 +160,7 @@ def launch_forward(
     if not out.numel():
         return out, lse
     tiles = tiles or _config("fwd", q, k, spec)
+    has_gap = bounds is not None and bounds.shape[2] == 5  # then a row need not have a key of its own
     table = pack_table(spec, k.shape[1], tiles.pack, q.device)
     num_slots = _query_slots(bounds, num_queries, num_keys, tiles.block_m)
     boxes = _key_boxes(k, v, spec, table, tiles, scale)
@@ -169,7 +170,7 @@ def launch_forward(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             *_segment_args(bounds), num_slots, table.num_packs, heads, num_queries, num_keys,
             *_scales(scale, softcap),
-            PACK=tiles.pack, TMA=boxes[0] is not None, FIXED=q.dtype != torch.float16,
+            PACK=tiles.pack, TMA=boxes[0] is not None, FIXED=q.dtype != torch.float16 and not has_gap,
             **_constants(q, spec, bounds, softcap, table, tiles),
         )  # fmt: skip
     return out, lse
@@ -297,9 +298,9 @@ def _sinks_apart(spec: BlockSparseSpec, bounds: Tensor | None, table: PackTable)
     """Whether the sink keys' dk and dv come from kernels of their own.
 
     Not with more sinks than a tile of them; with a stripe, whose tiles are as long as the sinks'; and in packed rows,
-    whose documents have sinks of their own each.
+    whose documents have sinks of their own each, and rows beyond a gap.
     """
-    one_segment = bounds is None or bounds.shape[1] == 1
+    one_segment = bounds is None or bounds.shape[1:] == (1, 4)
     most = max(rule.sinks for rule in spec.rules)
     return table.flags["HAS_SINK"] and not table.flags["HAS_STRIPE"] and most <= _MOST_SINKS and one_segment
 
@@ -330,7 +331,7 @@ def _launch_sinks(
     sums = torch.empty((num_slots, batch, num_kv_heads, 2, sinks, head_dim), dtype=torch.float32, device=q.device)
     delta, lse = (x[0] for x in terms)
     constants = _constants(q, spec, bounds, softcap, table, tiles)
-    for name in ("BLOCK_N", "BLOCK_SIZE", "HAS_SINK", "HAS_STRIPE"):
+    for name in ("BLOCK_N", "BLOCK_SIZE", "GAP", "HAS_SINK", "HAS_STRIPE"):
         del constants[name]
     stride_bounds = _segment_args(bounds)[0]
     with _on(q):
@@ -400,6 +401,7 @@ def _constants(
         "BLOCK_N": tiles.block_n,
         "BLOCK_SIZE": spec.block_size if table.flags["HAS_STRIPE"] else 1,
         "SEGMENTS": 0 if bounds is None else max(2, next_power_of_2(bounds.shape[1])),
+        "GAP": bounds is not None and bounds.shape[2] == 5,
         "HAS_SOFTCAP": softcap != 0,
         "UPCAST": INTERPRETED and q.dtype != torch.float32,
         "num_warps": tiles.num_warps,
@@ -426,7 +428,7 @@ def _segment_args(bounds: Tensor | None) -> tuple[int, int]:
 
 
 def _bounds(bounds: Tensor | None) -> Tensor | None:
-    if bounds is None or bounds.stride()[1:] == (4, 1):
+    if bounds is None or bounds.stride()[1:] == (bounds.shape[2], 1):
         return bounds
     return bounds.contiguous()
 
