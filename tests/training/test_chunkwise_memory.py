@@ -80,9 +80,7 @@ def test_nothing_else_grows(deep: nn.Module):
     allowed = 2 + slope(attention_alone)
     assert allowed < 2.5
     assert 2 <= slope(lambda length: run(length, attention="lcpatch")) <= allowed
-    assert (
-        slope(lambda length: run(length, attention="own")) > 3
-    )  # masked SDPA keeps repeated heads
+    assert slope(lambda length: run(length, attention="own")) > 3  # masked SDPA keeps repeated heads
 
 
 def test_offloaded_the_device_holds_two_slots(deep: nn.Module, stores: list, monkeypatch: pytest.MonkeyPatch):
