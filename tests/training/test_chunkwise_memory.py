@@ -59,8 +59,8 @@ def peak(run) -> int:
 
 def slope(run) -> float:
     """Growth of the peak of `run(length)` with the length, in kappa a token."""
-    few, many = (peak(lambda length=length: run(length)) for length in (193, 321))
-    return (many - few) / (128 * KAPPA)
+    few, many = (peak(lambda length=length: run(length)) for length in (129, 193))
+    return (many - few) / (64 * KAPPA)
 
 
 def attention_alone(length: int):
@@ -185,3 +185,26 @@ def test_refusals():
         chunked(model, ids, ids, 16, offload=True, attention="own")
     with pytest.raises(ValueError, match="attention dropout"):
         chunked(build(attention_dropout=0.1).train(), ids, ids, 16, offload=True)
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_rehearsal(deep: nn.Module, stores: list, monkeypatch: pytest.MonkeyPatch, offloaded: bool):
+    """What it allocates is what the step allocates; gradients stay as they were, and no host memory is tried."""
+    pool = offload.HostPool(slab_bytes=1 << 12)
+    monkeypatch.setattr(chunkwise, "POOL", pool)
+    runs = []
+    decode = chunkwise._Run._decode
+    monkeypatch.setattr(chunkwise._Run, "_decode", lambda run, m, *at: runs.append(at) or decode(run, m, *at))
+    before = {name: torch.randn_like(p) for name, p in deep.named_parameters()}
+    for name, p in deep.named_parameters():
+        p.grad = before[name]
+    chunkwise.rehearse(deep, length=160, chunk_size=32, offload=offloaded)
+    assert runs == [(0, 32), (128, 160), (128, 160)]
+    assert all(p.grad is before[name] for name, p in deep.named_parameters())
+    host = pool.memory()
+    chunked(deep, tokens(1, 161), tokens(1, 161), 32, offload=offloaded)
+    rehearsed, real = stores
+    assert rehearsed["device"] == real["device"]
+    assert host == (KAPPA * 64 if offloaded else 0)
+    assert pool.memory() == (KAPPA * (160 + 128) if offloaded else 0)
+    chunkwise.rehearse(deep, length=20, chunk_size=32, offload=offloaded)  # one chunk
