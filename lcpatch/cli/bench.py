@@ -37,6 +37,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--time", action="store_true", help="instead, time every strategy: under torchrun, a GPU for each rank"
     )
     parallel.set_defaults(measure=_parallel, lengths=(131072,))
+    training = what.add_parser("training", help="a LoRA step of a long text: sparse against dense, SeCO, SpaCO")
+    training.add_argument(
+        "--part",
+        default="a,b,c,d,e",
+        help="a: sparse against dense, b: memory slope, c: SeCO's time, d: SpaCO's, e: the longest, f: one real step",
+    )
+    training.add_argument("--length", type=int, help="tokens of part f (default 204800)")
+    training.add_argument("--offload", action="store_true", help="part f with keys and values in host memory")
+    training.add_argument("--tiny", action="store_true", help="a small model on the CPU: tries the benchmark itself")
+    training.set_defaults(measure=_training)
     tables = what.add_parser("tables", help="committed results as Markdown tables and a plot")
     tables.add_argument("results", nargs="*", type=Path, help="JSON files that `lcpatch bench` wrote")
     tables.add_argument("--write", type=Path, metavar="README", help="put each table between this file's markers")
@@ -52,7 +62,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         verb.add_argument("--patterns", help="comma-separated names out of the default set (see the output's column)")
         if verb is not decode:
             verb.add_argument("--batch", type=int, default=1, help="batch size (default 1)")
-    for verb in (attention, shapes, tune, decode, model, parallel):
+    for verb in (attention, shapes, tune, decode, model, training, parallel):
         verb.add_argument("--out", type=Path, help="write the results here as JSON")
         verb.add_argument("--commit", help="commit to record; default: this checkout's")
     parser.set_defaults(run=run)
@@ -129,6 +139,19 @@ def _model(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--tasks: {part!r} is not prefill:TOKENS, train:TOKENS or decode:TOKENS")
         tasks.append((task, int(length)))
     return model.run(tuple(tasks), args.layers, commit=args.commit)
+
+
+def _training(args: argparse.Namespace) -> dict[str, Any]:
+    from dataclasses import replace
+
+    from ..bench import training
+
+    parts = args.part.split(",")
+    if unknown := [part for part in parts if part not in training.PARTS]:
+        raise ValueError(f"--part: {unknown[0]!r} is not one of {', '.join(training.PARTS)}")
+    setup = training.TINY if args.tiny else training.Setup()
+    full = (args.length or setup.full[0], args.offload or (args.length is None and setup.full[1]))
+    return training.run("".join(parts), replace(setup, full=full), commit=args.commit)
 
 
 def _tables(args: argparse.Namespace) -> int:

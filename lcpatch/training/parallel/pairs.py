@@ -269,10 +269,9 @@ class _Backward(_Walk):
 
     def compute(self, piece: Piece, rows: Sequence[Tensor], k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         q, grad_out, lse, delta = rows
+        given = (grad_out, -delta, q, k, v, torch.zeros_like(grad_out), lse, self.spec)  # delta stands for the output
         parts = [
-            block_sparse_backward(
-                *(grad_out, delta, q, k, v, lse, self.spec), bounds=bounds_tensor(call, 5, q.device), **self.options
-            )
+            block_sparse_backward(*given, bounds=bounds_tensor(call, 5, q.device), **self.options)
             for call in piece.calls
         ]
         dq, dk, dv = (sum(x) for x in zip(*parts, strict=True))
