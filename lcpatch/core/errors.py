@@ -19,3 +19,7 @@ class HubError(LcpatchError, RuntimeError):
 
 class UnsupportedModelError(LcpatchError, ValueError):
     """A model that cannot take this patch; the message names its type and what would work."""
+
+
+class TrainingError(LcpatchError, RuntimeError):
+    """A training run that has to stop; the message says at which step, why, and what is kept."""

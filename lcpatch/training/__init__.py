@@ -1,0 +1,1 @@
+"""Training for long context: LoRA+, RoPE scaling, packed data, and the one glue to transformers' Trainer."""
