@@ -14,7 +14,7 @@ from lcpatch.training import recipe
 DEFAULTS = {
     "attention": "s2",
     "layers": "every_2",
-    "options": {"local_blocks": 4, "stride": 8},  # 256 of 2,048 tokens nearby; configs/s2.yaml has the paper's sizes
+    "options": {"local_blocks": 4, "stride": 8},  # 256 of 1,024 tokens nearby; configs/s2.yaml has the paper's sizes
     "output": "s2-run",
 }
 

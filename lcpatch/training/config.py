@@ -32,7 +32,7 @@ class TrainConfig:
     documents: str = option(
         "masked", "masked: no token sees another document; joined: as LongLoRA trains", ["masked", "joined"]
     )
-    length: int = option(2048, "tokens of a row")
+    length: int = option(1024, "tokens of a row")
     eval_data: tuple[str, ...] = option((), "what to evaluate on; none: the last --eval-rows rows of the data")
     eval_rows: int = option(2, "rows to evaluate on; 0: do not evaluate")
 

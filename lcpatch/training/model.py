@@ -69,20 +69,24 @@ def dtype_of(config: TrainConfig) -> torch.dtype:
     return getattr(torch, config.dtype)
 
 
-def checkpointing_settings(kind: str) -> dict[str, Any] | None:
-    """What transformers' gradient checkpointing takes for "full" or "selective"; None for "none".
+def checkpointing_settings(kind: str) -> dict[str, Any]:
+    """transformers' training arguments for "full", "selective" or "none".
 
     Selective recomputation is torch's own: all is computed again but attention, whose results are kept. Attention takes
     most of a long forward, and its results are a small part of what a layer holds.
     """
+    from transformers import TrainingArguments
+
+    new = hasattr(TrainingArguments, "activation_checkpointing")  # from 5.23 on, which warns of the old name
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
     if kind == "none":
-        return None
+        return {name: False}
     settings: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":
         from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
-    return settings
+    return {name: True, f"{name}_kwargs": settings}
 
 
 def _keep_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:

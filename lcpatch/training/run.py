@@ -115,7 +115,6 @@ def arguments(config: TrainConfig, output: Path) -> Any:
     """transformers' own arguments."""
     from transformers import TrainingArguments
 
-    checkpointing = checkpointing_settings(config.checkpointing)
     gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(output),
@@ -132,8 +131,7 @@ def arguments(config: TrainConfig, output: Path) -> Any:
         seed=config.seed,
         bf16=gpu and config.dtype != "float32",
         use_cpu=not gpu,
-        gradient_checkpointing=checkpointing is not None,
-        gradient_checkpointing_kwargs=checkpointing,
+        **checkpointing_settings(config.checkpointing),
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or 500,
         save_total_limit=config.keep,

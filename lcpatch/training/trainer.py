@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from ..core.errors import TrainingError
 from . import arms
 from .checkpoints import STAGING, discard, disk_full, load_logits, save_logits
+from .fused import can_fuse, fused_loss
 
 MODES = {"dense": "never", "patched": "always"}
 
@@ -45,9 +46,21 @@ class LongTrainer(Trainer):
         """The loss of every step of this process's session, unrounded."""
         self._step_loss = 0.0
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         """The model's own loss, without a cache: with one, packed documents would see each other."""
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+        inputs = {**inputs, "use_cache": False}
+        if not can_fuse(self.model):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        loss = fused_loss(model, inputs, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the items are those of all processes, which are averaged
+        return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward.

@@ -215,9 +215,17 @@ def _calls(model, kind: str) -> int:
             return function(*args, **(kwargs or {}))
 
     model.train()
-    model.get_base_model().gradient_checkpointing_enable(checkpointing_settings(kind))
+    (settings,) = (v for v in checkpointing_settings(kind).values() if isinstance(v, dict))
+    checkpoint(model.get_base_model(), settings)
     hook = enable_inputs(model)
     with Count():
         model(ids(), labels=ids(), use_cache=False).loss.backward()
     hook.remove()
     return Count.number
+
+
+def checkpoint(model, settings) -> None:
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers >= 5.23
+        model.activation_checkpointing_enable(settings)
+    else:
+        model.gradient_checkpointing_enable(settings)
