@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,7 +22,7 @@ from .config import TrainConfig
 from .model import checkpointing_settings, enable_inputs, load_model, load_tokenizer
 from .sources import sources
 
-logger = logging.getLogger(__name__)
+LOG_FILE = "log.json"
 Save = Callable[..., None]
 
 
@@ -91,6 +90,9 @@ def train(config: TrainConfig, save: Save) -> Result:
         finished = trainer.state.global_step >= config.steps
         metrics = trainer.evaluate() if finished and eval_rows is not None else {}
     result = Result(model, trainer.losses, metrics, finished, trainer.state.global_step)
+    if state.is_main_process:
+        with arriving(output / LOG_FILE) as new:
+            new.write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
     if finished and state.is_main_process:
         write(result, config, output, tokenizer, save)
     state.wait_for_everyone()

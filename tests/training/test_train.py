@@ -37,7 +37,13 @@ def test_the_loss_falls(trained, name: str):
     assert result.finished
     assert len(result.losses) == STEPS
     assert mean(result.losses[-5:]) < mean(result.losses[:5]) - 0.2
-    assert sorted(p.name for p in output.iterdir()) == ["checkpoint-16", "checkpoint-20", "model", "run.json"]
+    assert sorted(p.name for p in output.iterdir()) == [
+        "checkpoint-16",
+        "checkpoint-20",
+        "log.json",
+        "model",
+        "run.json",
+    ]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -86,7 +92,7 @@ def test_evaluation_is_dense_and_patched(trained):
     for name in SETTINGS:
         metrics = trained[name][0].metrics
         assert abs(metrics["eval_dense_loss"] - metrics["eval_patched_loss"]) > 1e-4
-    log = json.loads((trained["s2"][1] / "checkpoint-20" / "trainer_state.json").read_text())["log_history"]
+    log = json.loads((trained["s2"][1] / "log.json").read_text())
     assert all(line["tokens_per_second"] > 0 for line in log if "loss" in line)
 
 
@@ -117,7 +123,7 @@ def test_a_stopped_run_goes_on_exactly(trained, base, tmp_path: Path, interrupt,
         interrupt(3)
         first = run(base, tmp_path / "parts", **settings)
     assert (first.finished, first.step) == (False, 4)
-    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["checkpoint-4", "run.json"]
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["checkpoint-4", "log.json", "run.json"]
     monkeypatch.undo()
     monkeypatch.setenv("LCPATCH_CACHE", str(tmp_path / "cache"))
     rest = run(base, tmp_path / "parts", **settings)
@@ -174,7 +180,7 @@ def test_an_extended_adapter_comes_back_extended(base, tmp_path: Path, rope: str
     assert model.config.rope_parameters["rope_type"] == rope
     assert model.config.max_position_embeddings == (4096 if rope == "dynamic" else 8192)
     loaded = lcpatch.from_pretrained(tmp_path / "model")
-    text = ids(4150)
+    text = ids(4200)  # as long as a row: transformers' dynamic frequencies depend on the longest text seen so far
     with torch.no_grad():
         assert torch.equal(loaded(text).logits, model(text).logits)
     plain = type(model.get_base_model()).from_pretrained(base)
