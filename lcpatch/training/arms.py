@@ -16,8 +16,8 @@ from torch import nn
 from ..core.config import PatchConfig
 from ..core.errors import UnknownNameError
 from ..hf.layers import state_of
-from ..patching.apply import unwrap
-from ..patching.resolve import attention_modules, pattern_of
+from ..hf.models import attention_modules, unwrap
+from ..patching.resolve import pattern_of
 from ..patterns import patterns
 
 NAMED: dict[str, dict[str, Any]] = {

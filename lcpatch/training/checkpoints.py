@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..core.errors import TrainingError
+from ..hf.models import attention_modules, unwrap
 from ..hf.state import SINK_LOGIT
-from ..patching.apply import unwrap
-from ..patching.resolve import attention_modules
 
 RUN_FILE = "run.json"
 LOGITS_FILE = "sink_logits.safetensors"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..patching.apply import unwrap
+from ..hf.models import unwrap
 from .chunkwise import _headed, _with_hidden
 from .loss import IGNORE, summed_cross_entropy
 from .support import without_wrapper

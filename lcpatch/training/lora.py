@@ -18,9 +18,8 @@ import torch
 from torch import nn
 
 from ..core.errors import UnsupportedModelError
+from ..hf.models import attention_modules, unwrap
 from ..hf.state import SINK_LOGIT
-from ..patching.apply import unwrap
-from ..patching.resolve import attention_modules
 
 TUNE = ("lora+", "lora", "full")
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..hf.demo_model import demo_model
+from ..hf.models import unwrap
 from ..patching import apply
-from ..patching.apply import unwrap
 from . import arms, lora, rope
 from .config import TrainConfig
 
