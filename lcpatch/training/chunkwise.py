@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import spaco
-from .buffers import ChunkCache, DeviceStore, exact_gradients
+from .buffers import DeviceStore, exact_gradients
+from .chunk_cache import ChunkCache
 from .loss import summed_cross_entropy
+from .offload import POOL, HostStore
 from .packing import chunk_mask
 from .support import RandomState, check_model, checkpointing, is_patched, routed, without_wrapper
 from .text import Text, check_kwargs, make_text
@@ -41,6 +43,7 @@ def backward(
     estimator: str | Callable[[int], spaco.Plan] = "seco",
     keep: float | Sequence[float] = 1.0,
     generator: torch.Generator | None = None,
+    offload: bool = False,
     attention: str = "auto",
     **model_kwargs: Any,
 ) -> Tensor:
@@ -63,6 +66,8 @@ def backward(
             `spaco.Plan`. Under SpaCO the returned loss is that estimate too.
         keep: what SpaCO keeps of the chunks (see `spaco.draw`).
         generator: CPU generator of SpaCO's draw.
+        offload: keep keys, values and their gradients in pinned host memory (see `offload`), for layers whose attention
+            is ours; "auto" then means "lcpatch". The memory is kept for the next call.
         attention: "own": the model's attention as it is. "lcpatch": full-attention layers without a pattern run through
             `lcpatch_kernels.block_sparse`, which needs no mask of a chunk against its prefix and repeats no KV head.
             "auto": the latter on CUDA where it computes the same, else the former.
@@ -75,6 +80,8 @@ def backward(
         ValueError: inputs that do not fit, or without a label.
         UnsupportedModelError: a model for which this would not be exact; the message says why.
     """
+    if offload and attention == "own":
+        raise ValueError("offload=True needs attention='lcpatch' or 'auto': the model's own reads all keys at once")
     isolates = is_patched(without_wrapper(model))
     text = make_text(input_ids, labels, attention_mask, position_ids, num_items_in_batch, chunk_size, isolates)
     kwargs = check_kwargs(model_kwargs, input_ids.shape[1], position_ids)
@@ -83,12 +90,17 @@ def backward(
     plan = estimator(len(chunks)) if callable(estimator) else spaco.draw(estimator, len(chunks), keep, generator)
     if len(plan.kept) != len(chunks):
         raise ValueError(f"the plan speaks of {len(plan.kept)} chunks, but the text has {len(chunks)}")
-    with routed(without_wrapper(model), base, attention) as attending:
-        store = DeviceStore(base.config.num_hidden_layers, text.ids.shape[1])
-        cache = ChunkCache(base.config.num_hidden_layers, store, attending, plain=text.mask is text.documents is None)
-        run = _Run(model, base, text, cache, kwargs)
-        states = [run.record(*chunk) for chunk in chunks]
-        return run.replay(chunks, states, plan, grad_scale)
+    with routed(without_wrapper(model), base, "lcpatch" if offload and attention == "auto" else attention) as attending:
+        length = text.ids.shape[1]
+        store = HostStore(length, chunk_size, attending, POOL) if offload else DeviceStore(length)
+        plain = text.mask is text.documents is None
+        cache = ChunkCache(base.config.num_hidden_layers, store, attending, plain)
+        try:
+            run = _Run(model, base, text, cache, kwargs)
+            states = [run.record(*chunk) for chunk in chunks]
+            return run.replay(chunks, states, plan, grad_scale)
+        finally:
+            store.close()
 
 
 class _Run:
@@ -127,6 +139,7 @@ class _Run:
             alone = replicas is not None and n != order[-1]
             with replicas.no_sync() if alone else nullcontext(), checkpointing(self.base, recording=False):
                 loss = self._loss(*chunks[n]) * loss_scales[n] / self.text.denominator
+                self.cache.now.backward = True
                 with exact_gradients(loss.device.type):
                     (loss * grad_scale).backward()
             total = total + loss.detach()
@@ -135,8 +148,7 @@ class _Run:
 
     def _loss(self, start: int, end: int) -> Tensor:
         """The summed loss of a chunk's rows, part of the chunk's graph also where it has no label."""
-        with self.cache.store.watching():
-            output, hidden = self._decode(self.model, start, end)
+        output, hidden = self._decode(self.model, start, end)
         with _headed(self.decoder, output) as replace:
 
             def head(rows: Tensor) -> Tensor:

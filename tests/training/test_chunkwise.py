@@ -10,7 +10,7 @@ from torch import nn
 
 import lcpatch
 from lcpatch.core.errors import UnsupportedModelError
-from lcpatch.training import buffers, chunkwise, spaco, support
+from lcpatch.training import chunk_cache, chunkwise, spaco, support
 
 SIZES = (TOKENS, 64, 48, 32, 16, 7)
 LABELS = {"all", "prompt masked", "tail masked", "one label"}
@@ -229,7 +229,7 @@ def test_dropout_is_the_same_in_both_passes(checkpoint: bool, monkeypatch: pytes
 def watch_passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Notes, for each layer of each chunk, whether the second pass makes the first's keys and values, to the bit."""
     equal: list[bool] = []
-    update = buffers.ChunkLayer.update
+    update = chunk_cache.ChunkLayer.update
 
     def compare(self, keys, values, *args, **kwargs):
         result = update(self, keys, values, *args, **kwargs)
@@ -239,7 +239,7 @@ def watch_passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
             equal.append(all(torch.equal(a, b) for a, b in zip((keys, values), kept, strict=True)))
         return result
 
-    monkeypatch.setattr(buffers.ChunkLayer, "update", compare)
+    monkeypatch.setattr(chunk_cache.ChunkLayer, "update", compare)
     return equal
 
 

@@ -18,7 +18,18 @@ from .._ops import add_op_namespace_prefix
 from . import dense, reference
 from .spec import DENSE, UNBOUNDED, BlockSparseSpec, Pack, Rule
 
-__all__ = ["DENSE", "UNBOUNDED", "BlockSparseSpec", "Impl", "Pack", "Rule", "block_sparse", "choose", "dense"]
+__all__ = [
+    "DENSE",
+    "UNBOUNDED",
+    "BlockSparseSpec",
+    "Impl",
+    "Pack",
+    "Rule",
+    "block_sparse",
+    "block_sparse_gradients",
+    "choose",
+    "dense",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +83,40 @@ def block_sparse(
     if chosen == "flex":
         return dense.flex(q, k, v, spec, bounds, scale, softcap)
     return _forward(q, k, v, bounds, spec.to_ints(), scale, softcap, chosen)
+
+
+def block_sparse_gradients(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spec: BlockSparseSpec,
+    *,
+    bounds: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(dq, dk, dv)` of `block_sparse`, for callers that keep its inputs elsewhere than on autograd's graph.
+
+    Args:
+        grad_out, grad_lse: gradients of its two results.
+        out, lse: the two results.
+        q, k, v, spec, bounds, scale, softcap, impl: as it was given them; "sdpa" and "flex" have no backward to call.
+
+    Raises:
+        ValueError: an `impl` that cannot run this.
+    """
+    _check(q, k, v, spec, bounds)
+    chosen = choose(impl, q, spec)
+    if chosen not in ("triton", "reference"):
+        raise ValueError(f"impl={chosen!r} leaves its gradients to autograd; use impl='triton' or 'reference'")
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    ints = spec.to_ints()
+    return _backward(grad_out, grad_lse, q, k, v, out, lse, bounds, ints, scale, float(softcap or 0.0), chosen)
 
 
 def choose(impl: str, q: Tensor, spec: BlockSparseSpec) -> str:
