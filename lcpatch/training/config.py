@@ -64,6 +64,8 @@ class TrainConfig:
         ["full", "selective", "none"],
     )
     offload: bool = option(False, "keep what waits for the backward pass in the host's memory")
+    chunk_size: int = option(0, "SeCO: exact gradients with so many tokens' activations at a time; 0: the whole row")
+    keep_chunks: float = option(1.0, "SpaCO: how likely a chunk's gradient is computed; 1: SeCO, exact")
 
     output: str = option("lcpatch-run", "folder of checkpoints and of the model")
     save_every: int = option(100, "steps from one checkpoint to the next; 0: none")
@@ -82,8 +84,12 @@ class TrainConfig:
                 raise ValueError(f"{f.name}={value!r} is not one of {', '.join(choices)}")
         for name in ("length", "steps", "batch_size", "accumulate", "keep", "log_every", "lora_r", "lora_alpha"):
             self._at_least(name, 2 if name == "length" else 1)
-        for name in ("eval_rows", "warmup", "save_every", "evaluate_every", "workers", "weight_decay"):
+        for name in ("eval_rows", "warmup", "save_every", "evaluate_every", "workers", "weight_decay", "chunk_size"):
             self._at_least(name, 0)
+        if not 0 < self.keep_chunks <= 1:
+            raise ValueError(f"keep_chunks={self.keep_chunks} must be above 0, and at most 1")
+        if self.keep_chunks < 1 and not self.chunk_size:
+            raise ValueError(f"keep_chunks={self.keep_chunks} needs chunks: say chunk_size, such as 2048")
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")

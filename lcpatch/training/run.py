@@ -45,12 +45,12 @@ class Result:
     step: int = 0
 
 
-def train(config: TrainConfig, save: Save) -> Result:
+def train(config: TrainConfig, save: Save | None) -> Result:
     """Train, evaluate, and save the model in `config.output`/model.
 
     Args:
         config: what to do.
-        save: `lcpatch.save_pretrained`, or what takes the same arguments.
+        save: `lcpatch.save_pretrained`, or what takes the same arguments; None: the model is only returned.
 
     Raises:
         ValueError: a setting, model or data that do not fit; before anything is trained.
@@ -84,7 +84,8 @@ def train(config: TrainConfig, save: Save) -> Result:
             data_collator=rows.stack,
             processing_class=tokenizer,
             callbacks=[stop],
-            offload=config.offload,
+            offload=config.offload and not config.chunk_size,  # by chunks it is keys, values and their gradients
+            chunkwise=chunks(config),
         )
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finished = trainer.state.global_step >= config.steps
@@ -93,7 +94,7 @@ def train(config: TrainConfig, save: Save) -> Result:
     if state.is_main_process:
         with arriving(output / LOG_FILE) as new:
             new.write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
-    if finished and state.is_main_process:
+    if finished and save is not None and state.is_main_process:
         write(result, config, output, tokenizer, save)
     state.wait_for_everyone()
     return result
@@ -147,6 +148,17 @@ def arguments(config: TrainConfig, output: Path) -> Any:
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
     )
+
+
+def chunks(config: TrainConfig) -> dict[str, Any] | None:
+    """What `chunkwise.backward` is told; None: rows go through the model whole."""
+    if not config.chunk_size:
+        return None
+    told: dict[str, Any] = {"chunk_size": config.chunk_size, "offload": config.offload}
+    if config.keep_chunks < 1:
+        generator = torch.Generator().manual_seed(config.seed)
+        told |= {"estimator": "bernoulli", "keep": config.keep_chunks, "generator": generator}
+    return told
 
 
 def write(result: Result, config: TrainConfig, output: Path, tokenizer: Any, save: Save) -> None:

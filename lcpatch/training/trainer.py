@@ -23,19 +23,21 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..core.errors import TrainingError
+from ..hf.models import unwrap
 from . import arms
 from .checkpoints import STAGING, discard, disk_full, load_logits, save_logits
+from .chunkwise_trainer import ChunkwiseMixin
 from .fused import can_fuse, fused_loss
 
 MODES = {"dense": "never", "patched": "always"}
 
 
-class LongTrainer(Trainer):
+class LongTrainer(ChunkwiseMixin, Trainer):
     """transformers' Trainer for patched models and packed rows.
 
     Args:
         offload: keep what waits for the backward pass in the host's memory (torch's `save_on_cpu`).
-        **kwargs: as for `Trainer`.
+        **kwargs: as for `Trainer`, and `chunkwise` as for `ChunkwiseMixin`.
     """
 
     def __init__(self, *args: Any, offload: bool = False, **kwargs: Any) -> None:
@@ -98,9 +100,11 @@ class LongTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Every metric twice: `eval_dense_…`, and `eval_patched_…` with the pattern on."""
-        metrics = {}
+        """Every metric twice: `eval_dense_…` and, if there is a pattern, `eval_patched_…` with it on."""
+        metrics: dict[str, float] = {}
         for name, mode in MODES.items():
+            if mode == "always" and unwrap(self.model).config.lcpatch["mode"] == "never":
+                continue
             with arms.running(self.model, mode):
                 metrics |= super().evaluate(*args, metric_key_prefix=f"{metric_key_prefix}_{name}", **kwargs)
         self._speed.restart()

@@ -15,7 +15,7 @@ from lcpatch.training.arms import patch_for
 from lcpatch.training.config import TrainConfig, load
 
 ROOT = Path(__file__).parents[2]
-RECIPES = ["sinklora", "longlora", "s2"]
+RECIPES = ["sinklora", "longlora", "s2", "chunkwise"]
 CONFIGS = sorted(p for p in (ROOT / "recipes" / "configs").glob("*.yaml"))
 
 
@@ -46,6 +46,7 @@ def test_a_recipes_options_do_not_follow_to_another_arm():
         (["--steps", "1.5"], "steps='1.5' must be a whole number"),
         (["--learning-rate", "-1"], "learning_rate=-1.0 must be above 0"),
         (["--tune", "qlora"], r"tune='qlora' is not one of lora\+, lora, full"),
+        (["--keep-chunks", "0.5"], "keep_chunks=0.5 needs chunks: say chunk_size"),
         (["--config", "nothing.yaml"], "nothing.yaml"),
     ],
 )

@@ -19,6 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sinklora": {"attention": "sf", "sinks": "logit:-3"},
     "longlora": {"attention": "shift"},
     "s2": {"attention": "s2", "layers": (1,), "options": {"block_size": 16, "local_blocks": 2, "stride": 3}},
+    "chunkwise": {"attention": "full", "chunk_size": 40},
 }
 """What each recipe trains, at sizes that are sparse at `LENGTH`."""
 
