@@ -16,11 +16,10 @@ from lcpatch_kernels.block_sparse import TRITON_DTYPES, TRITON_MAX_HEAD_DIM, has
 from ..core.errors import UnsupportedModelError
 from ..hf import NAME
 from ..hf.layers import state_of
+from ..hf.models import attention_modules, full_attention_layers, unwrap
 from ..hf.state import dense_name
 from ..hf.watch import WATCH, unwatch, watch
 from ..patching import patched
-from ..patching.apply import unwrap
-from ..patching.resolve import attention_modules, full_attention_layers
 from .text import Text
 
 logger = logging.getLogger(__name__)
