@@ -4,6 +4,7 @@ Needs torch, and triton where a kernel runs; imports nothing of lcpatch.
 """
 
 from .block_sparse import DENSE, UNBOUNDED, BlockSparseSpec, Rule, block_sparse
+from .cluster_merge import cluster_merge
 from .sparse_decode import sparse_decode
 
-__all__ = ["DENSE", "UNBOUNDED", "BlockSparseSpec", "Rule", "block_sparse", "sparse_decode"]
+__all__ = ["DENSE", "UNBOUNDED", "BlockSparseSpec", "Rule", "block_sparse", "cluster_merge", "sparse_decode"]
