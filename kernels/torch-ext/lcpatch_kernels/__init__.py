@@ -5,6 +5,17 @@ Needs torch, and triton where a kernel runs; imports nothing of lcpatch.
 
 from .block_sparse import DENSE, UNBOUNDED, BlockSparseSpec, Rule, block_sparse
 from .cluster_merge import cluster_merge
+from .page_scores import page_bounds, page_scores
 from .sparse_decode import sparse_decode
 
-__all__ = ["DENSE", "UNBOUNDED", "BlockSparseSpec", "Rule", "block_sparse", "cluster_merge", "sparse_decode"]
+__all__ = [
+    "DENSE",
+    "UNBOUNDED",
+    "BlockSparseSpec",
+    "Rule",
+    "block_sparse",
+    "cluster_merge",
+    "page_bounds",
+    "page_scores",
+    "sparse_decode",
+]
