@@ -3,6 +3,7 @@
 Needs torch, and triton where a kernel runs; imports nothing of lcpatch.
 """
 
+from .attn_mass import attn_mass
 from .block_sparse import DENSE, UNBOUNDED, BlockSparseSpec, Rule, block_sparse
 from .cluster_merge import cluster_merge
 from .page_scores import page_bounds, page_scores
@@ -13,6 +14,7 @@ __all__ = [
     "UNBOUNDED",
     "BlockSparseSpec",
     "Rule",
+    "attn_mass",
     "block_sparse",
     "cluster_merge",
     "page_bounds",
