@@ -231,8 +231,12 @@ class LongCache(Cache):
     chunks_differ: ClassVar[str] = ""
 
     def memory(self) -> dict[str, int]:
-        """Bytes held per tier (so far: the device's memory)."""
-        return {"device": sum(_bytes(layer) for layer in self.layers)}
+        """Bytes held per tier: "device", and where a cache has them "host" and "disk"."""
+        total = {"device": 0}
+        for layer in self.layers:
+            for tier, held in _tiers(layer).items():
+                total[tier] = total.get(tier, 0) + held
+        return total
 
     def stats(self) -> dict[str, Any]:
         """How many tokens were seen, and how many are kept per (row, KV head): the most of a row, and by layer."""
@@ -286,12 +290,14 @@ def negative(tokens_to_remove: Any) -> int:
     return tokens_to_remove
 
 
-def _bytes(layer: Any) -> int:
-    """Bytes that a layer of ours or of transformers holds."""
+def _tiers(layer: Any) -> dict[str, int]:
+    """Bytes per tier that a layer of ours or of transformers holds."""
+    if hasattr(layer, "tiers"):
+        return layer.tiers()
     if hasattr(layer, "memory"):
-        return layer.memory()
+        return {"device": layer.memory()}
     held = {x.data_ptr(): x.untyped_storage().nbytes() for x in vars(layer).values() if isinstance(x, Tensor)}
-    return sum(held.values())
+    return {"device": sum(held.values())}
 
 
 def _grown(x: Tensor, capacity: int, filled: int) -> Tensor:

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from cache_cases import LENGTH, feed, left_padding, make_model
+from cache_cases import LENGTH, feed, left_padding, make_model, randn, step
 from models import build, tokens
 from noise import distance, model_budget
 
@@ -19,22 +19,11 @@ from lcpatch.hf.watch import Call, attend
 SINKS, RECENT = 4, 6
 
 
-def step(layer, q, k, v):
-    """What a model's attention does with a layer."""
-    layer.expected = True
-    keys, values = layer.update(k, v)
-    return layer.attend(Call(q, keys, values, own_spec(q.shape[1], None), None, None, None, "auto"))
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def pairs(groups, times):
     """Keys [2, 3, T, 8] in which, between sinks and recent tokens, `times` neighbours are equal; any values."""
-    middle = random(2, 3, groups, 8).repeat_interleave(times, 2)
-    k = torch.cat([random(2, 3, SINKS, 8, seed=1), middle, random(2, 3, RECENT, 8, seed=2)], 2)
-    return k, random(*k.shape, seed=3)
+    middle = randn(2, 3, groups, 8).repeat_interleave(times, 2)
+    k = torch.cat([randn(2, 3, SINKS, 8, seed=1), middle, randn(2, 3, RECENT, 8, seed=2)], 2)
+    return k, randn(*k.shape, seed=3)
 
 
 def layer_for(budget, chunk=128, **options):
@@ -48,10 +37,10 @@ def test_attention_over_merged_equal_keys_is_exact(times, later):
     """However many passes: a later token or chunk gets what full attention gives it."""
     k, v = pairs(20, times)
     layer = layer_for(SINKS + 20 + RECENT, chunk=2)
-    q = random(2, 6, k.shape[2] + later, 8, seed=4)
+    q = randn(2, 6, k.shape[2] + later, 8, seed=4)
     step(layer, q[:, :, :-later], k, v)
     assert layer.counts == [SINKS + 20 + RECENT] * 2
-    new = random(2, 3, later, 8, seed=5), random(2, 3, later, 8, seed=6)
+    new = randn(2, 3, later, 8, seed=5), randn(2, 3, later, 8, seed=6)
     out, lse = step(layer, q[:, :, -later:], *new)
     full = Call(
         q[:, :, -later:], torch.cat([k, new[0]], 2), torch.cat([v, new[1]], 2), own_spec(6, None), *[None] * 3, "auto"
@@ -69,9 +58,9 @@ def test_attention_over_merged_equal_keys_is_exact(times, later):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_bias_in_further_dimensions_is_the_bias(dtype):
     """Against adding it to the scores: twice what rounding of the inputs' dtype makes of those."""
-    q, k, v = (random(2, h, n, 16, seed=h + n).to(dtype) for h, n in ((6, 9), (3, 50), (3, 51)))
+    q, k, v = (randn(2, h, n, 16, seed=h + n).to(dtype) for h, n in ((6, 9), (3, 50), (3, 51)))
     v = v[:, :, :50]
-    bias = random(2, 3, 50).abs().float() * 5
+    bias = randn(2, 3, 50).abs().float() * 5
     call = Call(q, k, v, own_spec(6, None), None, 0.3, None, "auto")
     out, lse = attend(with_bias(call, k, v, bias))
     position = torch.arange(50).expand(2, 3, -1)
@@ -118,7 +107,7 @@ def test_shares_are_really_reached(budget):
 
 def test_old_text_keeps_its_share():
     """Read in many chunks under a fixed budget, the first half of a text holds about half of the slots."""
-    k = random(1, 3, 4000, 8).cumsum(2)
+    k = randn(1, 3, 4000, 8).cumsum(2)
     layer = layer_for(SINKS + 100 + RECENT, chunk=16)
     for part in k.split(200, 2):
         step(layer, part.repeat_interleave(2, 1), part, part)
@@ -132,7 +121,7 @@ def test_rows_of_clusters_become_as_many_as_asked_for():
     for slots in (7, 64, 129, 500):
         for to in {1, 2, slots // 3 + 1, slots // 2 + 1, slots - 1}:
             for chunk, passes in ((2, 1), (16, 1), (128, 3)):
-                k = random(1, 2, slots, 4)
+                k = randn(1, 2, slots, 4)
                 made = Clusters(k, k, torch.ones(1, 2, slots), torch.arange(slots).expand(1, 2, -1).int())
                 got = reduce(made, to, Merging(chunk, passes))
                 assert got.size.shape[2] == to
