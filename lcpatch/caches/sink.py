@@ -22,6 +22,7 @@ from ..hf.watch import Call
 from .budget import Budget
 from .evicting import EvictingLayer
 from .layer import LongCache, caches, routed_layers
+from .state import fitting, wholes
 
 POSITIONS = ("rolling", "absolute")
 
@@ -106,6 +107,17 @@ class SinkLayer(EvictingLayer):
             rows = torch.as_tensor(indices).tolist()
             self.lost = [self.lost[r] for r in rows]
             self.first = None if self.first is None else self.first[rows]
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, numbers = super().state()
+        return tensors | ({} if self.first is None else {"first": self.first}), numbers | {"lost": self.lost}
+
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
+        first = {name: x for name, x in tensors.items() if name == "first"}
+        super().load_state({name: x for name, x in tensors.items() if name != "first"}, numbers, like)
+        self.lost = wholes(numbers, "lost", len(self.pads), self.seen)
+        if first or any(self.lost):
+            self.first = fitting(first, {"first": like}, len(self.pads), self.budget.num_sinks)["first"]
 
     def memory(self) -> int:
         return super().memory() + (0 if self.first is None else self.first.untyped_storage().nbytes())
