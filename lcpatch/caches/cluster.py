@@ -33,6 +33,7 @@ from .budget import Budget
 from .evicting import EvictingLayer
 from .layer import LongCache, caches, routed_layers, to_list
 from .slots import Slots
+from .state import wholes
 
 
 @caches.register("cluster")
@@ -135,6 +136,14 @@ class ClusterLayer(EvictingLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self.centroids = [self.centroids[r] for r in to_list(indices)] if self.is_initialized else []
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, numbers = super().state()
+        return tensors, numbers | {"centroids": self.centroids}
+
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
+        super().load_state(tensors, numbers, like)
+        self.centroids = wholes(numbers, "centroids", len(self.pads), max(self.counts))
 
     def bias(self) -> Tensor | None:
         return self.slots.tensors["log_size"] if self.log_size and any(self.centroids) else None

@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor
 
 from .slots import GROWTH
+from .state import whole
 
 
 class Pages:
@@ -35,7 +37,8 @@ class Pages:
         if self.keys is None:
             self.lengths = [0] * keys.shape[0]
             self.keys, self.values = (x.new_zeros(*x.shape[:2], 0, x.shape[3]) for x in (keys, values))
-        self._reserve(max(n + keys.shape[2] - s for n, s in zip(self.lengths, skip, strict=True)))
+        most = max(n + keys.shape[2] - s for n, s in zip(self.lengths, skip, strict=True))
+        self._reserve(most)
         for rows in alike(zip(self.lengths, skip, strict=True)):
             length, first = self.lengths[rows[0]], skip[rows[0]]
             end = length + keys.shape[2] - first
@@ -49,6 +52,11 @@ class Pages:
                 self.lengths[row] = end
             if end // self.page > length // self.page:
                 yield rows, length // self.page, end // self.page
+
+    @property
+    def room(self) -> int:
+        """Pages that are reserved."""
+        return self.keys.shape[2] // self.page
 
     @property
     def num_heads(self) -> int:
@@ -78,21 +86,34 @@ class Pages:
         if self.keys is not None:
             self.keys, self.values = (x[rows] for x in (self.keys, self.values))
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """All tokens, and what `load` takes beside them."""
+        return dict(zip(("keys", "values"), self.whole(), strict=True)), {"capacity": self.keys.shape[2]}
+
+    def load(self, keys: Tensor, values: Tensor, lengths: list[int], numbers: dict[str, Any]) -> None:
+        """Hold the tokens [B, K, T, D] of rows that are filled from the left."""
+        most = max(lengths)
+        capacity = whole(numbers, "capacity", int(most * GROWTH) + 2 * self.page) // self.page * self.page
+        self.lengths, self.keys, self.values = lengths, keys[:, :, :0], values[:, :, :0]
+        self._reserve(most, capacity)
+        for own, x in ((self.keys, keys), (self.values, values)):
+            own[:, :, :most] = x
+
     def nbytes(self) -> dict[str, int]:
         """Bytes per tier."""
         return {
             "device": 0 if self.keys is None else sum(x.untyped_storage().nbytes() for x in (self.keys, self.values))
         }
 
-    def _reserve(self, tokens: int) -> None:
-        capacity, most = self.keys.shape[2], max(self.lengths)
-        if tokens <= capacity:
+    def _reserve(self, tokens: int, capacity: int = 0) -> None:
+        held = self.keys.shape[2]
+        if tokens <= held:
             return
-        capacity = -(-max(tokens, int(most * GROWTH)) // self.page) * self.page
+        capacity = -(-max(tokens, capacity, int(held * GROWTH)) // self.page) * self.page
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-            new[:, :, :most] = old[:, :, :most]
+            new[:, :, :held] = old
             setattr(self, name, new)
 
 

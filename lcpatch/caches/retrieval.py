@@ -22,9 +22,10 @@ from torch.nn.functional import pad
 from ..hf.watch import Call, attend
 from .budget import Budget
 from .layer import AttendingLayer, DenseLayer, LongCache, caches, decode, negative, routed_layers, to_list
-from .pages import Pages
+from .pages import Pages, alike
 from .scattered import is_dense
 from .scorers import Scorer, make_scorers
+from .state import fitting, whole, wholes
 
 GROUPS = ("max", "softmax")
 
@@ -199,11 +200,34 @@ class RetrievalLayer(AttendingLayer):
         new = self.scorer.summarise(self.pages.tokens(rows, begin, end), self.reads.page)
         if not self.summary:
             self.summary = tuple(x.new_zeros(len(self.pads), x.shape[1], 0, *x.shape[3:]) for x in new)
-        if end > (room := self.summary[0].shape[2]):
-            room = max(end, room + room // 2, 16) - room
-            self.summary = tuple(torch.cat([x, x.new_zeros(*x.shape[:2], room, *x.shape[3:])], 2) for x in self.summary)
+        if (missing := self.pages.room - self.summary[0].shape[2]) > 0:
+            self.summary = tuple(
+                torch.cat([x, x.new_zeros(*x.shape[:2], missing, *x.shape[3:])], 2) for x in self.summary
+            )
         for own, x in zip(self.summary, new, strict=True):
             own[rows, :, begin:end] = x
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `load_state` takes: tensors, and numbers as JSON."""
+        tensors, numbers = self.pages.state()
+        return tensors, {**numbers, "seen": self.seen, "pads": self.pads, "budgets": self.budgets}
+
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
+        """Hold what `state` of such a layer gave; `like` is an empty tensor [1, K, 0, D] as the model's keys.
+
+        Raises:
+            ValueError: tensors or numbers that do not fit.
+        """
+        pads, seen = wholes(numbers, "pads"), whole(numbers, "seen")
+        lengths = [max(seen - n, 0) for n in pads]
+        found = fitting(tensors, {"keys": like, "values": like}, len(pads), max(lengths))
+        self.lazy_initialization(like.expand(len(pads), -1, -1, -1), like)
+        self.pages.load(found["keys"], found["values"], lengths, numbers)
+        self.seen, self.pads = seen, pads
+        self.budgets = wholes(numbers, "budgets", len(pads), self.reads.of(max(lengths)))
+        for rows in alike(lengths):
+            if (full := lengths[rows[0]] // self.reads.page) > 0:
+                self._remember(rows, 0, full)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens."""
