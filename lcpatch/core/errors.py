@@ -23,3 +23,7 @@ class StoreError(LcpatchError, ValueError):
 
 class UnsupportedModelError(LcpatchError, ValueError):
     """A model that cannot take this patch; the message names its type and what would work."""
+
+
+class TierError(LcpatchError):
+    """A cache's disk tier failed: a folder that cannot be written, a full disk, pages that do not come back."""
