@@ -22,11 +22,16 @@ class Pages:
         page: tokens a page, a power of two.
     """
 
+    apart = False  # whether most pages may lie elsewhere
+
     def __init__(self, page: int) -> None:
         self.page = page
         self.lengths: list[int] = []  # tokens of each row
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+
+    def allow(self, pages: int) -> None:
+        """So many full pages may be on the device: here all are."""
 
     def append(self, keys: Tensor, values: Tensor, skip: list[int]) -> Iterator[tuple[list[int], int, int]]:
         """Store new tokens [B, K, T, D], of each row but the first `skip[row]`.
@@ -35,7 +40,6 @@ class Pages:
             `(rows, begin, end)`, once these are stored: rows that are alike, and the pages which they have now filled.
         """
         if self.keys is None:
-            self.lengths = [0] * keys.shape[0]
             self.keys, self.values = (x.new_zeros(*x.shape[:2], 0, x.shape[3]) for x in (keys, values))
         most = max(n + keys.shape[2] - s for n, s in zip(self.lengths, skip, strict=True))
         self._reserve(most)

@@ -10,15 +10,25 @@ from noise import distance, model_budget
 
 import lcpatch
 import lcpatch_kernels
-from lcpatch.caches.retrieval import Reads, RetrievalLayer
+from lcpatch.caches.codec import Plain
+from lcpatch.caches.paged import PagedLayer, Reads
+from lcpatch.caches.pages import Pages
+from lcpatch.caches.retrieval import ScorerIndex
 from lcpatch.caches.scorers import Bookmark, Bookmarks, Mean, Quest, make_scorers, scorers
+from lcpatch.caches.tiers import TieredPages
 
 PAGE, SINKS, RECENT, READS = 4, 4, 4, 6
 EPS = torch.finfo(torch.float64).eps
 
 
-def layer_for(scorer="quest", group="max", budget=READS * PAGE):
-    return RetrievalLayer(Reads(budget, PAGE, SINKS, RECENT), make_scorers(scorer, 1)[0], group)
+def layer_for(scorer="quest", group="max", offload=False):
+    (made,) = make_scorers(scorer, 1)
+    return PagedLayer(
+        "RetrievalCache",
+        Reads(READS * PAGE, PAGE, SINKS, RECENT),
+        lambda rows: ScorerIndex(made, PAGE, group, rows),
+        lambda: TieredPages(PAGE, Plain()) if offload else Pages(PAGE),
+    )
 
 
 def page_scores(name, q, k):
@@ -49,11 +59,12 @@ def expected(name, group, q, k, v):
     return torch.cat(outs)
 
 
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("group", ["max", "softmax"])
 @pytest.mark.parametrize("name", ["quest", "mean", "bookmark"])
-def test_a_token_attends_to_the_pages_that_score_highest(name, group):
-    """Against the definition, at every offset within a page."""
-    layer = layer_for(name, group)
+def test_a_token_attends_to_the_pages_that_score_highest(name, group, offload):
+    """Against the definition, at every offset within a page, wherever the pages lie."""
+    layer = layer_for(name, group, offload)
     q, k, v = randn(2, 6, 90, 8, seed=1), randn(2, 3, 90, 8, seed=2), randn(2, 3, 90, 8, seed=3)
     step(layer, q[:, :, :60], k[:, :, :60], v[:, :, :60])
     for n in range(60, 90):
