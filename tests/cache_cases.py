@@ -14,16 +14,21 @@ from lcpatch.caches import caches
 from lcpatch.hf.state import own_spec
 from lcpatch.hf.watch import Call
 
-FULL: dict[str, dict[str, Any]] = {"s2": {}, "retrieval": {"budget": 4096, "page": 8, "recent": 8}}
+FULL: dict[str, dict[str, Any]] = {
+    "s2": {},
+    "retrieval": {"budget": 4096, "page": 8, "recent": 8},
+    "tiered": {"budget": 4096, "page": 8, "recent": 8, "codec": None},
+}
 """Options with which a cache keeps everything; a cache that is not listed takes a budget above any length here."""
 
 SMALL: dict[str, dict[str, Any]] = {
     "s2": {},
     "retrieval": {"budget": 24, "page": 4, "recent": 4},
+    "tiered": {"budget": 24, "page": 4, "recent": 4, "codec": None},
 }
 """Options with which it keeps (or reads) about 24 tokens of `LENGTH`; default: budget=24."""
 
-KEEPS_ALL = ("retrieval",)
+KEEPS_ALL = ("retrieval", "tiered")
 """Caches whose budget is what a token reads, not what is kept."""
 
 ALL = tuple(caches.all())

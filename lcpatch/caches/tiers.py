@@ -142,7 +142,7 @@ class TieredPages:
             group, page = group[missing], wanted[group, place][missing]
             self.ahead += len(group)
             slot = self.residents.place(group, page)
-            ids = self.table.reshape(-1, self.room)[group, page]
+            ids = self._homes()[group, page]
             self._coming.append(Coming(group, slot, self._pool.submit(self._bring, ids)))
 
     def whole(self) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ class TieredPages:
         out = tuple(x.new_zeros(batch * heads, full + 1, self.page, head_dim) for x in (self.keys, self.values))
         group, slot = np.nonzero(self.residents.page_in >= 0)
         page = self.residents.page_in[group, slot]
-        table = self.table.reshape(-1, self.room)[:, :full]
+        table = self._homes()[:, :full]
         away = table >= 0
         away[group, page] = False
         for x, hot in zip(out, self._by_group(), strict=True):
@@ -229,7 +229,7 @@ class TieredPages:
 
     def _begin(self, keys: Tensor) -> None:
         batch, heads, _, head_dim = keys.shape
-        self.record = Record(self.codec, self.page, keys[:1, :, :0])
+        self.record = Record(self.codec, self.page, keys.new_empty(1, heads, 0, head_dim))
         host = self.host_bytes // self.record.nbytes
         self.home = Home(self.record.nbytes, host, self.folder, pinned=keys.is_cuda)
         self.residents = Residents(batch * heads, 0)
@@ -297,7 +297,7 @@ class TieredPages:
         return wanted, slots, group, place
 
     def _read(self, group: np.ndarray, page: np.ndarray) -> tuple[Tensor, Tensor]:
-        records = self.home.read(self.table.reshape(-1, self.room)[group, page])
+        records = self.home.read(self._homes()[group, page])
         return self.record.unpack(records.to(self.keys.device, non_blocking=True))
 
     def _bring(self, ids: np.ndarray) -> tuple[Tensor, Any]:
@@ -327,6 +327,10 @@ class TieredPages:
     def _write(self, group: np.ndarray, slot: np.ndarray, keys: Tensor, values: Tensor) -> None:
         for x, new in zip(self._by_group(), (keys, values), strict=True):
             x[_index(group, x), _index(slot, x)] = new
+
+    def _homes(self) -> np.ndarray:
+        """`table` by group, [G, pages], a view."""
+        return self.table.reshape(math.prod(self.table.shape[:2]), self.room)
 
     def _by_group(self) -> tuple[Tensor, Tensor]:
         """The device's pages as [G, slots + 1, page, D], views."""
