@@ -73,15 +73,14 @@ class PagedLayer(AttendingLayer):
 
     Args:
         reads: how many pages a token reads.
-        make_index, make_pages: an empty index, and an empty store of pages.
-        ahead: tell the next layer this one's query, so that it fetches what it will probably want (`follow`).
+        make_index, make_pages: an empty index for so many rows, and an empty store of pages.
     """
 
     def __init__(
         self,
         owner: str,
         reads: Reads,
-        make_index: Callable[[int], Index],
+        make_index: Callable[[Reads, int], Index],
         make_pages: Callable[[], Pages | TieredPages],
         **kwargs: Any,
     ) -> None:
@@ -99,12 +98,12 @@ class PagedLayer(AttendingLayer):
         self.pages = self.make_pages()
         self.budgets: list[int] = []  # per row: pages to read, as they were after the last step of several tokens
         self.read = 0  # tokens that the last generated token attended to, the most of a row
-        self.index = self.make_index(0)
+        self.index = self.make_index(self.reads, 0)
         self._marks: Marks | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        self.index = self.make_index(key_states.shape[0])
+        self.index = self.make_index(self.reads, key_states.shape[0])
         self.pages.lengths = [0] * key_states.shape[0]
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ class RetrievalCache(LongCache):
             return PagedLayer(
                 "RetrievalCache",
                 reads,
-                lambda rows: ScorerIndex(by_layer[index], page, group, rows),
+                lambda reads, rows: ScorerIndex(by_layer[index], page, group, rows),
                 lambda: TieredPages(page, Plain()) if offload else Pages(page),
             )
 

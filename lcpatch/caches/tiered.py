@@ -14,6 +14,7 @@ the next one begins to fetch what this one's query would ask for there. Departur
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -92,10 +93,21 @@ class TieredCache(LongCache):
             return TieredLayer(reads, top, pages, None if gpu_bytes is None else gpu_bytes // num)
 
         super().__init__(layers=routed_layers(model, "TieredCache", make))
+        self.ahead = ahead
+        self._chain()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TieredCache:
+        """A copy goes its own way; what both have at home stays where it is, since it never changes."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        new._chain()
+        return new
+
+    def _chain(self) -> None:
         mine = [layer for layer in self.layers if isinstance(layer, TieredLayer)]
-        if ahead:
-            for before, layer in pairwise(mine):
-                layer.follow(before)
+        for before, layer in pairwise(mine if self.ahead else []):
+            layer.follow(before)
 
     def stats(self) -> dict[str, Any]:
         """Besides what every cache says:
@@ -138,7 +150,7 @@ class TieredLayer(PagedLayer):
         **kwargs: Any,
     ) -> None:
         self.fast_bytes = fast_bytes
-        super().__init__("TieredCache", reads, lambda rows: TreeIndex(self.reads, top, rows), make_pages, **kwargs)
+        super().__init__("TieredCache", reads, lambda reads, rows: TreeIndex(reads, top, rows), make_pages, **kwargs)
 
     def _clear(self) -> None:
         super()._clear()

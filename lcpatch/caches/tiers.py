@@ -6,6 +6,7 @@ came. So a page loses precision only when it has left the device and comes back,
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -92,6 +93,19 @@ class TieredPages:
         self.values: Tensor | None = None
         self._fresh: Tensor | None = None
         self._coming: list[Coming] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TieredPages:
+        """A copy with a fast tier of its own; home, where nothing ever changes, is shared."""
+        if self.keys is not None:
+            self._land()
+        new = copy.copy(self)
+        memo[id(self)] = new
+        new.lengths, new._coming = list(self.lengths), []
+        if self.keys is not None:
+            new.keys, new.values, new.table = self.keys.clone(), self.values.clone(), self.table.copy()
+            new.residents = copy.deepcopy(self.residents)
+            new._pool = ThreadPoolExecutor(1, "lcpatch-prefetch")
+        return new
 
     @property
     def room(self) -> int:

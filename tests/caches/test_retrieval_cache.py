@@ -26,7 +26,7 @@ def layer_for(scorer="quest", group="max", offload=False):
     return PagedLayer(
         "RetrievalCache",
         Reads(READS * PAGE, PAGE, SINKS, RECENT),
-        lambda rows: ScorerIndex(made, PAGE, group, rows),
+        lambda reads, rows: ScorerIndex(made, PAGE, group, rows),
         lambda: TieredPages(PAGE, Plain()) if offload else Pages(PAGE),
     )
 
