@@ -5,6 +5,8 @@ Needs torch, and triton where a kernel runs; imports nothing of lcpatch.
 
 from .attn_mass import attn_mass
 from .block_sparse import DENSE, UNBOUNDED, BlockSparseSpec, Rule, block_sparse, block_sparse_backward
+from .cluster_merge import cluster_merge
+from .page_scores import page_bounds, page_scores
 from .sparse_decode import sparse_decode
 
 __all__ = [
@@ -15,5 +17,8 @@ __all__ = [
     "attn_mass",
     "block_sparse",
     "block_sparse_backward",
+    "cluster_merge",
+    "page_bounds",
+    "page_scores",
     "sparse_decode",
 ]
