@@ -15,7 +15,7 @@ from ..patching.resolve import attention_modules, pattern_of
 from .errors import sentence
 from .sidecar import CONFIG_FILE, read_config, read_json, read_logits, read_patch
 
-MAX_MODEL_CONFIG_BYTES = 4 * 2**20
+MAX_MODEL_CONFIG_BYTES = 2 * 2**20
 FILES = ["*.json", "*.safetensors"]
 """What a model needs. No pickle is downloaded, and code only with `trust_remote_code=True`."""
 
@@ -51,9 +51,9 @@ def from_pretrained(
 
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     files = [*FILES, "*.py"] if kwargs.get("trust_remote_code") else FILES
-    folder = Path(id_or_path) if Path(id_or_path).is_dir() else _download(str(id_or_path), revision, files, hub)
+    folder = folder_of(id_or_path, revision, files, hub)
     is_adapter = (folder / "adapter_config.json").is_file()
-    patch = _patch_in(folder, id_or_path, is_adapter)
+    patch = patch_in(folder, id_or_path, is_adapter)
     if isinstance(base, nn.Module) and kwargs:
         raise ValueError(f"{sorted(kwargs)[0]} is for loading a base model, but base is one that is loaded already")
     kwargs = {**kwargs, "use_safetensors": True, "attn_implementation": attn_implementation or patch.dense}
@@ -72,15 +72,31 @@ def from_pretrained(
     return model.eval()
 
 
-def _download(repo_id: str, revision: str | None, files: list[str], hub: dict[str, Any]) -> Path:
-    """The repository's files at one commit."""
+def folder_of(id_or_path: str | Path, revision: str | None, files: list[str], hub: dict[str, Any]) -> Path:
+    """Where the files lie: the folder itself or, of a repository, those files at one commit.
+
+    Args:
+        id_or_path: a folder, or a repository on the Hub.
+        revision: branch, tag or commit.
+        files: patterns of the files that are wanted.
+        hub: what `huggingface_hub.snapshot_download` takes beside them.
+
+    Raises:
+        FileNotFoundError: a path where no folder is.
+        ValueError: neither a folder nor the name of a repository.
+        HubError: the Hub did not give the files.
+    """
+    if Path(id_or_path).is_dir():
+        return Path(id_or_path)
+    if str(id_or_path).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{id_or_path} is no folder; give one, or the name of a repository on the Hub")
     from huggingface_hub import snapshot_download
 
-    with sentence(f"load {repo_id}", hub["token"]):
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files, **hub))
+    with sentence(f"load {id_or_path}", hub.get("token")):
+        return Path(snapshot_download(str(id_or_path), revision=revision, allow_patterns=files, **hub))
 
 
-def _patch_in(folder: Path, name: str | Path, is_adapter: bool) -> PatchConfig:
+def patch_in(folder: Path, name: str | Path, is_adapter: bool) -> PatchConfig:
     """The patch that the files carry: in the sidecar or, if a model lost it, in `config.json`."""
     patch = read_config(folder)
     carried = None

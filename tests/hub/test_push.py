@@ -1,35 +1,12 @@
 """Pushing and loading over HTTP: the real clients, each in a process of its own, against a Hub on loopback."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import TOKEN, HubServer
-
-ROOT = Path(__file__).parents[2]
-
-PREPARE = """
-import json, urllib.request, pathlib, torch, peft, lcpatch
-from huggingface_hub import constants
-from transformers import AutoModelForCausalLM
-from models import SHORT, build, tokens
-
-said, ids = {}, tokens()
-
-def fail(path, status):
-    data = json.dumps({"path": path, "status": status}).encode()
-    urllib.request.urlopen(constants.ENDPOINT + "/_test/fail", data=data).read()
-
-def error(call):
-    try:
-        call()
-    except lcpatch.HubError as refused:
-        return str(refused)
-"""
+from hub_client import client
+from hub_server import HubServer
 
 PUSH = """
 model = lcpatch.apply(build(), "s2", sinks="logit:0.5", **SHORT["s2"])
@@ -80,25 +57,6 @@ said["plain"] = torch.equal(plain(ids).logits, other)
 """
 
 
-def client(code: str, hub: HubServer, folder: Path, name: str) -> dict[str, Any]:
-    """Run `code` in a fresh process that knows only this Hub and has an empty cache; return what it `said`."""
-    path = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), str(ROOT / "tests")]
-    start = f"import sys; sys.path[:0] = {path!r}\ntoken, out = {TOKEN!r}, {str(folder)!r}\n"
-    left_out = ("HF_HUB_OFFLINE", "HF_TOKEN", "TRANSFORMERS_OFFLINE")
-    environment = {k: v for k, v in os.environ.items() if k not in left_out and not k.lower().endswith("_proxy")}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / name), "TMPDIR": str(folder)}
-    done = subprocess.run(
-        [sys.executable, "-c", start + PREPARE + code + "\nprint(json.dumps(said))"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    assert TOKEN not in done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def story(tmp_path_factory) -> dict[str, Any]:
     """What a pusher and then a puller said, and the Hub's folder."""
@@ -110,9 +68,14 @@ def story(tmp_path_factory) -> dict[str, Any]:
     return {"pushed": pushed, "pulled": pulled, "requests": requests, "folder": folder}
 
 
+def files_of(folder: Path) -> set[str]:
+    return {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
+
+
 def test_a_push_is_one_commit_of_safe_files(story):
     names = {
         "README.md",
+        "card/pattern.png",
         "config.json",
         "generation_config.json",
         "lcpatch.safetensors",
@@ -125,8 +88,8 @@ def test_a_push_is_one_commit_of_safe_files(story):
     assert len(state["log"]) == 4  # the empty start, one to main, one to the branch, one pull request
     assert state["private"]
     assert state["branches"]["main"] == story["pushed"]["commit"]
-    assert {f.name for f in (repo / state["branches"]["main"]).iterdir()} == names
-    assert "lcpatch.safetensors" not in {f.name for f in (repo / state["branches"]["dev"]).iterdir()}
+    assert files_of(repo / state["branches"]["main"]) == names
+    assert "lcpatch.safetensors" not in files_of(repo / state["branches"]["dev"])
     assert story["pushed"]["pull request"].endswith("/discussions/1")
     card = (repo / state["branches"]["main"] / "README.md").read_text()
     assert 'lcpatch.from_pretrained("me/model")' in card
