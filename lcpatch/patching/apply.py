@@ -15,7 +15,7 @@ from torch import nn
 
 from lcpatch_kernels.block_sparse import Impl
 
-from ..core.config import PatchConfig, parse_sinks
+from ..core.config import SPECS, PatchConfig, parse_sinks
 from ..core.errors import UnsupportedModelError
 from ..hf import NAME, LayerState, register
 from ..hf.layers import is_loaded_patched, layer_states, resolved_patch, shape_of
@@ -123,7 +123,7 @@ def apply(
     register()
     record = Record(config, impl)
     setattr(base, RECORD, record)
-    _own_config(model, base, record)
+    _own_config(model, base, record, specs_of(states))
     for index, module in modules.items():
         setattr(module, ATTRIBUTE, states[index])
         if states[index].spec is not None:
@@ -243,12 +243,18 @@ def _check(
         warnings.warn(f"{pattern}: rolled groups show the first group's tokens the sequence's end", stacklevel=3)
 
 
-def _own_config(model: nn.Module, base: Any, record: Record) -> None:
+def specs_of(states: dict[int, LayerState]) -> dict[str, str]:
+    """What a config carries for readers that know no patterns: each sparse layer's integers."""
+    sparse = {index: state.spec for index, state in states.items() if state.spec is not None}
+    return {str(index): " ".join(map(str, spec.to_ints())) for index, spec in sparse.items()}
+
+
+def _own_config(model: nn.Module, base: Any, record: Record, specs: dict[str, str]) -> None:
     """Give the model copies of its config objects, and write the patch into the main one."""
     record.originals, record.copies = _copied_configs(model, base)
     own = record.copies[0]
     _replace_configs(model, base, record.originals, record.copies)
-    own.lcpatch = record.config.to_dict()
+    own.lcpatch = {**record.config.to_dict(), SPECS: specs}
     base.set_attn_implementation(NAME)
     record.snapshots = [Snapshot.of(c) for c in record.copies]
 

@@ -12,6 +12,7 @@ from models import SHORT, attention_layers, build, tokens
 from transformers import AutoModelForCausalLM
 
 import lcpatch
+from lcpatch.core.config import FORMAT
 from lcpatch.hf.state import SINK_LOGIT
 
 ROOT = Path(__file__).parents[2]
@@ -192,7 +193,7 @@ PATCH = {"format": 1, "method": "s2", "options": {}, "layers": [0], "mode": "alw
         ({"format": 1, "patch": PATCH, "run": "x"}, "unknown key 'run'"),
         ({"format": 1, "lcpatch_version": 3, "patch": PATCH}, "lcpatch_version must be"),
         ({"format": 1}, "must be a JSON object, not NoneType"),
-        ({"format": 1, "patch": {**PATCH, "format": 2}}, "format 2; this lcpatch reads"),
+        ({"format": 1, "patch": {**PATCH, "format": FORMAT + 1}}, f"format {FORMAT + 1}; this lcpatch reads"),
         ({"format": 1, "patch": {**PATCH, "method": "../s2"}}, "unknown attention method"),
         ({"format": 1, "patch": {**PATCH, "other": 1}}, "unknown key 'other'"),
         ({"format": 1, "patch": {**PATCH, "mode": ["always"]}}, "must be a string"),
