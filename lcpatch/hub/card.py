@@ -24,9 +24,8 @@ from .load import MAX_MODEL_CONFIG_BYTES, patch_in
 from .save import needs_lcpatch
 from .sidecar import read_json
 from .template import metadata, render
+from .upload import PICTURES
 
-PICTURES = "card"
-"""The folder of a card's pictures."""
 DRAWN_LENGTH = 4096
 MAX_DRAWN_HEADS = 128
 
