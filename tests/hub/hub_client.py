@@ -56,7 +56,7 @@ def client(code: str, hub: HubServer, folder: Path, name: str, lcpatch: bool = T
     prepare = PREPARE + (WITH_LCPATCH if lcpatch else "import sys\nsys.modules['lcpatch'] = None  # not to be found\n")
     path = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), str(ROOT / "tests")]
     start = f"import sys; sys.path[:0] = {path!r}\ntoken, out = {TOKEN!r}, {str(folder)!r}\n"
-    left_out = ("HF_HUB_OFFLINE", "HF_TOKEN", "TRANSFORMERS_OFFLINE")
+    left_out = ("HF_HUB_OFFLINE", "HF_TOKEN", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
     environment = {k: v for k, v in os.environ.items() if k not in left_out and not k.lower().endswith("_proxy")}
     environment |= {
         "HF_ENDPOINT": hub.url,
