@@ -20,7 +20,7 @@ from ..patterns import AttentionPattern, LayerShape
 from . import measured
 from .about import HUB_ID, About
 from .escape import Ready, clean
-from .load import MAX_MODEL_CONFIG_BYTES, patch_in
+from .load import ADAPTER_CONFIG, MAX_MODEL_CONFIG_BYTES, adapters_in, patch_in
 from .save import needs_lcpatch
 from .sidecar import read_json
 from .template import metadata, render
@@ -41,6 +41,7 @@ class Subject:
         config: the model's config as far as it is known: an adapter's folder has none.
         has_tokenizer: whether a tokenizer lies beside it.
         revision: the branch it lies on, if not the main one.
+        adapters: names of its adapters.
     """
 
     repo_id: str
@@ -49,6 +50,7 @@ class Subject:
     config: Mapping[str, Any] = field(default_factory=dict)
     has_tokenizer: bool = False
     revision: str | None = None
+    adapters: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -62,14 +64,14 @@ class Subject:
             config: the model's config, for an adapter.
             revision: the branch.
         """
-        adapter = folder / "adapter_config.json"
-        is_adapter = adapter.is_file()
-        patch = patch_in(folder, folder, is_adapter)
+        adapters = adapters_in(folder)
+        patch = patch_in(folder, folder, bool(adapters))
         if config is None and (folder / "config.json").is_file():
             config = read_json(folder / "config.json", MAX_MODEL_CONFIG_BYTES)
-        facts = read_json(adapter, MAX_MODEL_CONFIG_BYTES) if is_adapter else None
+        one = adapters.get("default") or next(iter(adapters.values()), None)
+        facts = None if one is None else read_json(one / ADAPTER_CONFIG, MAX_MODEL_CONFIG_BYTES)
         has_tokenizer = (folder / "tokenizer_config.json").is_file()
-        return cls(repo_id, patch, facts, config or {}, has_tokenizer, revision)
+        return cls(repo_id, patch, facts, config or {}, has_tokenizer, revision, tuple(adapters))
 
     @property
     def shape(self) -> LayerShape | None:
@@ -106,6 +108,11 @@ def card_text(subject: Subject, about: About, report: Report | None = None, pict
         return render("model", **values)
     base = values["base"] or "org/base-model"
     values["peft"] = {"kind": adapter.get("peft_type"), "rank": adapter.get("r")}
+    named = [name for name in subject.adapters if name != "default"]
+    plain = not named or len(named) < len(subject.adapters)  # whether one lies where PEFT looks first
+    values["adapters"] = named
+    values["active"] = Ready(f', adapter="{named[0]}"' if len(named) > 1 and not plain else "")
+    values["subfolder"] = Ready("" if plain else f', subfolder="{named[0]}"')
     values["base_example"] = base
     values["base_argument"] = Ready("" if base == adapter.get("base_model_name_or_path") else f', base="{base}"')
     return render("adapter", **values)

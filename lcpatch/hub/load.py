@@ -16,6 +16,7 @@ from .errors import sentence
 from .sidecar import CONFIG_FILE, read_config, read_json, read_logits, read_patch
 
 MAX_MODEL_CONFIG_BYTES = 2 * 2**20
+ADAPTER_CONFIG = "adapter_config.json"
 FILES = ["*.json", "*.safetensors"]
 """What a model needs. No pickle is downloaded, and code only with `trust_remote_code=True`."""
 
@@ -24,6 +25,7 @@ def from_pretrained(
     id_or_path: str | Path,
     *,
     base: nn.Module | str | Path | None = None,
+    adapter: str | None = None,
     attn_implementation: str | None = None,
     impl: str = "auto",
     revision: str | None = None,
@@ -37,6 +39,7 @@ def from_pretrained(
     Args:
         id_or_path: a folder, or a repository on the Hub.
         base: for an adapter: the model it goes on, or its name or folder; default: the one the adapter names.
+        adapter: of several adapters, the one to make active; default: "default", or the only one.
         attn_implementation: of what the patch leaves dense; default: the one it was saved with.
         impl: implementation of the attention op, as in `lcpatch.apply`.
         revision: branch, tag or commit of the repository.
@@ -52,13 +55,14 @@ def from_pretrained(
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     files = [*FILES, "*.py"] if kwargs.get("trust_remote_code") else FILES
     folder = folder_of(id_or_path, revision, files, hub)
-    is_adapter = (folder / "adapter_config.json").is_file()
-    patch = patch_in(folder, id_or_path, is_adapter)
+    adapters = adapters_in(folder)
+    patch = patch_in(folder, id_or_path, bool(adapters))
+    active = _active(adapters, adapter, id_or_path)
     if isinstance(base, nn.Module) and kwargs:
         raise ValueError(f"{sorted(kwargs)[0]} is for loading a base model, but base is one that is loaded already")
     kwargs = {**kwargs, "use_safetensors": True, "attn_implementation": attn_implementation or patch.dense}
-    if is_adapter:
-        model = _adapter(folder, base, {**kwargs, **hub})
+    if active:
+        model = _adapter(adapters, active, base, {**kwargs, **hub})
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
         model.config._name_or_path = model.name_or_path = str(id_or_path)  # not the place in the cache
@@ -115,21 +119,44 @@ def patch_in(folder: Path, name: str | Path, is_adapter: bool) -> PatchConfig:
     return found
 
 
-def _adapter(folder: Path, base: nn.Module | str | Path | None, kwargs: dict[str, Any]) -> Any:
-    """The PEFT model of an adapter's folder."""
+def adapters_in(folder: Path) -> dict[str, Path]:
+    """The folder of each adapter by name, as PEFT lays them out: "default" at the top, others in folders of theirs."""
+    found = {"default": folder} if (folder / ADAPTER_CONFIG).is_file() else {}
+    named = {f.name: f for f in sorted(folder.iterdir()) if (f / ADAPTER_CONFIG).is_file()}
+    return {**found, **named}
+
+
+def _active(adapters: dict[str, Path], wanted: str | None, name: str | Path) -> str | None:
+    """The adapter to make active; None for a full model."""
+    choices = ", ".join(adapters) or "none, it is a full model"
+    if wanted is not None and wanted not in adapters:
+        raise ValueError(f"{name} has no adapter {wanted!r}; it has: {choices}")
+    if wanted is None and len(adapters) > 1 and "default" not in adapters:
+        raise ValueError(f"{name} has several adapters; say which is active: adapter= one of {choices}")
+    return wanted or ("default" if "default" in adapters else next(iter(adapters), None))
+
+
+def _adapter(
+    adapters: dict[str, Path], active: str, base: nn.Module | str | Path | None, kwargs: dict[str, Any]
+) -> Any:
+    """The PEFT model of a folder's adapters."""
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM
 
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ValueError(f"{folder} has no adapter_model.safetensors; lcpatch loads no pickles")
-    config = PeftConfig.from_pretrained(str(folder))
+    for folder in adapters.values():
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise ValueError(f"{folder} has no adapter_model.safetensors; lcpatch loads no pickles")
+    config = PeftConfig.from_pretrained(str(adapters[active]))
     if not isinstance(base, nn.Module):
         name = base or config.base_model_name_or_path
         if not name:
             raise ValueError("the adapter names no base model; give one: from_pretrained(…, base='org/model')")
         revision = config.revision if base is None else None
         base = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **kwargs)
-    return PeftModel.from_pretrained(base, str(folder))
+    model = PeftModel.from_pretrained(base, str(adapters[active]), adapter_name=active)
+    for name in adapters.keys() - {active}:
+        model.load_adapter(str(adapters[name]), adapter_name=name)
+    return model
 
 
 def _load_logits(model: nn.Module, folder: Path) -> None:

@@ -77,6 +77,28 @@ def test_an_adapter_comes_back(method: str, tmp_path: Path):
         lcpatch.from_pretrained(tmp_path / "adapter", base=build(), dtype=torch.float32)
 
 
+def test_named_adapters_come_back(tmp_path: Path):
+    build().save_pretrained(tmp_path / "base")
+    base = lcpatch.apply(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), "s2", **PATCHES["s2"])
+    settings = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    model, ids = peft.get_peft_model(base, settings, adapter_name="novels").eval(), tokens()
+    lcpatch.save_pretrained(model, tmp_path / "one")
+    loaded = lcpatch.from_pretrained(tmp_path / "one")
+    assert loaded.active_adapter == "novels"
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    model.add_adapter("letters", settings)
+    lcpatch.save_pretrained(model, tmp_path / "two")
+    with pytest.raises(ValueError, match="several adapters; say which is active: adapter= one of letters, novels"):
+        lcpatch.from_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match="no adapter 'poems'; it has: letters, novels"):
+        lcpatch.from_pretrained(tmp_path / "two", adapter="poems")
+    both = lcpatch.from_pretrained(tmp_path / "two", adapter="letters")
+    for name in ("letters", "novels"):
+        both.set_adapter(name)
+        model.set_adapter(name)
+        assert torch.equal(both.eval()(ids).logits, model.eval()(ids).logits)
+
+
 def test_an_adapter_on_a_patched_base(tmp_path: Path):
     """The adapter's own patch holds, whatever the base was saved with."""
     lcpatch.save_pretrained(patched("sink"), tmp_path / "base")
