@@ -17,5 +17,9 @@ class HubError(LcpatchError, RuntimeError):
     """The Hub refused or failed; the message says what was tried, why it failed and what to do."""
 
 
+class StoreError(LcpatchError, ValueError):
+    """A cache that cannot be written to a file or read from one; the message says what does not fit."""
+
+
 class UnsupportedModelError(LcpatchError, ValueError):
     """A model that cannot take this patch; the message names its type and what would work."""

@@ -61,7 +61,8 @@ def attention(
     layer = None if state is None else take_layer(state)
     if spec is None and layer is not None and layer.wants_dense(query):
         spec = state.own
-    bounds = _packed(query, key, attention_mask, position_ids, cu_seq_lens_q)
+    untouched = layer is None and state is not None and state.routed  # also where packed documents see each other
+    bounds = None if untouched else _packed(query, key, attention_mask, position_ids, cu_seq_lens_q)
     if spec is None and (bounds is None or _isolates(state, module, attention_mask, cu_seq_lens_q)):
         passed_on = {"position_ids": position_ids, "cu_seq_lens_q": cu_seq_lens_q, **kwargs}
         options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux, **passed_on}

@@ -16,6 +16,11 @@ SINK_LOGIT = "lcpatch_sink_logit"
 """The parameter of an attention module that holds its learnable sink logits, [H]."""
 
 
+ROUTED = "_lcpatch_dense"
+"""The attribute of a routed model's config that names the attention it had. A config saved meanwhile carries it along,
+without effect."""
+
+
 @dataclass
 class LayerState:
     """State of one attention module.
@@ -30,6 +35,7 @@ class LayerState:
         max_positions: the model's trained range of positions, in tokens; None if unknown.
         own: what the layer attends to without a pattern: everything before, or its own sliding window. Built ahead,
             as a spec cannot be built under tracing.
+        routed: the model is not patched and came here for its cache only (see `route`).
         layer: reference to the cache layer that this forward's attention is to ask, until it does (see `watch`).
     """
 
@@ -41,6 +47,7 @@ class LayerState:
     follows_length: bool = False
     max_positions: int | None = None
     own: BlockSparseSpec | None = None
+    routed: bool = False
     layer: Any = None
 
     def active_spec(self, module: nn.Module) -> BlockSparseSpec | None:
@@ -62,4 +69,4 @@ def own_spec(num_heads: int, window: int | None) -> BlockSparseSpec:
 def dense_name(config: Any) -> str:
     """The implementation of what the patch leaves dense: "sdpa" if the config says nothing."""
     patch = getattr(config, "lcpatch", None) or {}
-    return patch.get("dense", "sdpa")
+    return patch.get("dense") or getattr(config, ROUTED, "sdpa")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..eval.saved import read_report
-from ..patching.apply import unwrap
+from ..hf.models import unwrap
 from .about import About
 from .card import Subject, make_card
 from .card_files import README, write_card

@@ -17,13 +17,13 @@ from models import SHORT, build
 import lcpatch
 from lcpatch.cli import main
 from lcpatch.eval.saved import read_report
+from lcpatch.hf.models import unwrap
 from lcpatch.hub import preview_card
 from lcpatch.hub.about import About
 from lcpatch.hub.card import Subject, card_text, make_card
 from lcpatch.hub.card_files import is_ours, parts, signed, to_html, write_card
 from lcpatch.hub.escape import clean
 from lcpatch.hub.template import FOLDER, render
-from lcpatch.patching.apply import unwrap
 
 ARMS = ["dense", "s2(stride=3)"]
 

@@ -3,6 +3,7 @@
 Needs torch, and triton where a kernel runs; imports nothing of lcpatch.
 """
 
+from .attn_mass import attn_mass
 from .block_sparse import DENSE, UNBOUNDED, BlockSparseSpec, Rule, block_sparse
 from .sparse_decode import sparse_decode
 from .transformers_attention import flash_attn_forward, supports_flash_attn
@@ -12,6 +13,7 @@ __all__ = [
     "UNBOUNDED",
     "BlockSparseSpec",
     "Rule",
+    "attn_mass",
     "block_sparse",
     "flash_attn_forward",
     "sparse_decode",
