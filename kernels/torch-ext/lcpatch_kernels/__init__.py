@@ -8,6 +8,7 @@ from .block_sparse import DENSE, UNBOUNDED, BlockSparseSpec, Rule, block_sparse,
 from .cluster_merge import cluster_merge
 from .page_scores import page_bounds, page_scores
 from .sparse_decode import sparse_decode
+from .transformers_attention import flash_attn_forward, supports_flash_attn
 
 __all__ = [
     "DENSE",
@@ -18,7 +19,9 @@ __all__ = [
     "block_sparse",
     "block_sparse_backward",
     "cluster_merge",
+    "flash_attn_forward",
     "page_bounds",
     "page_scores",
     "sparse_decode",
+    "supports_flash_attn",
 ]
