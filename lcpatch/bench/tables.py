@@ -12,14 +12,21 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 def attention(result: Result) -> Table:
     """A line per pattern and kernel, a column per length: speed-up over FA2, share of the ceiling of either pass."""
+    return _by_length(result, ("pattern", "provider"), ("Pattern", "Kernel"), _attention_cell)
 
-    def cell(row: dict[str, Any]) -> str:
-        if row["why"]:
-            return row["why"]
-        gain = "1" if row["provider"] == "FA2" else _times(row["both_vs_fa2"])
-        return f"{gain} ({row['forward_share']:.2f} / {row['backward_share']:.2f})"
 
-    return _by_length(result, ("pattern", "provider"), ("Pattern", "Kernel"), cell)
+def shapes(result: Result) -> Table:
+    """`attention` for several shapes, a line per shape and kernel."""
+    return _by_length(
+        result, ("shape", "pattern", "provider"), ("Query / KV heads", "Pattern", "Kernel"), _attention_cell
+    )
+
+
+def _attention_cell(row: dict[str, Any]) -> str:
+    if row["why"]:
+        return row["why"]
+    gain = "1" if row["provider"] == "FA2" else _times(row["both_vs_fa2"])
+    return f"{gain} ({row['forward_share']:.2f} / {row['backward_share']:.2f})"
 
 
 def decode(result: Result) -> Table:
@@ -60,7 +67,28 @@ def model(result: Result) -> Table:
     return header, rows
 
 
-KINDS: dict[str, Callable[[Result], Table]] = {"attention": attention, "decode": decode, "model": model}
+def cache(result: Result) -> Table:
+    """Caches of a whole model, a line per task and arm."""
+    header = ("Batch", "Tokens", "Cache", "Prefill s", "Peak GiB", "Cache GiB", "ms a token", "Floor ms")
+    rows = []
+    for row in result["rows"]:
+        start = (str(row["batch"]), _tokens(row["length"]), row["arm"])
+        if row["why"]:
+            rows.append((*start, row["why"], "-", "-", "-", "-"))
+            continue
+        sizes = ("" if row[name] is None else f"{row[name]:.1f}" for name in ("peak_gib", "cache_gib", "decode_ms"))
+        floor = "" if row["floor_ms"] is None else f"{row['floor_ms']:.1f}"
+        rows.append((*start, f"{row['prefill_s']:.2f}", *sizes, floor))
+    return header, rows
+
+
+KINDS: dict[str, Callable[[Result], Table]] = {
+    "attention": attention,
+    "shapes": shapes,
+    "decode": decode,
+    "model": model,
+    "cache": cache,
+}
 """Kind of result -> its table. A result file's name starts with its kind."""
 
 

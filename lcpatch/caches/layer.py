@@ -288,7 +288,7 @@ class LongCache(Cache):
         """Bytes held per tier: "device", and where a cache has them "host" and "disk"."""
         total = {"device": 0}
         for layer in self.layers:
-            for tier, held in _tiers(layer).items():
+            for tier, held in layer_tiers(layer).items():
                 total[tier] = total.get(tier, 0) + held
         return total
 
@@ -344,7 +344,7 @@ def negative(tokens_to_remove: Any) -> int:
     return tokens_to_remove
 
 
-def _tiers(layer: Any) -> dict[str, int]:
+def layer_tiers(layer: Any) -> dict[str, int]:
     """Bytes per tier that a layer of ours or of transformers holds."""
     if hasattr(layer, "tiers"):
         return layer.tiers()
@@ -352,6 +352,11 @@ def _tiers(layer: Any) -> dict[str, int]:
         return {"device": layer.memory()}
     held = {x.data_ptr(): x.untyped_storage().nbytes() for x in vars(layer).values() if isinstance(x, Tensor)}
     return {"device": sum(held.values())}
+
+
+def layer_bytes(layer: Any) -> int:
+    """Bytes that a layer of ours or of transformers holds, on all tiers."""
+    return sum(layer_tiers(layer).values())
 
 
 def _grown(x: Tensor, capacity: int, filled: int) -> Tensor:

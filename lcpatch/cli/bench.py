@@ -16,6 +16,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     attention = what.add_parser("attention", help="our kernel beside FA2, cuDNN and FlexAttention")
     attention.add_argument("--no-peers", action="store_true", help="leave FlexAttention and grouped cuDNN out")
     attention.set_defaults(measure=_attention, lengths=(8192, 32768, 131072))
+    shapes = what.add_parser("shapes", help="one pattern over head dims and head counts")
+    shapes.add_argument("--lengths", type=_lengths, help="tokens, comma-separated")
+    shapes.set_defaults(measure=_shapes, lengths=(8192, 16384, 32768))
     tune = what.add_parser("tune", help="the fastest tiles of each kernel on this GPU")
     tune.add_argument("--kernels", default="fwd,dq,dkdv", help="comma-separated, of fwd, dq and dkdv")
     tune.set_defaults(measure=_tune, lengths=(32768,))
@@ -28,6 +31,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     model.add_argument("--layers", type=int, default=32, help="layers of the model (default 32)")
     model.set_defaults(measure=_model)
+    cache = what.add_parser("cache", help="caches of a whole 8B model: prefill, memory, decoding")
+    cache.add_argument("--tasks", default="1:32768,1:131072,8:32768", help="batch:tokens, …")
+    cache.add_argument("--arms", help="names of arms, separated by semicolons (default: all)")
+    cache.add_argument("--layers", type=int, default=32, help="layers of the model (default 32)")
+    cache.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: runs anywhere, times say nothing")
+    cache.set_defaults(measure=_cache)
     tables = what.add_parser("tables", help="committed results as Markdown tables and a plot")
     tables.add_argument("results", nargs="*", type=Path, help="JSON files that `lcpatch bench` wrote")
     tables.add_argument("--write", type=Path, metavar="README", help="put each table between this file's markers")
@@ -42,7 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         verb.add_argument("--head-dim", type=int, default=128, help="head dim (default 128)")
         if verb is not decode:
             verb.add_argument("--batch", type=int, default=1, help="batch size (default 1)")
-    for verb in (attention, tune, decode, model):
+    for verb in (attention, shapes, tune, decode, model, cache):
         verb.add_argument("--out", type=Path, help="write the results here as JSON")
         verb.add_argument("--commit", help="commit to record; default: this checkout's")
     parser.set_defaults(run=run)
@@ -73,10 +82,21 @@ def _cases_and_shape(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
 
 def _attention(args: argparse.Namespace) -> dict[str, Any]:
-    from ..bench import attention
+    from ..bench import attention, measure
 
     cases, shape = _cases_and_shape(args)
-    return attention.run(args.lengths, cases, shape, peers=not args.no_peers, commit=args.commit)
+
+    def keep(result: dict[str, Any]) -> None:
+        if args.out:  # FlexAttention takes minutes to compile: what is measured outlives an interruption
+            measure.write(result, args.out)
+
+    return attention.run(args.lengths, cases, shape, peers=not args.no_peers, commit=args.commit, keep=keep)
+
+
+def _shapes(args: argparse.Namespace) -> dict[str, Any]:
+    from ..bench import attention
+
+    return attention.run_shapes(args.lengths, commit=args.commit)
 
 
 def _decode(args: argparse.Namespace) -> dict[str, Any]:
@@ -99,14 +119,33 @@ def _model(args: argparse.Namespace) -> dict[str, Any]:
     return model.run(tuple(tasks), args.layers, commit=args.commit)
 
 
+def _cache(args: argparse.Namespace) -> dict[str, Any]:
+    from ..bench import cache, geometry
+
+    tasks = []
+    for part in args.tasks.split(","):
+        batch, _, length = part.partition(":")
+        if not (batch.isdigit() and length.isdigit() and int(batch) and int(length)):
+            raise ValueError(f"--tasks: {part!r} is not BATCH:TOKENS, as in 1:32768")
+        tasks.append((int(batch), int(length)))
+    shape = geometry.TINY if args.tiny else {**geometry.LLAMA_8B, "num_hidden_layers": args.layers}
+    arms = None if args.arms is None else tuple(name.strip() for name in args.arms.split(";"))
+    small = {"device": "cpu", "chunk": 64} if args.tiny else {}
+    return cache.run(tuple(tasks), shape, arms=arms, commit=args.commit, **small)
+
+
 def _tables(args: argparse.Namespace) -> int:
     from ..bench import tables
     from ._readme import table, with_block
 
     for path in args.results:
-        kind, result = path.name.split("-")[0], json.loads(path.read_text(encoding="utf-8"))
+        kind = path.name.split("-")[0]
         if kind not in tables.KINDS:
             raise ValueError(f"{path}: its name must start with its kind, one of {', '.join(tables.KINDS)}")
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not a result of `lcpatch bench`: {error}") from error
         text = f"{table(*tables.KINDS[kind](result))}\n\n{tables.provenance(result)}"
         if args.write:
             args.write.write_text(with_block(args.write, f"bench-{kind}", text), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from fractions import Fraction
@@ -84,7 +85,8 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     ("kind", "layout"),
     [("s2_odd_sinks", layout) for layout in LAYOUTS]
-    + [("mixed", "packed"), ("mixed", "chunk"), ("share", "left_padded")],
+    + [("mixed", "packed"), ("mixed", "chunk"), ("share", "left_padded")]
+    + [("sf", layout) for layout in ("left_padded", "right_padded", "packed", "chunk_padded", "nothing")],
 )
 def test_layouts(kind, layout):
     queries, keys, bounds = LAYOUTS[layout]
@@ -112,6 +114,18 @@ def test_scale(scale):
     assert_within(run(problem, "triton"), problem)
 
 
+@pytest.mark.parametrize("kind", ["dense", "s2_odd_sinks"])
+def test_scores_far_above_a_rows_own(kind):
+    """The forward subtracts a row's score with itself; where another's is too far above, it must start over."""
+    problem = make_problem(make_spec(kind, 4, 2, 16), 2, 75, batch=1)
+    problem.k[:, :, 5] *= 40
+    own, far = ((problem.q[:, ::2] * k).sum(-1) * 32**-0.5 for k in (problem.k, problem.k[:, :, 5:6]))
+    assert 0.1 < ((far - own)[..., 5:] > 64 * math.log(2)).float().mean() < 0.8  # some rows, and not all
+    got, want = run(problem, "triton"), exact(problem)
+    # The gradients' error is the rounding of LSEs of some hundreds, whatever the forward does.
+    assert_within(replace(got, dq=want.dq, dk=want.dk, dv=want.dv), problem, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_index_alike(dtype):
     """Only indexing and casts: the interpreter multiplies in fp32 and truncates when it stores bf16."""
@@ -134,6 +148,16 @@ def test_strides():
 )
 def test_the_comparison_sees_a_wrong_rule(change):
     rule = Rule(sinks=16, stride=4, residue=2, group=16, back=32)
+    problem = make_problem(BlockSparseSpec.of([rule] * 2, 16), 1, 150, batch=1, head_dim=16)
+    got = run(problem, "triton", BlockSparseSpec.of([replace(rule, **change)] * 2, 16))
+    with pytest.raises(AssertionError, match=r"out.*dq.*dk.*dv"):
+        assert_within(got, problem)
+
+
+@pytest.mark.parametrize("change", [{"sinks": 3}, {"sinks": 17}, {"back": 8}])
+def test_the_comparison_sees_wrong_sinks(change):
+    """Sinks without a stripe have a kernel of their own."""
+    rule = Rule(sinks=4, group=1, back=30)
     problem = make_problem(BlockSparseSpec.of([rule] * 2, 16), 1, 150, batch=1, head_dim=16)
     got = run(problem, "triton", BlockSparseSpec.of([replace(rule, **change)] * 2, 16))
     with pytest.raises(AssertionError, match=r"out.*dq.*dk.*dv"):

@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ._triton_bwd import _bwd_dkdv_kernel, _bwd_dq_kernel, _delta_kernel
 from ._triton_common import INTERPRETED, LOG2E, PackTable, pack_table
 from ._triton_fwd import _fwd_kernel
+from ._triton_sink import _bwd_sink_kernel, _sum_sinks_kernel
 from .spec import BlockSparseSpec
 
 
@@ -42,7 +43,7 @@ class Config:
 # program and was only compiled. `config` adds what depends on pattern and length.
 _HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
     "hopper": {
-        "fwd": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
+        "fwd": {64: (128, 64, 8, 3), 128: (128, 64, 4, 3), 256: (128, 64, 8, 2)},
         "dq": {64: (128, 64, 4, 3), 128: (128, 64, 8, 4), 256: (128, 32, 8, 2)},
         "dkdv": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 64, 8, 3)},
     },
@@ -53,6 +54,7 @@ _HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
     },
 }
 _SINGLE = {64: (32, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)}  # fp32 multiplies without tensor cores
+_MOST_SINKS = 32  # sink tokens beyond which their rows are no longer shared out
 _TINY = (64, 32, 4, 1)  # interpreted: several tiles and steps at the tests' lengths
 _LONG = 1 << 16  # more keys than this are another length bucket
 
@@ -84,8 +86,10 @@ def config(
         if arch >= (9, 0) and padded == 128:
             if kernel == "fwd" and not has_stripe:
                 rest = [128, 8, 3]
-            elif kernel == "fwd" and spec.block_size >= 128:
-                rest, pack = [128, 8, 3], 1
+            elif kernel == "fwd" and spec.block_size >= 128 and num_keys > _LONG:
+                rows, pack = 64, 1
+            elif kernel == "fwd":
+                rows, pack = 64, min(4, triton.next_power_of_2(heads))
             elif kernel == "dkdv" and (not has_stripe or (spec.block_size >= 128 and num_keys > _LONG)):
                 rest = [128, 8, 4]
     if kernel == "dkdv":
@@ -96,6 +100,14 @@ def config(
     else:
         block_m = rows // pack
     return Config(block_m, pack, *rest)
+
+
+def sink_tiles(dtype: torch.dtype | None, head_dim: int, sinks: int) -> Config:
+    """The tiles of the sinks' own kernel, `sinks` keys wide; dtype None is the interpreter."""
+    padded = max(64, triton.next_power_of_2(head_dim))
+    if dtype is None or dtype == torch.float32:
+        return Config(32 if padded <= 128 else 16, 1, sinks, 4, 1)
+    return Config(64, 1, sinks, 4, 2) if padded <= 128 else Config(32, 1, sinks, 4, 1)
 
 
 def forward(
@@ -158,7 +170,7 @@ def launch_forward(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             *_segment_args(bounds), num_slots, table.num_packs, heads, num_queries, num_keys,
             *_scales(scale, softcap),
-            PACK=tiles.pack, TMA=boxes[0] is not None,
+            PACK=tiles.pack, TMA=boxes[0] is not None, FIXED=q.dtype != torch.float16,
             **_constants(q, spec, bounds, softcap, table, tiles),
         )  # fmt: skip
     return out, lse
@@ -252,6 +264,9 @@ def launch_dkdv(
     num_slots = (triton.cdiv(num_keys, unit) + num_segments) * (unit // tiles.block_n)
     num_rows = num_kv_heads * batch
     num_long, team = (0, 1) if bounds is not None else _teams(spec, num_rows, num_keys, tiles, q.device)
+    constants = _constants(q, spec, bounds, softcap, table, tiles)
+    if apart := _sinks_apart(spec, bounds, table):
+        constants["HAS_SINK"] = False
     delta, lse = terms
     boxes = (None,) * 4
     if _takes_descriptors(q, grad_out):
@@ -272,9 +287,64 @@ def launch_dkdv(
             REORDER=table.uniform or tiles.block_n <= spec.block_size,
             SHIFTS=terms.shape[1],
             COPIES=max(1, tiles.num_warps * 32 // tiles.block_m),
-            **_constants(q, spec, bounds, softcap, table, tiles),
+            **constants,
         )  # fmt: skip
+    if apart:
+        _launch_sinks(dk, dv, grad_out, q, k, v, terms, spec, bounds, scale, softcap, table)
     return dk, dv
+
+
+def _sinks_apart(spec: BlockSparseSpec, bounds: Tensor | None, table: PackTable) -> bool:
+    """Whether the sink keys' dk and dv come from kernels of their own.
+
+    Not with more sinks than a tile of them; with a stripe, whose tiles are as long as the sinks'; and in packed rows,
+    whose documents have sinks of their own each.
+    """
+    one_segment = bounds is None or bounds.shape[1] == 1
+    most = max(rule.sinks for rule in spec.rules)
+    return table.flags["HAS_SINK"] and not table.flags["HAS_STRIPE"] and most <= _MOST_SINKS and one_segment
+
+
+def _launch_sinks(
+    dk: Tensor,
+    dv: Tensor,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    terms: Tensor,
+    spec: BlockSparseSpec,
+    bounds: Tensor | None,
+    scale: float,
+    softcap: float,
+    table: PackTable,
+) -> None:
+    """Write dk and dv of the sink keys."""
+    (batch, heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
+    most, num_rows = max(rule.sinks for rule in spec.rules), batch * num_kv_heads
+    sinks = max(16, triton.next_power_of_2(most))
+    tiles = sink_tiles(None if INTERPRETED else q.dtype, head_dim, sinks)
+    # About four programs a processor, none with less work than it takes to start one.
+    chunk = max(triton.cdiv(num_queries * num_rows, 4 * _num_processors(q.device)), 256) if q.is_cuda else 1
+    chunk = triton.cdiv(chunk, tiles.block_m) * tiles.block_m
+    num_slots = triton.cdiv(num_queries, chunk)
+    sums = torch.empty((num_slots, batch, num_kv_heads, 2, sinks, head_dim), dtype=torch.float32, device=q.device)
+    delta, lse = (x[0] for x in terms)
+    constants = _constants(q, spec, bounds, softcap, table, tiles)
+    for name in ("BLOCK_N", "BLOCK_SIZE", "HAS_SINK", "HAS_STRIPE"):
+        del constants[name]
+    stride_bounds = _segment_args(bounds)[0]
+    with _on(q):
+        _bwd_sink_kernel[(num_slots * num_rows,)](
+            q, k, v, grad_out, sums, lse, delta, bounds, table.packs, table.starts,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], terms.shape[-1],
+            stride_bounds, num_rows, num_kv_heads, chunk, heads, num_queries, num_keys, *_scales(scale, softcap),
+            SINKS=sinks, COPIES=max(1, tiles.num_warps * 32 // tiles.block_m), **constants,
+        )  # fmt: skip
+        _sum_sinks_kernel[(num_rows,)](
+            sums, dk, dv, bounds, *dk.stride()[:3], stride_bounds, num_rows, num_slots, num_kv_heads, most, num_keys,
+            scale, D=head_dim, BLOCK_D=constants["BLOCK_D"], SINKS=sinks, SEGMENTS=constants["SEGMENTS"],
+        )  # fmt: skip
 
 
 def _teams(spec: BlockSparseSpec, num_rows: int, num_keys: int, tiles: Config, device: torch.device) -> tuple[int, int]:
