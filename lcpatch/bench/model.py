@@ -64,7 +64,7 @@ def run(
     """
     if not torch.cuda.is_available():
         raise BenchmarkError("this benchmark needs a CUDA GPU; torch.cuda.is_available() is False")
-    model = _model(num_layers)
+    model = build(num_layers)
     result = {**measure.environment(commit), "geometry": {**GEOMETRY, "num_hidden_layers": num_layers}}
     result["checks"] = [_check(model)]
     say(f"check: S2 with every block in reach against dense, logits {result['checks'][0]}")
@@ -92,7 +92,8 @@ def format_row(row: Row) -> str:
     return start + f"{row.seconds:8.3f} s  peak {row.peak_gib:5.1f} GiB{cache}{ratio}"
 
 
-def _model(num_layers: int) -> nn.Module:
+def build(num_layers: int) -> nn.Module:
+    """A Llama of `GEOMETRY` with random weights, bf16, on the GPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**{**GEOMETRY, "num_hidden_layers": num_layers}, attn_implementation="sdpa")

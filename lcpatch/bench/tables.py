@@ -12,14 +12,21 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 def attention(result: Result) -> Table:
     """A line per pattern and kernel, a column per length: speed-up over FA2, share of the ceiling of either pass."""
+    return _by_length(result, ("pattern", "provider"), ("Pattern", "Kernel"), _attention_cell)
 
-    def cell(row: dict[str, Any]) -> str:
-        if row["why"]:
-            return row["why"]
-        gain = "1" if row["provider"] == "FA2" else _times(row["both_vs_fa2"])
-        return f"{gain} ({row['forward_share']:.2f} / {row['backward_share']:.2f})"
 
-    return _by_length(result, ("pattern", "provider"), ("Pattern", "Kernel"), cell)
+def shapes(result: Result) -> Table:
+    """`attention` for several shapes, a line per shape and kernel."""
+    return _by_length(
+        result, ("shape", "pattern", "provider"), ("Query / KV heads", "Pattern", "Kernel"), _attention_cell
+    )
+
+
+def _attention_cell(row: dict[str, Any]) -> str:
+    if row["why"]:
+        return row["why"]
+    gain = "1" if row["provider"] == "FA2" else _times(row["both_vs_fa2"])
+    return f"{gain} ({row['forward_share']:.2f} / {row['backward_share']:.2f})"
 
 
 def decode(result: Result) -> Table:
@@ -60,12 +67,38 @@ def model(result: Result) -> Table:
     return header, rows
 
 
-KINDS: dict[str, Callable[[Result], Table]] = {"attention": attention, "decode": decode, "model": model}
+def parallel(result: Result) -> Table:
+    """Bytes of context parallelism, a line per layer and strategy: MiB a rank sends, and torch's ring over that."""
+    header = ("Layer", "Tokens", "Ranks", "Strategy", "Layout", "Forward, MiB", "Backward, MiB", "torch's ring sends")
+
+    def mib(mean: float, most: int) -> str:
+        return f"{mean / 2**20:.1f} ({most / 2**20:.1f})"
+
+    rows = [
+        (
+            *(row["layer"], _tokens(row["length"]), str(row["ranks"]), row["strategy"], row["layout"]),
+            *(mib(row["forward"], row["forward_most"]), mib(row["backward"], row["backward_most"])),
+            _times(row["fewer_than_ring"]),
+        )
+        for row in result["rows"]
+    ]
+    return header, rows
+
+
+KINDS: dict[str, Callable[[Result], Table]] = {
+    "attention": attention,
+    "shapes": shapes,
+    "decode": decode,
+    "model": model,
+    "parallel": parallel,
+}
 """Kind of result -> its table. A result file's name starts with its kind."""
 
 
 def provenance(result: Result) -> str:
-    """One line: where and with what a result was measured."""
+    """One line: where and with what a result was measured, or that it was not."""
+    if result.get("counted"):
+        return f"Counted, not timed: {result['counted']}; commit {result['commit']}"
     parts = [result["gpu"], f"torch {result['torch']}", f"triton {result['triton']}", f"commit {result['commit']}"]
     if "matmul_tflops" in result:
         parts.insert(1, f"bf16 matmul {result['matmul_tflops']:.0f} TFLOP/s")

@@ -18,8 +18,8 @@ from lcpatch_kernels import DENSE, BlockSparseSpec
 
 from ..eval import token_nll
 from ..hf.layers import state_of
+from ..hf.models import attention_modules
 from ..patching import patched
-from ..patching.resolve import attention_modules
 from ..patterns import patterns
 
 NEW_TOKENS = 24

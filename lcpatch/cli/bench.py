@@ -16,6 +16,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     attention = what.add_parser("attention", help="our kernel beside FA2, cuDNN and FlexAttention")
     attention.add_argument("--no-peers", action="store_true", help="leave FlexAttention and grouped cuDNN out")
     attention.set_defaults(measure=_attention, lengths=(8192, 32768, 131072))
+    shapes = what.add_parser("shapes", help="one pattern over head dims and head counts")
+    shapes.add_argument("--lengths", type=_lengths, help="tokens, comma-separated")
+    shapes.set_defaults(measure=_shapes, lengths=(8192, 16384, 32768))
     tune = what.add_parser("tune", help="the fastest tiles of each kernel on this GPU")
     tune.add_argument("--kernels", default="fwd,dq,dkdv", help="comma-separated, of fwd, dq and dkdv")
     tune.set_defaults(measure=_tune, lengths=(32768,))
@@ -28,6 +31,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     model.add_argument("--layers", type=int, default=32, help="layers of the model (default 32)")
     model.set_defaults(measure=_model)
+    parallel = what.add_parser("parallel", help="the bytes that context parallelism sends (needs no GPU), and its time")
+    parallel.add_argument("--ranks", type=int, default=8, help="ranks to count for (default 8)")
+    parallel.add_argument(
+        "--time", action="store_true", help="instead, time every strategy: under torchrun, a GPU for each rank"
+    )
+    parallel.set_defaults(measure=_parallel, lengths=(131072,))
     training = what.add_parser("training", help="a LoRA step of a long text: sparse against dense, SeCO, SpaCO")
     training.add_argument(
         "--part",
@@ -44,15 +53,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     tables.add_argument("--check", type=Path, metavar="README", help="fail if this file's tables are out of date")
     tables.add_argument("--plot", type=Path, metavar="PNG", help="draw the attention result")
     tables.set_defaults(measure=None)
-    for verb in (attention, tune, decode):
+    for verb in (attention, tune, decode, parallel):
         verb.add_argument("--lengths", type=_lengths, help="tokens, comma-separated")
-        verb.add_argument("--patterns", help="comma-separated names out of the default set (see the output's column)")
         verb.add_argument("--heads", type=int, default=32, help="query heads (default 32)")
         verb.add_argument("--kv-heads", type=int, default=8, help="KV heads (default 8)")
         verb.add_argument("--head-dim", type=int, default=128, help="head dim (default 128)")
+    for verb in (attention, tune, decode):
+        verb.add_argument("--patterns", help="comma-separated names out of the default set (see the output's column)")
         if verb is not decode:
             verb.add_argument("--batch", type=int, default=1, help="batch size (default 1)")
-    for verb in (attention, tune, decode, model, training):
+    for verb in (attention, shapes, tune, decode, model, training, parallel):
         verb.add_argument("--out", type=Path, help="write the results here as JSON")
         verb.add_argument("--commit", help="commit to record; default: this checkout's")
     parser.set_defaults(run=run)
@@ -65,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from ..bench import measure
 
     result = args.measure(args)
-    if args.out:
+    if args.out and result:  # of several processes one has the result
         measure.write(result, args.out)
         print(f"written to {args.out}")
     return 0
@@ -83,10 +93,21 @@ def _cases_and_shape(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
 
 def _attention(args: argparse.Namespace) -> dict[str, Any]:
-    from ..bench import attention
+    from ..bench import attention, measure
 
     cases, shape = _cases_and_shape(args)
-    return attention.run(args.lengths, cases, shape, peers=not args.no_peers, commit=args.commit)
+
+    def keep(result: dict[str, Any]) -> None:
+        if args.out:  # FlexAttention takes minutes to compile: what is measured outlives an interruption
+            measure.write(result, args.out)
+
+    return attention.run(args.lengths, cases, shape, peers=not args.no_peers, commit=args.commit, keep=keep)
+
+
+def _shapes(args: argparse.Namespace) -> dict[str, Any]:
+    from ..bench import attention
+
+    return attention.run_shapes(args.lengths, commit=args.commit)
 
 
 def _decode(args: argparse.Namespace) -> dict[str, Any]:
@@ -95,6 +116,17 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
     cases, shape = _cases_and_shape(args)
     steps = {name: pattern for name, pattern in cases.items() if not pattern.follows_length}
     return decode.run(args.lengths, args.batches, steps, shape, commit=args.commit)
+
+
+def _parallel(args: argparse.Namespace) -> dict[str, Any]:
+    from ..bench import attention, parallel
+
+    shape = attention.Shape(1, args.heads, args.kv_heads, args.head_dim)
+    if args.time:
+        from ..bench import parallel_time
+
+        return parallel_time.run(args.lengths, shape, commit=args.commit)
+    return parallel.run(args.lengths, args.ranks, shape, commit=args.commit)
 
 
 def _model(args: argparse.Namespace) -> dict[str, Any]:
@@ -127,9 +159,13 @@ def _tables(args: argparse.Namespace) -> int:
     from ._readme import table, with_block
 
     for path in args.results:
-        kind, result = path.name.split("-")[0], json.loads(path.read_text(encoding="utf-8"))
+        kind = path.name.split("-")[0]
         if kind not in tables.KINDS:
             raise ValueError(f"{path}: its name must start with its kind, one of {', '.join(tables.KINDS)}")
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not a result of `lcpatch bench`: {error}") from error
         text = f"{table(*tables.KINDS[kind](result))}\n\n{tables.provenance(result)}"
         if args.write:
             args.write.write_text(with_block(args.write, f"bench-{kind}", text), encoding="utf-8")

@@ -19,3 +19,7 @@ class HubError(LcpatchError, RuntimeError):
 
 class UnsupportedModelError(LcpatchError, ValueError):
     """A model that cannot take this patch; the message names its type and what would work."""
+
+
+class ParallelError(LcpatchError, RuntimeError):
+    """A group of ranks that cannot go on together; the message names the rank at fault."""

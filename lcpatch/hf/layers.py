@@ -49,11 +49,9 @@ def layer_states(
     Raises:
         ValueError: rules that do not fit the model's heads.
     """
-    limit = getattr(config, "max_position_embeddings", None)
-    states = {}
-    for index, module in modules.items():
-        own = own_spec(config.num_attention_heads, getattr(module, "sliding_window", None))
-        states[index] = LayerState(None, None, patch.mode, patch.dense, impl, False, limit, own)
+    states = dense_states(config, modules, patch.dense)
+    for index, state in states.items():
+        states[index] = replace(state, mode=patch.mode, impl=impl, routed=False)
         if index in patch.layers:
             shape = shape_of(config, patch.layers.index(index), len(patch.layers))
             rules = with_sink_tokens(pattern.rules(shape), patch.sinks)
@@ -62,6 +60,23 @@ def layer_states(
                 states[index], method=pattern.name, spec=spec, follows_length=pattern.follows_length
             )
     return states
+
+
+def dense_states(config: Any, modules: Mapping[int, nn.Module], dense: str) -> dict[int, LayerState]:
+    """The state of each module of a model that is not patched, whose attention is transformers' `dense`."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return {
+        index: LayerState(
+            None,
+            None,
+            "never",
+            dense,
+            max_positions=limit,
+            own=own_spec(config.num_attention_heads, getattr(module, "sliding_window", None)),
+            routed=True,
+        )
+        for index, module in modules.items()
+    }
 
 
 def with_sink_tokens(rules: Iterable[Rule], sinks: str | None) -> list[Rule]:

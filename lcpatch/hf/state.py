@@ -15,6 +15,13 @@ ATTRIBUTE = "_lcpatch"
 SINK_LOGIT = "lcpatch_sink_logit"
 """The parameter of an attention module that holds its learnable sink logits, [H]."""
 
+ON_REMOVE = "_lcpatch_on_remove"
+"""The attribute of a model that holds what takes off what was set on top of its patch."""
+
+ROUTED = "_lcpatch_dense"
+"""The attribute of a routed model's config that names the attention it had. A config saved meanwhile carries it along,
+without effect."""
+
 
 @dataclass
 class LayerState:
@@ -30,7 +37,10 @@ class LayerState:
         max_positions: the model's trained range of positions, in tokens; None if unknown.
         own: what the layer attends to without a pattern: everything before, or its own sliding window. Built ahead,
             as a spec cannot be built under tracing.
+        routed: the model is not patched and came here for its cache only (see `route`).
         layer: reference to the cache layer that this forward's attention is to ask, until it does (see `watch`).
+        parallel: the ranks that this layer's attention reaches over (see `training.parallel`), with
+            `attend(layer, call, shard) -> (out, lse)`; None: this process has all tokens.
     """
 
     method: str | None
@@ -41,7 +51,9 @@ class LayerState:
     follows_length: bool = False
     max_positions: int | None = None
     own: BlockSparseSpec | None = None
+    routed: bool = False
     layer: Any = None
+    parallel: Any = None
 
     def active_spec(self, module: nn.Module) -> BlockSparseSpec | None:
         """The spec to run now, or None to leave this call to the dense implementation.
@@ -62,4 +74,4 @@ def own_spec(num_heads: int, window: int | None) -> BlockSparseSpec:
 def dense_name(config: Any) -> str:
     """The implementation of what the patch leaves dense: "sdpa" if the config says nothing."""
     patch = getattr(config, "lcpatch", None) or {}
-    return patch.get("dense", "sdpa")
+    return patch.get("dense") or getattr(config, ROUTED, "sdpa")

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..core.config import PatchConfig, parse_sinks
+from ..hf.models import attention_modules, unwrap
 from ..hf.state import SINK_LOGIT
 from ..patching import apply
-from ..patching.apply import unwrap
-from ..patching.resolve import attention_modules, pattern_of
+from ..patching.resolve import pattern_of
 from .errors import sentence
 from .sidecar import CONFIG_FILE, read_config, read_json, read_logits, read_patch
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..core.config import PatchConfig, parse_sinks
 from ..hf import NAME
+from ..hf.models import attention_modules, unwrap
 from ..hf.state import SINK_LOGIT
-from ..patching.apply import record_of, unwrap
-from ..patching.resolve import attention_modules
+from ..patching.apply import record_of
 from .sidecar import write_config, write_logits
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -19,11 +18,14 @@ from ..core.config import PatchConfig, parse_sinks
 from ..core.errors import UnsupportedModelError
 from ..hf import NAME, LayerState, register
 from ..hf.layers import is_loaded_patched, layer_states, resolved_patch, shape_of
+from ..hf.models import attention_modules, unwrap
+from ..hf.own_config import OwnConfigs
 from ..hf.registration import check_dense
-from ..hf.state import ATTRIBUTE, SINK_LOGIT, dense_name
-from ..hf.watch import unwatch
+from ..hf.route import is_routed, route, unroute
+from ..hf.state import ATTRIBUTE, ON_REMOVE, SINK_LOGIT, dense_name
+from ..hf.watch import unwatch, watch
 from ..patterns import AttentionPattern
-from .resolve import Layers, attention_modules, config_of, pattern_of, sparse_layers
+from .resolve import Layers, config_of, pattern_of, sparse_layers
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,38 +39,12 @@ class Record:
     Args:
         config: the patch, every choice resolved.
         impl: the implementation that was asked for.
-        originals: the model's config objects before; they are never changed.
-        copies: the copies in use while patched, in the same order.
-        snapshots: the copies' contents right after patching: what differs later, the user changed.
+        configs: the model's config objects before, and the copies in use while patched.
     """
 
     config: PatchConfig
     impl: str
-    originals: list[Any] = field(default_factory=list)
-    copies: list[Any] = field(default_factory=list)
-    snapshots: list[Snapshot] = field(default_factory=list)
-
-
-@dataclass
-class Snapshot:
-    """A config's attributes at one time, and what its containers held."""
-
-    attributes: dict[str, Any]
-    contents: dict[str, Any]
-
-    @classmethod
-    def of(cls, config: Any) -> Snapshot:
-        containers = {k: v for k, v in config.__dict__.items() if isinstance(v, (dict, list, set))}
-        return cls(dict(config.__dict__), copy.deepcopy(containers))
-
-    def carry_changes(self, config: Any, target: Any) -> None:
-        """Do to `target` what was done to `config` since."""
-        for name, value in config.__dict__.items():
-            known = name in self.attributes and self.attributes[name] is value
-            if not known or (name in self.contents and self.contents[name] != value):
-                target.__dict__[name] = value
-        for name in self.attributes.keys() - config.__dict__.keys():
-            target.__dict__.pop(name, None)
+    configs: OwnConfigs
 
 
 def apply(
@@ -106,11 +82,13 @@ def apply(
         ValueError: an option, layer or mode that does not fit.
     """
     base = unwrap(model)
+    if ON_REMOVE in base.__dict__:
+        raise ValueError("this model is parallelized; patch it first, and parallelize it then")
     modules = attention_modules(base)
     if (record := record_of(base)) is not None:
-        layer_config = record.originals[0]
+        layer_config = record.configs.originals[0]
     else:
-        layer_config = base.config
+        layer_config = base.config  # of a routed model: the route's copy, which differs in nothing that is asked here
     if layers is not None:
         layers = sparse_layers(layers, layer_config, list(modules))
     config = config_of(method, {"layers": layers, "mode": mode, "sinks": sinks, **options})
@@ -118,23 +96,30 @@ def apply(
     states, config = _states(layer_config, modules, pattern, config, impl)
     _check(modules, states, layer_config, config, pattern)
 
-    if record is not None:
+    routed = is_routed(base)
+    if record is not None or routed:
         remove(model)
     register()
-    record = Record(config, impl)
-    setattr(base, RECORD, record)
-    _own_config(model, base, record)
+    setattr(base, RECORD, Record(config, impl, OwnConfigs.take(model, base, {"lcpatch": config.to_dict()})))
     for index, module in modules.items():
         setattr(module, ATTRIBUTE, states[index])
         if states[index].spec is not None:
             _add_sink_logit(module, layer_config, config)
+    if routed:  # a cache that was made for the unpatched model goes on being asked
+        watch(modules)
     logger.info("patched %d of %d attention layers with %s", len(config.layers), len(modules), pattern)
     return model
 
 
 def remove(model: Model) -> Model:
-    """Take the patch off `model`, restoring everything that `apply` set, and return it; no-op if there is none."""
+    """Take the patch off `model`, and what a cache or `parallelize` set, and return it; no-op if there is nothing.
+
+    Everything that was set is restored.
+    """
     base = unwrap(model)
+    if (close := base.__dict__.get(ON_REMOVE)) is not None:
+        close()
+    unroute(model)
     record = record_of(base)
     if record is None:
         return model
@@ -142,9 +127,7 @@ def remove(model: Model) -> Model:
         module.__dict__.pop(ATTRIBUTE, None)
         unwatch(module)
         module._parameters.pop(SINK_LOGIT, None)
-    for original, copied, before in zip(record.originals, record.copies, record.snapshots, strict=True):
-        before.carry_changes(copied, original)  # what the user changed meanwhile stays changed
-    _replace_configs(model, base, record.copies, record.originals)
+    record.configs.give_back(model, base)
     del base.__dict__[RECORD]
     return model
 
@@ -152,7 +135,7 @@ def remove(model: Model) -> Model:
 @contextmanager
 def patched(model: Model, method: Any, **settings: Any) -> Iterator[Model]:
     """`with patched(model, "sf"):` applies a patch and afterwards restores what was there, an earlier patch too."""
-    record = record_of(unwrap(model))
+    record, routed = record_of(unwrap(model)), is_routed(unwrap(model))
     logits = {m: m._parameters[SINK_LOGIT] for m in model.modules() if SINK_LOGIT in m._parameters}
     apply(model, method, **settings)
     try:
@@ -160,6 +143,8 @@ def patched(model: Model, method: Any, **settings: Any) -> Iterator[Model]:
     finally:
         if record is None:
             remove(model)
+            if routed:
+                route(model)
         else:
             apply(model, record.config, impl=record.impl)
             for module, logit in logits.items():
@@ -173,20 +158,12 @@ def record_of(base: Any) -> Record | None:
     """
     record: Record | None = getattr(base, RECORD, None)
     if record is None and is_loaded_patched(getattr(base, "config", None)):
-        record = Record(resolved_patch(base.config), "auto")
-        record.copies, record.originals = _copied_configs(base, base)
-        record.snapshots = [Snapshot.of(c) for c in record.copies]
-        for original in record.originals:
+        record = Record(resolved_patch(base.config), "auto", OwnConfigs.of_loaded(base))
+        for original in record.configs.originals:
             original.__dict__.pop("lcpatch", None)
             original._attn_implementation = record.config.dense
         setattr(base, RECORD, record)
     return record
-
-
-def unwrap(model: nn.Module) -> Any:
-    """The transformers model inside a PEFT or compiled wrapper."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _states(
@@ -241,38 +218,6 @@ def _check(
         )
     if not pattern.causal:
         warnings.warn(f"{pattern}: rolled groups show the first group's tokens the sequence's end", stacklevel=3)
-
-
-def _own_config(model: nn.Module, base: Any, record: Record) -> None:
-    """Give the model copies of its config objects, and write the patch into the main one."""
-    record.originals, record.copies = _copied_configs(model, base)
-    own = record.copies[0]
-    _replace_configs(model, base, record.originals, record.copies)
-    own.lcpatch = record.config.to_dict()
-    base.set_attn_implementation(NAME)
-    record.snapshots = [Snapshot.of(c) for c in record.copies]
-
-
-def _copied_configs(model: nn.Module, base: Any) -> tuple[list[Any], list[Any]]:
-    """The config objects that the model's modules hold, the main one first, and a copy of each."""
-    memo: dict[int, Any] = {}
-    copy.deepcopy(base.config, memo)
-    held = {id(c): c for m in _config_holders(model, base) if (c := m.__dict__.get("config")) is not None}
-    found = [c for key, c in held.items() if key in memo]
-    found.sort(key=lambda c: c is not base.config)
-    return found, [memo[id(c)] for c in found]
-
-
-def _replace_configs(model: nn.Module, base: Any, old: list[Any], new: list[Any]) -> None:
-    by_id = {id(o): n for o, n in zip(old, new, strict=True)}
-    for module in _config_holders(model, base):
-        if (config := module.__dict__.get("config")) is not None and id(config) in by_id:
-            module.config = by_id[id(config)]
-
-
-def _config_holders(model: nn.Module, base: Any) -> list[nn.Module]:
-    """Every module that may hold a config: the model's, and those of the wrappers around it."""
-    return list({id(m): m for m in (*model.modules(), *base.modules())}.values())
 
 
 def _add_sink_logit(module: nn.Module, model_config: Any, config: PatchConfig) -> None:

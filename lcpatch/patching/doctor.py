@@ -21,9 +21,9 @@ from torch import nn
 
 from lcpatch_kernels.block_sparse import has_triton
 
-from .apply import record_of, unwrap
+from ..hf.models import attention_modules, unwrap
+from .apply import record_of
 from .report import report
-from .resolve import attention_modules
 
 SUPPORTED = {
     "python": ">=3.11",

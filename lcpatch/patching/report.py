@@ -11,8 +11,7 @@ from lcpatch_kernels.block_sparse import choose
 
 from ..hf import NAME
 from ..hf.layers import state_of
-from .apply import unwrap
-from .resolve import attention_modules, full_attention_layers
+from ..hf.models import attention_modules, full_attention_layers, unwrap
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,8 @@ def _row(index: int, module: nn.Module, kind: str, implementation: str) -> Layer
     state = state_of(module)
     if state is None or implementation != NAME:
         return LayerReport(index, kind, None, None, implementation, "not patched")
+    if state.routed:
+        return LayerReport(index, kind, None, None, state.dense, "not patched; a cache of lcpatch's may attend")
     if state.spec is None:
         why = "left dense by `layers`" if kind == "full_attention" else "attends within a window of its own"
         return LayerReport(index, kind, None, None, state.dense, why)

@@ -8,11 +8,9 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..core.config import PatchConfig
 from ..core.errors import UnsupportedModelError
-from ..hf.layers import is_self_attention
+from ..hf.models import full_attention_layers
 from ..patterns import AttentionPattern, patterns
 
 Layers = Iterable[int] | str | Callable[[int], bool] | None
@@ -52,43 +50,6 @@ def config_of(method: object, settings: Mapping[str, Any]) -> PatchConfig:
 def pattern_of(config: PatchConfig) -> AttentionPattern:
     """The pattern that `config` describes."""
     return patterns.get(config.method).from_options(dict(config.options))
-
-
-def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
-    """The model's self-attention modules by layer index.
-
-    Raises:
-        UnsupportedModelError: transformers cannot exchange this model's attention, or it has no causal self-attention.
-    """
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    works = (
-        "a decoder-only model that uses transformers' attention interface, such as llama, mistral, qwen3 or gemma3_text"
-    )
-    if not hasattr(model, "_can_set_attn_implementation"):
-        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model; wanted: {works}")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{kind} is an encoder-decoder; patterns are for causal self-attention: {works}")
-    if model.config.get_text_config() is not model.config:
-        raise UnsupportedModelError(f"{kind} has several parts; patch its language model, or load the text-only class")
-    if not type(model)._can_set_attn_implementation():
-        raise UnsupportedModelError(f"{kind} computes its attention inside its own layers; wanted: {works}")
-    found = {m.layer_idx: m for m in model.modules() if is_self_attention(m)}
-    if not found:
-        raise UnsupportedModelError(f"{kind} has no causal self-attention layer; wanted: {works}")
-    if any(hasattr(m, "kv_lora_rank") for m in found.values()):
-        raise UnsupportedModelError(
-            f"{kind} has latent attention (MLA), whose keys and values differ in size; wanted: {works}"
-        )
-    return dict(sorted(found.items()))
-
-
-def full_attention_layers(config: Any, indices: Iterable[int]) -> list[int]:
-    """Those layers of `indices` that attend to their whole past."""
-    types = getattr(config, "layer_types", None)
-    if types is not None:
-        return [n for n in indices if types[n] == "full_attention"]
-    windowed = any(getattr(config, name, None) is not None for name in ("sliding_window", "attention_chunk_size"))
-    return [] if windowed else list(indices)
 
 
 def sparse_layers(layers: Layers, config: Any, indices: list[int]) -> list[int]:

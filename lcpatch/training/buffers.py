@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lcpatch_kernels import block_sparse_gradients
+from lcpatch_kernels import block_sparse_backward
 
 from ..hf.watch import Call, attend
 
@@ -161,7 +161,7 @@ class Attend(torch.autograd.Function):
         call, store, unit, now = ctx.where
         query, out, lse = ctx.saved_tensors
         with exact_gradients(query.device.type):
-            grad_query, *grads = block_sparse_gradients(
+            grad_query, *grads = block_sparse_backward(
                 grad_out,
                 grad_lse,
                 query,

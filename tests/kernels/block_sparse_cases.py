@@ -20,6 +20,8 @@ KINDS = {
     "stripe_only": lambda h, g, b: Rule(stride=2, residue=g % 2, group=1, back=0),
     "every_block": lambda h, g, b: Rule(stride=1, group=1, back=0),
     "window": lambda h, g, b: Rule(sinks=4, group=1, back=b + 9),
+    "many_sinks": lambda h, g, b: Rule(sinks=70, group=1, back=b),
+    "sf": lambda h, g, b: Rule(sinks=5 if h % 4 else 20, group=b + 8, shifted=h % 4 == 3, back=0),
     "group": lambda h, g, b: Rule(group=3 * b // 2, back=0, shifted=bool(h % 2)),
     "share": lambda h, g, b: Rule(sinks=2, group=Fraction(1, 3), back=0, shifted=bool(g % 2)),
     "whole_share": lambda h, g, b: Rule(group=Fraction(1, 1), back=0, shifted=True),
@@ -69,7 +71,7 @@ def poison_outside(problem: Problem) -> Problem:
     """NaN in every key that no segment holds: a kernel that reads one shows it (0 * NaN is NaN)."""
     for b, row in enumerate(problem.bounds.expand(problem.q.shape[0], -1, -1).tolist()):
         outside = torch.ones(problem.k.shape[2], dtype=torch.bool)
-        for q0, q1, k0, k1 in row:
+        for q0, q1, k0, k1, *_ in row:
             if q1 > q0:
                 outside[k0:k1] = False
         problem.k[b, :, outside.to(problem.k.device)] = torch.nan

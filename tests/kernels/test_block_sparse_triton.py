@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from fractions import Fraction
@@ -78,13 +79,19 @@ LAYOUTS = {
     "one_query_static": (1, 133, [[[0, 1, 0, 77]], [[0, 1, 9, 133]]]),
     "few_queries": (7, 133, [[[0, 7, 0, 130]], [[3, 7, 0, 4]]]),
     "nothing": (9, 12, [[[0, 0, 0, 0]], [[4, 4, 5, 5]]]),
+    "gap": (60, 47, [[[0, 60, 0, 47, 60]], [[7, 51, 3, 40, 100]]]),
+    "gap_overlap": (60, 100, [[[0, 60, 0, 100, 13]], [[0, 33, 20, 81, 1]]]),
+    "gap_packed": (60, 90, [[[0, 9, 0, 31, 0], [9, 40, 31, 70, 31]], [[3, 40, 2, 7, 70], [0] * 5]]),
 }
+"""Queries, keys, bounds; a segment's fifth number is its gap."""
 
 
 @pytest.mark.parametrize(
     ("kind", "layout"),
     [("s2_odd_sinks", layout) for layout in LAYOUTS]
-    + [("mixed", "packed"), ("mixed", "chunk"), ("share", "left_padded")],
+    + [("mixed", "packed"), ("mixed", "chunk"), ("share", "left_padded"), ("stripe_only", "gap")]
+    + [("sf", layout) for layout in ("left_padded", "right_padded", "packed", "chunk_padded", "nothing")]
+    + [(kind, gap) for kind in ("dense", "sf", "mixed") for gap in ("gap", "gap_overlap", "gap_packed")],
 )
 def test_layouts(kind, layout):
     queries, keys, bounds = LAYOUTS[layout]
@@ -110,6 +117,18 @@ def test_softcap(kind):
 def test_scale(scale):
     problem = replace(make_problem(make_spec("s2", 2, 1, 16), 1, 75, batch=1), scale=scale)
     assert_within(run(problem, "triton"), problem)
+
+
+@pytest.mark.parametrize("kind", ["dense", "s2_odd_sinks"])
+def test_scores_far_above_a_rows_own(kind):
+    """The forward subtracts a row's score with itself; where another's is too far above, it must start over."""
+    problem = make_problem(make_spec(kind, 4, 2, 16), 2, 75, batch=1)
+    problem.k[:, :, 5] *= 40
+    own, far = ((problem.q[:, ::2] * k).sum(-1) * 32**-0.5 for k in (problem.k, problem.k[:, :, 5:6]))
+    assert 0.1 < ((far - own)[..., 5:] > 64 * math.log(2)).float().mean() < 0.8  # some rows, and not all
+    got, want = run(problem, "triton"), exact(problem)
+    # The gradients' error is the rounding of LSEs of some hundreds, whatever the forward does.
+    assert_within(replace(got, dq=want.dq, dk=want.dk, dv=want.dv), problem, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -140,6 +159,16 @@ def test_the_comparison_sees_a_wrong_rule(change):
         assert_within(got, problem)
 
 
+@pytest.mark.parametrize("change", [{"sinks": 3}, {"sinks": 17}, {"back": 8}])
+def test_the_comparison_sees_wrong_sinks(change):
+    """Sinks without a stripe have a kernel of their own."""
+    rule = Rule(sinks=4, group=1, back=30)
+    problem = make_problem(BlockSparseSpec.of([rule] * 2, 16), 1, 150, batch=1, head_dim=16)
+    got = run(problem, "triton", BlockSparseSpec.of([replace(rule, **change)] * 2, 16))
+    with pytest.raises(AssertionError, match=r"out.*dq.*dk.*dv"):
+        assert_within(got, problem)
+
+
 rules = st.builds(
     lambda sinks, stripe, group, shifted, back: Rule(sinks, *stripe, group, shifted, back),
     st.integers(0, 40),
@@ -152,14 +181,16 @@ rules = st.builds(
 
 @st.composite
 def segment_rows(draw, max_segments=3):
-    """One batch row: segments in order with gaps between, each with more keys than queries or as many."""
+    """One batch row: segments in order with gaps between, each with no more queries than keys and gap."""
     q, k, row = 0, 0, []
     for _ in range(max_segments):
         q, k = q + draw(st.integers(0, 9)), k + draw(st.integers(0, 9))
         num_q = draw(st.integers(0, 45))
         num_k = num_q + draw(st.integers(0, 40)) if num_q else 0
-        row.append([q, q + num_q, k, k + num_k])
-        q, k = q + num_q, k + num_k
+        gap = draw(st.sampled_from([0, 0, 1, 30, 200])) if num_q else 0
+        cut = draw(st.integers(0, min(gap, num_k)))
+        row.append([q, q + num_q, k, k + num_k - cut, gap])
+        q, k = q + num_q, k + num_k - cut
     return row
 
 

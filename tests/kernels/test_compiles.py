@@ -14,6 +14,8 @@ pytestmark = pytest.mark.slow
 
 SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10}  # bytes a program may have
 HEAD_DIMS = (64, 128, 256)
+KERNELS = ("fwd", "dq", "dkdv", "sink")
+POINTERS = {"p_lse": "fp32", "p_delta": "fp32", "p_sums": "fp32", "p_packs": "i32", "p_starts": "i32"}  # others: bf16
 
 
 @pytest.mark.parametrize("arch", SHARED)
@@ -23,18 +25,19 @@ def test_tiles_fit(arch):
     run = subprocess.run([sys.executable, __file__, str(arch)], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout)
-    assert {(r["kernel"], r["head_dim"]) for r in rows} == {(k, d) for k in ("fwd", "dq", "dkdv") for d in HEAD_DIMS}
+    assert {(r["kernel"], r["head_dim"]) for r in rows} == {(k, d) for k in KERNELS for d in HEAD_DIMS}
     over = [r for r in rows if r["shared"] > SHARED[arch]]
     assert not over
     # What the tensor-core paths of sm_90 are for: asynchronous products, and tiles fetched by the copy engine.
-    assert all(r["tensor_cores"] and r["copy_engine"] for r in rows if arch >= 90)
+    assert all(r["tensor_cores"] for r in rows)
+    assert all(r["copy_engine"] for r in rows if arch >= 90 and r["kernel"] != "sink")
 
 
 def main(arch: int) -> None:
     import torch
 
     from lcpatch_kernels.block_sparse import BlockSparseSpec, Rule
-    from lcpatch_kernels.block_sparse.triton import config
+    from lcpatch_kernels.block_sparse.triton import config, sink_tiles
 
     stripe = BlockSparseSpec.of([Rule(0, 16, 0, 64, False, 960)] * 2)
     group = BlockSparseSpec.of([Rule(0, 0, 0, 8192, False, 0)] * 2)
@@ -48,6 +51,10 @@ def main(arch: int) -> None:
             }
             for choice, spec in tiles.items():
                 rows.append({"kernel": kernel, "head_dim": head_dim, **build(kernel, head_dim, choice, spec, arch)})
+    for head_dim in HEAD_DIMS:
+        for sinks in (16, 32):
+            choice = sink_tiles(torch.bfloat16, head_dim, sinks)
+            rows.append({"kernel": "sink", "head_dim": head_dim, **build("sink", head_dim, choice, group, arch)})
     print(json.dumps(rows))
 
 
@@ -56,21 +63,22 @@ def build(kernel, head_dim, tiles, spec, arch) -> dict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lcpatch_kernels.block_sparse import _triton_bwd, _triton_fwd
+    from lcpatch_kernels.block_sparse import _triton_bwd, _triton_fwd, _triton_sink
 
     function = {
         "fwd": _triton_fwd._fwd_kernel,
         "dq": _triton_bwd._bwd_dq_kernel,
         "dkdv": _triton_bwd._bwd_dkdv_kernel,
+        "sink": _triton_sink._bwd_sink_kernel,
     }[kernel]
     has_stripe = spec.rules[0].stride > 0
     block_size = spec.block_size if has_stripe else 1
     tma = arch >= 90 and (kernel == "dkdv" or not has_stripe or tiles.block_n <= block_size)
     constants = {
         "D": head_dim, "BLOCK_D": head_dim, "BLOCK_M": tiles.block_m, "PACK": tiles.pack, "BLOCK_N": tiles.block_n,
-        "BLOCK_SIZE": block_size, "SEGMENTS": 0, "HAS_SINK": False, "HAS_STRIPE": has_stripe, "HAS_RATIO": False,
-        "HAS_SOFTCAP": False, "UPCAST": False, "TMA": tma, "UNIFORM": True, "REORDER": True, "SHIFTS": 1,
-        "COPIES": max(1, tiles.num_warps * 32 // tiles.block_m),
+        "BLOCK_SIZE": block_size, "SEGMENTS": 0, "GAP": False, "HAS_SINK": False, "HAS_STRIPE": has_stripe,
+        "HAS_RATIO": False, "HAS_SOFTCAP": False, "UPCAST": False, "TMA": tma, "FIXED": True, "UNIFORM": True,
+        "REORDER": True, "SHIFTS": 1, "COPIES": max(1, tiles.num_warps * 32 // tiles.block_m), "SINKS": tiles.block_n,
     }  # fmt: skip
     box = {"d_k": tiles.block_n, "d_v": tiles.block_n, "d_q": tiles.block_m, "d_do": tiles.block_m}
     signature, values, attributes = {}, {}, {}
@@ -84,7 +92,9 @@ def build(kernel, head_dim, tiles, spec, arch) -> dict:
         elif name in ("d_lse", "d_delta"):
             signature[name] = f"tensordesc<fp32[1, {tiles.block_m}]>"
         elif name.startswith("p_"):
-            kind = {"p_lse": "fp32", "p_delta": "fp32", "p_packs": "i32", "p_starts": "i32"}.get(name, "bf16")
+            kind = {"p_lse": "fp32", "p_delta": "fp32", "p_sums": "fp32", "p_packs": "i32", "p_starts": "i32"}.get(
+                name, "bf16"
+            )
             signature[name], attributes[(i,)] = f"*{kind}", [["tt.divisibility", 16]]
         elif name in ("scale", "qk_scale", "cap_in", "cap_out"):
             signature[name] = "fp32"

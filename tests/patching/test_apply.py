@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from fingerprint import fingerprint, registries
 from models import FAMILIES, HYBRID, SHORT, attention_layers, attention_outputs, build, config_for, tokens
 from noise import distance, model_budget
 from torch import nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 import lcpatch
 from lcpatch import S2, SF, PatchConfig, Shift, Sink
@@ -25,27 +24,6 @@ from lcpatch.hf.state import SINK_LOGIT
 
 METHODS = tuple(lcpatch.methods())
 S2_SHORT = SHORT["s2"]
-
-
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Everything that hangs on a model: every module's attributes, parameters and hooks, and every config's content."""
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        for key, value in module.__dict__.items():
-            if isinstance(value, dict):  # parameters, buffers, submodules, hooks: by name and identity
-                found[f"{name}.{key}"] = {k: id(v) for k, v in value.items()}
-            else:
-                found[f"{name}.{key}"] = id(value) if not isinstance(value, (bool, int, float, str)) else value
-        if (config := module.__dict__.get("config")) is not None:
-            found[f"{name}.config.content"] = copy.deepcopy(config.__dict__)
-    found["parameters"] = [(n, id(p), p.data_ptr()) for n, p in model.named_parameters()]
-    found["state_dict"] = list(model.state_dict())
-    found["generation"] = copy.deepcopy(model.generation_config.to_dict())
-    return found
-
-
-def registries() -> tuple[dict, dict]:
-    return dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)
 
 
 # Undo

@@ -9,7 +9,7 @@ from torch import nn
 
 import lcpatch
 from lcpatch.training import buffers, chunkwise, offload, spaco
-from lcpatch_kernels import DENSE, BlockSparseSpec, block_sparse, block_sparse_gradients
+from lcpatch_kernels import DENSE, BlockSparseSpec, block_sparse, block_sparse_backward
 
 DEEP = {"num_hidden_layers": 16, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 16, "head_dim": 32}
 KAPPA = 16 * 2 * 2 * 32 * 4
@@ -68,7 +68,7 @@ def attention_alone(length: int):
     q, k, v = torch.randn(1, 4, 32, 32), *torch.randn(2, 1, 2, length, 32)
     spec = BlockSparseSpec.of([DENSE] * 4)
     out, lse = block_sparse(q, k, v, spec)
-    block_sparse_gradients(out, lse, q, k, v, out, lse, spec)
+    block_sparse_backward(out, lse, q, k, v, out, lse, spec)
 
 
 def test_nothing_else_grows(deep: nn.Module):

@@ -3,7 +3,8 @@
 Needs torch, and triton where a kernel runs; imports nothing of lcpatch.
 """
 
-from .block_sparse import DENSE, UNBOUNDED, BlockSparseSpec, Rule, block_sparse, block_sparse_gradients
+from .attn_mass import attn_mass
+from .block_sparse import DENSE, UNBOUNDED, BlockSparseSpec, Rule, block_sparse, block_sparse_backward
 from .sparse_decode import sparse_decode
 
 __all__ = [
@@ -11,7 +12,8 @@ __all__ = [
     "UNBOUNDED",
     "BlockSparseSpec",
     "Rule",
+    "attn_mass",
     "block_sparse",
-    "block_sparse_gradients",
+    "block_sparse_backward",
     "sparse_decode",
 ]
