@@ -85,12 +85,28 @@ def parallel(result: Result) -> Table:
     return header, rows
 
 
+def cache(result: Result) -> Table:
+    """Caches of a whole model, a line per task and arm."""
+    header = ("Batch", "Tokens", "Cache", "Prefill s", "Peak GiB", "Cache GiB", "ms a token", "Floor ms")
+    rows = []
+    for row in result["rows"]:
+        start = (str(row["batch"]), _tokens(row["length"]), row["arm"])
+        if row["why"]:
+            rows.append((*start, row["why"], "-", "-", "-", "-"))
+            continue
+        sizes = ("" if row[name] is None else f"{row[name]:.1f}" for name in ("peak_gib", "cache_gib", "decode_ms"))
+        floor = "" if row["floor_ms"] is None else f"{row['floor_ms']:.1f}"
+        rows.append((*start, f"{row['prefill_s']:.2f}", *sizes, floor))
+    return header, rows
+
+
 KINDS: dict[str, Callable[[Result], Table]] = {
     "attention": attention,
     "shapes": shapes,
     "decode": decode,
     "model": model,
     "parallel": parallel,
+    "cache": cache,
 }
 """Kind of result -> its table. A result file's name starts with its kind."""
 

@@ -47,6 +47,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     training.add_argument("--offload", action="store_true", help="part f with keys and values in host memory")
     training.add_argument("--tiny", action="store_true", help="a small model on the CPU: tries the benchmark itself")
     training.set_defaults(measure=_training)
+    cache = what.add_parser("cache", help="caches of a whole 8B model: prefill, memory, decoding")
+    cache.add_argument("--tasks", default="1:32768,1:131072,8:32768", help="batch:tokens, …")
+    cache.add_argument("--arms", help="names of arms, separated by semicolons (default: all)")
+    cache.add_argument("--layers", type=int, default=32, help="layers of the model (default 32)")
+    cache.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: runs anywhere, times say nothing")
+    cache.set_defaults(measure=_cache)
     tables = what.add_parser("tables", help="committed results as Markdown tables and a plot")
     tables.add_argument("results", nargs="*", type=Path, help="JSON files that `lcpatch bench` wrote")
     tables.add_argument("--write", type=Path, metavar="README", help="put each table between this file's markers")
@@ -62,7 +68,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         verb.add_argument("--patterns", help="comma-separated names out of the default set (see the output's column)")
         if verb is not decode:
             verb.add_argument("--batch", type=int, default=1, help="batch size (default 1)")
-    for verb in (attention, shapes, tune, decode, model, training, parallel):
+    for verb in (attention, shapes, tune, decode, model, cache, training, parallel):
         verb.add_argument("--out", type=Path, help="write the results here as JSON")
         verb.add_argument("--commit", help="commit to record; default: this checkout's")
     parser.set_defaults(run=run)
@@ -152,6 +158,21 @@ def _training(args: argparse.Namespace) -> dict[str, Any]:
     setup = training.TINY if args.tiny else training.Setup()
     full = (args.length or setup.full[0], args.offload or (args.length is None and setup.full[1]))
     return training.run("".join(parts), replace(setup, full=full), commit=args.commit)
+
+
+def _cache(args: argparse.Namespace) -> dict[str, Any]:
+    from ..bench import cache, geometry
+
+    tasks = []
+    for part in args.tasks.split(","):
+        batch, _, length = part.partition(":")
+        if not (batch.isdigit() and length.isdigit() and int(batch) and int(length)):
+            raise ValueError(f"--tasks: {part!r} is not BATCH:TOKENS, as in 1:32768")
+        tasks.append((int(batch), int(length)))
+    shape = geometry.TINY if args.tiny else {**geometry.LLAMA_8B, "num_hidden_layers": args.layers}
+    arms = None if args.arms is None else tuple(name.strip() for name in args.arms.split(";"))
+    small = {"device": "cpu", "chunk": 64} if args.tiny else {}
+    return cache.run(tuple(tasks), shape, arms=arms, commit=args.commit, **small)
 
 
 def _tables(args: argparse.Namespace) -> int:

@@ -16,11 +16,10 @@ from lcpatch_kernels.block_sparse import TRITON_DTYPES, TRITON_MAX_HEAD_DIM, has
 from ..core.errors import UnsupportedModelError
 from ..hf import NAME
 from ..hf.layers import state_of
+from ..hf.models import attention_modules, full_attention_layers, unwrap
+from ..hf.route import route, unroute
 from ..hf.state import dense_name
-from ..hf.watch import WATCH, unwatch, watch
-from ..patching import patched
-from ..patching.apply import unwrap
-from ..patching.resolve import attention_modules, full_attention_layers
+from ..hf.watch import WATCH, unwatch
 from .text import Text
 
 logger = logging.getLogger(__name__)
@@ -162,19 +161,17 @@ def routed(model: nn.Module, base: Any, attention: str) -> Iterator[frozenset[in
         yield frozenset()
         return
     modules = attention_modules(base)
-    full = frozenset(full_attention_layers(base.config, modules))
-    if base.config._attn_implementation != NAME:
-        with patched(model, "sink", mode="never"):
-            watch(modules)
-            yield full
-        return
+    fresh = base.config._attn_implementation != NAME
     new = {n: m for n, m in modules.items() if WATCH not in m.__dict__}
-    watch(new)
     try:
-        yield full
+        route(model)
+        yield frozenset(full_attention_layers(base.config, modules))
     finally:
-        for module in new.values():
-            unwatch(module)
+        if fresh:
+            unroute(model)
+        else:
+            for module in new.values():
+                unwatch(module)
 
 
 def _not_ours(base: Any) -> str | None:
