@@ -24,7 +24,7 @@ from .text import Text
 
 logger = logging.getLogger(__name__)
 
-ATTENTION = ("auto", "own", "lcpatch")
+ATTENTION = ("auto", "own", "lcpatch", "cudnn")
 KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 """Kinds of layers whose state is nothing but keys and values."""
 INSTEAD = "use loss.backward() with gradient checkpointing for this model"
@@ -144,17 +144,16 @@ def routed(model: nn.Module, base: Any, attention: str) -> Iterator[frozenset[in
     Args:
         model: the model or what PEFT made of it.
         base: the transformers model inside.
-        attention: "auto", "own" or "lcpatch" (see `chunkwise.backward`).
+        attention: "auto", "own", "lcpatch" or "cudnn" (see `chunkwise.backward`).
 
     Raises:
-        ValueError: an unknown choice, or "lcpatch" where it would not compute the same.
-        UnsupportedModelError: "lcpatch" for a model whose attention transformers cannot exchange.
+        ValueError: an unknown choice, or one that would not compute what the model does.
     """
     if attention not in ATTENTION:
         raise ValueError(f"attention={attention!r} is not one of {', '.join(ATTENTION)}")
     reason = None if attention == "own" else _not_ours(base)
-    if attention == "lcpatch" and reason:
-        raise ValueError(f"attention='lcpatch' would not compute what this model does: {reason}; use 'own'")
+    if attention in ("lcpatch", "cudnn") and reason:
+        raise ValueError(f"attention={attention!r} would not compute what this model does: {reason}; use 'own'")
     if attention == "own" or reason or (attention == "auto" and not _has_kernel(base)):
         if reason:
             logger.info("chunkwise: attention stays the model's own: %s", reason)
