@@ -33,7 +33,7 @@ from ..patching import patched
 from ..patterns.s2 import S2
 from ..training import chunkwise, offload, spaco
 from . import measure
-from .model import GEOMETRY
+from .geometry import LLAMA_8B, random_llama
 
 PARTS = ("a", "b", "c", "d", "e", "f")
 S2_ALL = S2(64, 16, 16, sink_blocks=0)
@@ -53,7 +53,7 @@ class Setup:
         full: tokens of part f.
     """
 
-    geometry: dict[str, int] = field(default_factory=lambda: {**GEOMETRY, "max_position_embeddings": 1 << 20})
+    geometry: dict[str, int] = field(default_factory=lambda: {**LLAMA_8B, "max_position_embeddings": 1 << 20})
     device: str = "cuda"
     dtype: torch.dtype = torch.bfloat16
     step: int = 65536
@@ -158,11 +158,11 @@ def check(setup: Setup) -> dict[str, Any]:
     small["num_attention_heads"] = small["hidden_size"] // (128 if setup.device == "cuda" else 8)
     small["num_key_value_heads"] = small["num_attention_heads"] // 2
     length, chunk = 16 * 50 + 7, 16 * 16
-    model = make_model(small, setup.device, setup.dtype)
+    model = random_llama(small, setup.device, setup.dtype)
     ids = _ids(1, length, setup, 1000)
 
     def gradient(run: Callable[[nn.Module], Any], dtype: torch.dtype) -> Tensor:
-        twin = make_model(small, setup.device, setup.dtype).to(dtype)
+        twin = random_llama(small, setup.device, setup.dtype).to(dtype)
         twin.load_state_dict(model.state_dict())
         run(twin.train())
         return torch.cat([p.grad.flatten().double() for p in twin.parameters()])
@@ -189,20 +189,6 @@ def check(setup: Setup) -> dict[str, Any]:
     return {"errors": errors, "budget": budget, "passed": passed}
 
 
-def make_model(geometry: dict[str, int], device: str, dtype: torch.dtype) -> nn.Module:
-    """A Llama with random weights, made on the device."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return LlamaForCausalLM(LlamaConfig(**geometry, attn_implementation="sdpa"))
-    finally:
-        torch.set_default_dtype(previous)
-
-
 class Bench:
     """The parts, on one model.
 
@@ -215,7 +201,7 @@ class Bench:
         from peft import LoraConfig, get_peft_model
 
         self.setup, self.say, self.rows = setup, say, []
-        self.base = make_model(setup.geometry, setup.device, setup.dtype)
+        self.base = random_llama(setup.geometry, setup.device, setup.dtype)
         lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
         self.model = get_peft_model(self.base, lora).train()
         self.base.enable_input_require_grads()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
         out=args.out,
         name=args.model,
     )
+    report = replace(report, command=args.command)
     print(report.markdown())
     if args.out:
         print("written: " + ", ".join(map(str, report.save(args.out))))

@@ -31,3 +31,7 @@ class ParallelError(LcpatchError, RuntimeError):
 
 class TrainingError(LcpatchError, RuntimeError):
     """A training run that has to stop; the message says at which step, why, and what is kept."""
+
+
+class TierError(LcpatchError):
+    """A cache's disk tier failed: a folder that cannot be written, a full disk, pages that do not come back."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from lcpatch_kernels.block_sparse import Impl
 
-from ..core.config import PatchConfig, parse_sinks
+from ..core.config import SPECS, PatchConfig, parse_sinks
 from ..core.errors import UnsupportedModelError
 from ..hf import NAME, LayerState, register
 from ..hf.layers import is_loaded_patched, layer_states, resolved_patch, shape_of
@@ -100,7 +100,8 @@ def apply(
     if record is not None or routed:
         remove(model)
     register()
-    setattr(base, RECORD, Record(config, impl, OwnConfigs.take(model, base, {"lcpatch": config.to_dict()})))
+    patch = {**config.to_dict(), SPECS: specs_of(states)}
+    setattr(base, RECORD, Record(config, impl, OwnConfigs.take(model, base, {"lcpatch": patch})))
     for index, module in modules.items():
         setattr(module, ATTRIBUTE, states[index])
         if states[index].spec is not None:
@@ -218,6 +219,12 @@ def _check(
         )
     if not pattern.causal:
         warnings.warn(f"{pattern}: rolled groups show the first group's tokens the sequence's end", stacklevel=3)
+
+
+def specs_of(states: dict[int, LayerState]) -> dict[str, str]:
+    """What a config carries for readers that know no patterns: each sparse layer's integers."""
+    sparse = {index: state.spec for index, state in states.items() if state.spec is not None}
+    return {str(index): " ".join(map(str, spec.to_ints())) for index, spec in sparse.items()}
 
 
 def _add_sink_logit(module: nn.Module, model_config: Any, config: PatchConfig) -> None:
