@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     print(table(header, cells))
     fitting = [row for row in rows if row.fits]
     if fitting:
-        best = min(fitting, key=lambda row: (row.seconds, row.gib))
+        best = min(fitting, key=lambda row: row.seconds)  # of equals the first, which is the simplest
         print(f"\nFastest that fits {args.gpu}: {best.flags} --tune {args.tune} --length {args.length}")
     else:
         print(f"\nNothing fits {args.gpu}: take shorter rows, --tune lora, or --quantize 4bit")
