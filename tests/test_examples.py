@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import lcpatch
+from lcpatch.caches import caches
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -25,6 +26,10 @@ def test_runs(example: Path):
 
 def test_every_method_has_one():
     assert set(lcpatch.methods()) <= {example.stem for example in EXAMPLES}
+
+
+def test_every_cache_has_one():
+    assert {f"{name}_cache" for name in caches.all()} <= {example.stem for example in EXAMPLES}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

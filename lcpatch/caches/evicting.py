@@ -27,7 +27,8 @@ from . import scattered
 from .budget import Budget
 from .codec import BFloat16, Plain, codec_named
 from .layer import AttendingLayer, decode, negative, to_list
-from .slots import GRAIN, Slots, grown
+from .slots import GRAIN, GROWTH, Slots, grown
+from .state import fitting, whole, wholes
 
 
 class Step(NamedTuple):
@@ -269,6 +270,32 @@ class EvictingLayer(AttendingLayer):
     def kept(self) -> int:
         """Tokens kept per KV head in the row that keeps most."""
         return max(self.counts, default=0)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `load_state` takes: tensors, and numbers as JSON."""
+        self._settle()
+        names = ("seen", "pads", "counts", "budgets", "intact")
+        numbers = {name: getattr(self, name) for name in names} | {"capacity": self.slots.capacity}
+        return {name: self.slots[name] for name in self.slots.tensors}, numbers
+
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
+        """Hold what `state` of such a layer gave; `like` is an empty tensor [1, K, 0, D] as the model's keys.
+
+        Raises:
+            ValueError: tensors or numbers that do not fit.
+        """
+        pads = wholes(numbers, "pads")
+        rows, seen = len(pads), whole(numbers, "seen")
+        counts, budgets = wholes(numbers, "counts", rows, seen), wholes(numbers, "budgets", rows)
+        length = max(counts)
+        self.lazy_initialization(like.expand(rows, -1, -1, -1), like)
+        likes = self._new_slots(like, like)
+        found = fitting(tensors, likes, rows, length)
+        limit = max(int(length * GROWTH) + GRAIN, max(budgets) + 1)
+        capacity = whole(numbers, "capacity", limit)
+        self.slots = Slots(found).owned(capacity)
+        self.seen, self.pads, self.counts, self.budgets = seen, pads, counts, budgets
+        self.intact = whole(numbers, "intact", seen)
 
     # Storing.
 

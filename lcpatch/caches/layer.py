@@ -7,8 +7,11 @@ into it.
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +26,7 @@ from ..hf.models import attention_modules, full_attention_layers, unwrap
 from ..hf.route import route
 from ..hf.watch import Call, attend
 from .slots import GRAIN, GROWTH
+from .state import fitting, whole
 
 caches: Registry[type[LongCache]] = Registry("cache", package="lcpatch.caches")
 
@@ -82,6 +86,24 @@ class GrowingLayer(DynamicLayer):
     def memory(self) -> int:
         """Bytes allocated for keys and values."""
         return sum(x.untyped_storage().nbytes() for x in self._buffers or ())
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `load_state` takes: tensors, and numbers as JSON."""
+        return {"keys": self.keys, "values": self.values}, {"capacity": self._buffers[0].shape[2]}
+
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
+        """Hold what `state` of such a layer gave; `like` is an empty tensor [1, K, 0, D] as the model's keys.
+
+        Raises:
+            ValueError: tensors or numbers that do not fit.
+        """
+        rows = len(tensors.get("keys", ()))
+        found = fitting(tensors, {"keys": like, "values": like}, rows, None)
+        self.length = found["keys"].shape[2]
+        capacity = max(whole(numbers, "capacity", int(self.length * GROWTH) + GRAIN), self.length)
+        self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
+        self._buffers = tuple(_grown(found[name], capacity, self.length) for name in ("keys", "values"))
+        self._show()
 
     def _map(self, change: Any) -> None:
         if self.is_initialized:
@@ -230,9 +252,41 @@ class LongCache(Cache):
     attends = True
     chunks_differ: ClassVar[str] = ""
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> LongCache:
+        """Remember what the cache was made with and for: `save` writes it down."""
+        self = super().__new__(cls)
+        self._given = (args[1:], {k: v for k, v in kwargs.items() if k != "model"})
+        model = args[0] if args else kwargs.get("model")
+        self._model = None if model is None else weakref.ref(model)
+        return self
+
+    def model(self) -> nn.Module | None:
+        """The model that the cache was made for, while it is there."""
+        return None if self._model is None else self._model()
+
+    def options(self) -> dict[str, Any]:
+        """What the cache was made with beside the model, by name."""
+        args, kwargs = self._given
+        given = inspect.signature(type(self).__init__).bind(self, None, *args, **kwargs).arguments
+        return dict(list(given.items())[2:])
+
+    def save(self, path: str | Path, tokenizer: Any = None) -> Path:
+        """Write the cache to one safetensors file, whole or not at all; `lcpatch.load_cache(path, model)` reads it.
+
+        Args:
+            path: of the file.
+            tokenizer: if given, loading with another one is refused.
+
+        Raises:
+            StoreError: layers or options that cannot be written, a full disk, or a model that is gone.
+        """
+        from .store import save_cache
+
+        return save_cache(self, path, tokenizer)
+
     def memory(self) -> dict[str, int]:
-        """Bytes held per tier (so far: the device's memory)."""
-        return {"device": sum(_bytes(layer) for layer in self.layers)}
+        """Bytes held per tier: "device", and where a cache has them "host" and "disk"."""
+        return bytes_held(self.layers)
 
     def stats(self) -> dict[str, Any]:
         """How many tokens were seen, and how many are kept per (row, KV head): the most of a row, and by layer."""
@@ -286,12 +340,22 @@ def negative(tokens_to_remove: Any) -> int:
     return tokens_to_remove
 
 
-def _bytes(layer: Any) -> int:
-    """Bytes that a layer of ours or of transformers holds."""
+def bytes_held(layers: Iterable[Any]) -> dict[str, int]:
+    """Bytes per tier that layers of ours or of transformers hold."""
+    total = {"device": 0}
+    for layer in layers:
+        for tier, held in _tiers(layer).items():
+            total[tier] = total.get(tier, 0) + held
+    return total
+
+
+def _tiers(layer: Any) -> dict[str, int]:
+    if hasattr(layer, "tiers"):
+        return layer.tiers()
     if hasattr(layer, "memory"):
-        return layer.memory()
+        return {"device": layer.memory()}
     held = {x.data_ptr(): x.untyped_storage().nbytes() for x in vars(layer).values() if isinstance(x, Tensor)}
-    return sum(held.values())
+    return {"device": sum(held.values())}
 
 
 def _grown(x: Tensor, capacity: int, filled: int) -> Tensor:

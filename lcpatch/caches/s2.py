@@ -28,6 +28,7 @@ from ..core.errors import UnsupportedModelError
 from ..hf.layers import state_of
 from ..hf.watch import Call, attend, watch
 from .layer import AttendingLayer, DenseLayer, LongCache, caches, decode, negative, to_list
+from .state import fitting, whole, wholes
 
 FAR_GRAIN = 16  # pages by which the far store grows: 1,024 tokens of blocks of 64
 
@@ -128,6 +129,31 @@ class S2Layer(AttendingLayer):
     def memory(self) -> int:
         """Bytes allocated for keys and values."""
         return sum(x.untyped_storage().nbytes() for x in self._pages or ())
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `load_state` takes: tensors, and numbers as JSON."""
+        numbers = {"seen": self.seen, "pads": self.pads, "gone": self.gone}
+        return dict(zip(("keys", "values"), self._pages, strict=True)), numbers
+
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
+        """Hold what `state` of such a layer gave; `like` is an empty tensor [1, K, 0, D] as the model's keys.
+
+        Raises:
+            ValueError: tensors or numbers that do not fit.
+        """
+        pads = wholes(numbers, "pads")
+        seen, gone = whole(numbers, "seen"), wholes(numbers, "gone", len(pads))
+        for row, (before, blocks) in enumerate(zip(pads, gone, strict=True)):
+            last = (seen - before - 1) // self.block
+            if blocks != max(blocks, last - (self.ring - 1), 0) or blocks > max(last, 0):
+                raise ValueError(f"row {row}: {blocks} blocks cannot have left the ring after {seen - before} tokens")
+        self.lazy_initialization(like.expand(len(pads), -1, -1, -1), like)
+        page = like[..., None, :].expand(-1, -1, -1, self.block, -1)
+        found = fitting(tensors, {"keys": page, "values": page}, len(pads), None)
+        far = max(self._num_far(head, blocks) for blocks in gone for head in range(len(self.rules)))
+        if found["keys"].shape[2] < self.ring + far:
+            raise ValueError(f"{found['keys'].shape[2]} pages cannot hold {self.ring} of the ring and {far} far ones")
+        self.seen, self.pads, self.gone, self._pages = seen, pads, gone, (found["keys"], found["values"])
 
     # Attention over what is kept.
 

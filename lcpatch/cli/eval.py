@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._load import load_model
 from ._options import describe, parse_options
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     arms, options = _arms(args)
     make_tasks(args.tasks, options)  # what is wrong is said before the model loads
     read_texts(args.text)
-    model, tokenizer = _load(args.model, args.dtype)
+    model, tokenizer = load_model(args.model, args.dtype)
     report = evaluate(
         model,
         tokenizer,
@@ -85,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
         out=args.out,
         name=args.model,
     )
+    report = replace(report, command=args.command)
     print(report.markdown())
     if args.out:
         print("written: " + ", ".join(map(str, report.save(args.out))))
@@ -104,22 +107,6 @@ def _arms(args: argparse.Namespace) -> tuple[list[Arm], dict[str, Any]]:
     if not arms:
         raise ValueError("--no-dense leaves nothing to measure: add --method, --cache or --arm")
     return arms, rest
-
-
-def _load(name: str, dtype: str | None) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    from ..hf.demo_model import demo_model
-
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise FileNotFoundError(f"{name} is no folder with a model in it")
-    logging.disable_progress_bar()
-    folder = demo_model() if name == "demo" else Path(name).expanduser() if name.startswith("~") else name
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 def _tasks() -> str:

@@ -17,9 +17,21 @@ class HubError(LcpatchError, RuntimeError):
     """The Hub refused or failed; the message says what was tried, why it failed and what to do."""
 
 
+class StoreError(LcpatchError, ValueError):
+    """A cache that cannot be written to a file or read from one; the message says what does not fit."""
+
+
 class UnsupportedModelError(LcpatchError, ValueError):
     """A model that cannot take this patch; the message names its type and what would work."""
 
 
+class ParallelError(LcpatchError, RuntimeError):
+    """A group of ranks that cannot go on together; the message names the rank at fault."""
+
+
 class TrainingError(LcpatchError, RuntimeError):
     """A training run that has to stop; the message says at which step, why, and what is kept."""
+
+
+class TierError(LcpatchError):
+    """A cache's disk tier failed: a folder that cannot be written, a full disk, pages that do not come back."""

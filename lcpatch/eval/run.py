@@ -132,11 +132,12 @@ def _plan(chosen: Sequence[Task], text: Text, lengths: Sequence[int], seeds: Seq
 def _header(model: nn.Module, text: Text, name: str | None, score: str, chat: bool) -> dict[str, Any]:
     """What results must have in common to lie in one file."""
     config = unwrap(model).config
+    record = getattr(unwrap(model), RECORD, None)
     return {
         "model": name or getattr(config, "name_or_path", "") or config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "patch": getattr(config, "lcpatch", None) if getattr(unwrap(model), RECORD, None) else None,
+        "patch": record.config.to_dict() if record else None,
         "text": text.name,
         "text_tokens": len(text.stream),
         "text_hash": text.fingerprint,

@@ -1,7 +1,9 @@
-"""Save, load and publish patched models."""
+"""Save, load and publish patched models, with cards."""
 
 from .load import from_pretrained
-from .push import Push, push_to_hub
+from .preview import preview_card
+from .push import push_to_hub
 from .save import save_pretrained
+from .upload import Push
 
-__all__ = ["Push", "from_pretrained", "push_to_hub", "save_pretrained"]
+__all__ = ["Push", "from_pretrained", "preview_card", "push_to_hub", "save_pretrained"]

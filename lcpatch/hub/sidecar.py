@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..core.config import PatchConfig
+from ..core.config import SPECS, PatchConfig
 
 CONFIG_FILE = "lcpatch_config.json"
 LOGITS_FILE = "lcpatch.safetensors"
@@ -106,6 +106,9 @@ def read_patch(data: Any, source: str) -> PatchConfig:
     for name in ("mode", "sinks", "dense"):
         if not isinstance(data.get(name), str | None):
             raise ValueError(f"{source}: {name}={data[name]!r} must be a string")
+    specs = data.get(SPECS, {})
+    if not isinstance(specs, Mapping) or not all(isinstance(spec, str) for spec in specs.values()):
+        raise ValueError(f"{source}: {SPECS} must be an object of strings, one a layer")
     if "/" in (data.get("dense") or ""):
         raise ValueError(
             f"{source}: dense={data['dense']!r} is a kernel from the Hub, which a file may not choose; name it "

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lcpatch_kernels import block_sparse_gradients
+from lcpatch_kernels import block_sparse_backward
 
 from ..hf.watch import Call, attend
 
@@ -60,6 +60,9 @@ class Store(Protocol):
     def collect(self, unit: Unit, grads: Pair, now: Now) -> Pair:
         """Keep the prefix's part of the gradients of `read`'s result; return the chunk's, with what was kept for it."""
 
+    def skip(self, num_chunks: int) -> None:
+        """After the first chunk: as if as many more had been kept, whatever in them (see `chunkwise.rehearse`)."""
+
     def memory(self) -> dict[str, int]:
         """Bytes held, by tier."""
 
@@ -101,6 +104,9 @@ class DeviceStore:
             here = slice(now.start, now.end)
             own.append(torch.add(grad[:, :, here], buffer[:, :, here], alpha=now.hop))
         return own[0], own[1]
+
+    def skip(self, num_chunks: int) -> None:
+        pass  # the buffers are as long as the text from the start
 
     def memory(self) -> dict[str, int]:
         held = [x for pair in (*self._kept.values(), *self._grads.values()) for x in pair]
@@ -155,7 +161,7 @@ class Attend(torch.autograd.Function):
         call, store, unit, now = ctx.where
         query, out, lse = ctx.saved_tensors
         with exact_gradients(query.device.type):
-            grad_query, *grads = block_sparse_gradients(
+            grad_query, *grads = block_sparse_backward(
                 grad_out,
                 grad_lse,
                 query,

@@ -90,15 +90,65 @@ def backward(
     plan = estimator(len(chunks)) if callable(estimator) else spaco.draw(estimator, len(chunks), keep, generator)
     if len(plan.kept) != len(chunks):
         raise ValueError(f"the plan speaks of {len(plan.kept)} chunks, but the text has {len(chunks)}")
-    with routed(without_wrapper(model), base, "lcpatch" if offload and attention == "auto" else attention) as attending:
+    with _running(model, base, text, chunk_size, attention, offload, kwargs) as run:
+        states = [run.record(*chunk) for chunk in chunks]
+        return run.replay(chunks, states, plan, grad_scale)
+
+
+def rehearse(
+    model: nn.Module,
+    *,
+    length: int,
+    chunk_size: int,
+    batch: int = 1,
+    offload: bool = False,
+    attention: str = "auto",
+    **model_kwargs: Any,
+) -> None:
+    """Run the first chunk of a text of `length` tokens, then both passes over the last: there memory is at its peak.
+
+    So a text that is too long fails in seconds, with the device's out-of-memory error, and not after an hour. What lies
+    between is only allocated; offloaded, not even that, and host memory is not tried. The model's `.grad` is left as it
+    was found.
+
+    Args:
+        model, chunk_size, offload, attention, **model_kwargs: as for `backward`.
+        length, batch: of the text; all of the last chunk has labels.
+    """
+    before = {p: p.grad for p in model.parameters()}
+    ids = torch.zeros(batch, length + 1, dtype=torch.long, device=next(model.parameters()).device)
+    text = make_text(ids, ids, None, None, None, chunk_size, False)
+    chunks = text.chunks(chunk_size)
+    base = check_model(model, text, len(chunks))
+    last = spaco.Plan((False,) * (len(chunks) - 1) + (True,), (1.0,) * len(chunks), (1.0,) * len(chunks))
+    try:
+        for p in before:
+            p.grad = None
+        with _running(model, base, text, chunk_size, attention, offload, model_kwargs) as run:
+            states = [run.record(*chunks[0])] * len(chunks)
+            if len(chunks) > 1:
+                run.cache.store.skip(len(chunks) - 2)
+                states[-1] = run.record(*chunks[-1])
+            run.replay(chunks, states, last, 1.0)
+    finally:
+        for p, grad in before.items():
+            p.grad = grad
+
+
+@contextmanager
+def _running(
+    model: nn.Module, base: Any, text: Text, chunk_size: int, attention: str, offload: bool, kwargs: dict[str, Any]
+) -> Iterator[_Run]:
+    """A model made ready for both passes over a text, and afterwards as it was."""
+    attention = "lcpatch" if offload and attention == "auto" else attention
+    with routed(without_wrapper(model), base, attention) as attending:
         length = text.ids.shape[1]
         store = HostStore(length, chunk_size, attending, POOL) if offload else DeviceStore(length)
-        plain = text.mask is text.documents is None
-        cache = ChunkCache(base.config.num_hidden_layers, store, attending, plain)
+        cache = ChunkCache(
+            base.config.num_hidden_layers, store, attending, plain=text.mask is None and text.documents is None
+        )
         try:
-            run = _Run(model, base, text, cache, kwargs)
-            states = [run.record(*chunk) for chunk in chunks]
-            return run.replay(chunks, states, plan, grad_scale)
+            yield _Run(model, base, text, cache, kwargs)
         finally:
             store.close()
 

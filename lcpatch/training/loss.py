@@ -37,17 +37,21 @@ def summed_cross_entropy(
     Args:
         head: hidden states [1, n, C] to logits [1, n, V].
         hidden: [B, T, C].
-        targets: [B, T]; rows with -100 never reach the head.
+        targets: [B, T], on the host, so that nothing waits for the device; rows with -100 never reach the head.
         parameters: what the head trains.
         vocab_size: V, to size the blocks.
 
     Returns:
         0-dim, fp32 (float64 for float64 hidden states).
     """
-    rows = hidden[targets != IGNORE]
+    targets, rows = targets.flatten(), hidden.flatten(0, 1)
+    valid = targets != IGNORE
+    if not bool(valid.all()):
+        rows = rows[valid.nonzero()[:, 0].to(rows.device, non_blocking=True)]
+    targets = targets[valid].to(rows.device, non_blocking=True)
     trained = [p for p in parameters if p.requires_grad]
     block = CPU_ROWS if hidden.device.type == "cpu" else max(64, BLOCK_LOGITS // vocab_size // 64 * 64)
-    return _Summed.apply(rows, targets[targets != IGNORE], head, block, *trained)
+    return _Summed.apply(rows, targets, head, block, *trained)
 
 
 class _Summed(torch.autograd.Function):

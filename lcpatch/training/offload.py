@@ -211,6 +211,11 @@ class HostStore:
             pages.grads_at = self._adding = lanes.mark()
         return own[0], own[1]
 
+    def skip(self, num_chunks: int) -> None:
+        for pages in self._pages.values():
+            pages.kept.extend(pages.kept[:1] * num_chunks)  # one page for all, so that no host memory is taken
+            pages.grads = dict.fromkeys(range(num_chunks + 1), pages.kept[0])
+
     def memory(self) -> dict[str, int]:
         slots = sum(x.untyped_storage().nbytes() for slot in self._slots for x in slot.tensors)
         return {"device": self._resident.memory()["device"] + slots, "host": self.pool.memory()}

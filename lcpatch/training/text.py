@@ -23,7 +23,7 @@ class Text:
 
     Args:
         ids: [B, T].
-        targets: [B, T], each token's next one, or -100.
+        targets: [B, T], each token's next one, or -100; on the host, where chunks can ask which rows count.
         mask: [B, T], 1 = token and 0 = pad; None: no pads.
         positions: [1 or B, T], or None for the model's own.
         documents: [B, T], which packed document a token belongs to; None: one a row.
@@ -84,7 +84,7 @@ def make_text(
         mask = None
     return Text(
         input_ids[:, :end],
-        targets[:, :end],
+        targets[:, :end].cpu(),
         mask,
         positions,
         numbers,

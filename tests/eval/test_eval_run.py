@@ -158,7 +158,7 @@ def test_arms_read_from_text():
     )
     assert Arm.parse("dense", values) == Arm(None, {"words": []})
     assert Arm.parse("--cache s2", values).cache == "s2"
-    with pytest.raises(ValueError, match="--cache needs a name; choices: s2"):
+    with pytest.raises(ValueError, match=r"--cache needs a name; choices: .*s2"):
         Arm.parse("--cache", values)
     with pytest.raises(ValueError, match="unknown cache 'nope'"):
         Arm(cache="nope")

@@ -1,0 +1,220 @@
+"""Caches on disk: read a long prefix once, continue it in any later process.
+
+One safetensors file: the tensors of every layer, and a JSON header in its metadata that says which cache of which model
+this is. Loading maps the file into memory and copies layer by layer to where each is computed. A file is untrusted: its
+header is measured, every name, type and shape in it is checked, and nothing in it chooses code to run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import __version__ as transformers_version
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from ..core.errors import StoreError
+from ..hf.models import attention_modules, unwrap
+from .identity import identity_of, tokenizer_identity
+from .layer import LongCache, caches
+from .state import fitting, whole
+
+FORMAT = 1
+"""Version of the header. A reader refuses a newer one."""
+
+KEY = "lcpatch_cache"
+MAX_HEADER = 8 << 20  # a header holds a few integers a layer and row: kilobytes
+
+DIFFERS = {
+    "class": "another kind of model",
+    "config": "another geometry",
+    "rope": "other positions (RoPE)",
+    "patch": "another patch",
+    "dtype": "another dtype",
+    "weights": "other weights",
+}
+
+
+def save_cache(cache: LongCache, path: str | Path, tokenizer: Any = None) -> Path:
+    """Write `cache` to `path`, whole or not at all; see `LongCache.save`."""
+    path = Path(path)
+    if path.is_dir():
+        raise StoreError(f"{path} is a folder; give a file, such as {path / 'prefix.safetensors'}")
+    model = cache.model()
+    if model is None:
+        raise StoreError("the model that this cache was made for is gone; save a cache while its model is there")
+    tensors, layers = {}, []
+    for index, layer in enumerate(cache.layers):
+        held, numbers = _state(layer, index)
+        layers.append({"kind": type(layer).__name__, "numbers": numbers})
+        tensors |= {f"{index}.{name}": x.detach().to("cpu").contiguous() for name, x in held.items()}
+    from .. import __version__
+
+    header = {
+        "format": FORMAT,
+        "cache": cache.name,
+        "options": _json(cache.options(), cache.name),
+        "model": {**identity_of(model), "name": getattr(unwrap(model).config, "_name_or_path", "")},
+        "tokenizer": None if tokenizer is None else tokenizer_identity(tokenizer),
+        "versions": {"lcpatch": __version__, "transformers": transformers_version, "torch": torch.__version__},
+        "layers": layers,
+    }
+    _write(tensors, {KEY: json.dumps(header)}, path)
+    return path
+
+
+def load_cache(path: str | Path, model: nn.Module, tokenizer: Any = None) -> LongCache:
+    """The cache that `cache.save(path)` wrote, ready to go on: `model.generate(**inputs, past_key_values=cache)`.
+
+    The inputs are the whole text, the saved prefix in front, as in any later turn. Continuing gives what continuing
+    the saved cache gives, to the bit.
+
+    Args:
+        path: the file.
+        model: the model that the cache was made for, or its equal: geometry, RoPE, patch, dtype and weights are
+            compared.
+        tokenizer: if given, and one was when saving, it must be equal too.
+
+    Raises:
+        StoreError: no such file, a broken or unknown one, or a cache of another model.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = _header(file, path)
+            _compare(header, model, tokenizer, path)
+            cache = _empty(header, model, path)
+            _fill(cache, header["layers"], file, model, path)
+    except (SafetensorError, OSError) as error:
+        reason = "there is no such file" if not path.exists() else f"not a safetensors file, or cut off ({error})"
+        raise StoreError(f"{path}: {reason}") from error
+    return cache
+
+
+def _state(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """A layer's tensors and numbers; None for one that holds nothing yet."""
+    if not layer.is_initialized:
+        return {}, None
+    if hasattr(layer, "state"):
+        return layer.state()
+    if type(layer) is DynamicSlidingWindowLayer:
+        return {"keys": layer.keys, "values": layer.values}, {"cumulative_length": layer.cumulative_length}
+    raise StoreError(f"layer {index} is a {type(layer).__name__}, which cannot be saved")
+
+
+def _json(options: dict[str, Any], name: str) -> dict[str, Any]:
+    for key, value in options.items():
+        if not isinstance(value, (str, int, float, bool, type(None))):
+            raise StoreError(f"{name} cache: the option {key}={value!r} cannot be written to a file")
+    return options
+
+
+def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    """Write beside `path`, then rename: who reads meanwhile gets the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())  # a rename must not reach the disk before what it names
+        os.replace(partial, path)
+    except (SafetensorError, OSError) as error:
+        raise StoreError(f"{path} could not be written, what was there is untouched: {error}") from error
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def _header(file: Any, path: Path) -> dict[str, Any]:
+    text = (file.metadata() or {}).get(KEY)
+    if text is None:
+        raise StoreError(f"{path} holds no cache of lcpatch's: `cache.save(path)` writes one")
+    if len(text) > MAX_HEADER:
+        raise StoreError(f"{path}: its header is larger than {MAX_HEADER} bytes: refused")
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path}: its header is not valid JSON: {error}") from error
+    if not isinstance(header, dict) or type(header.get("format")) is not int:
+        raise StoreError(f"{path}: its header is not one that `cache.save` writes")
+    if not 1 <= header["format"] <= FORMAT:
+        raise StoreError(
+            f"{path} has format {header['format']}; this lcpatch reads up to {FORMAT}: pip install -U lcpatch"
+        )
+    kinds = {"cache": str, "options": dict, "model": dict, "layers": list}
+    for name, kind in kinds.items():
+        if not isinstance(header.get(name), kind):
+            raise StoreError(f"{path}: {name!r} is missing from its header, or is no {kind.__name__}")
+    return header
+
+
+def _compare(header: dict[str, Any], model: nn.Module, tokenizer: Any, path: Path) -> None:
+    saved, now = header["model"], identity_of(model)
+    wrong = [
+        f"{what} ({str(saved.get(key))[:80]}, here {str(now[key])[:80]})"
+        for key, what in DIFFERS.items()
+        if saved.get(key) != now[key]
+    ]
+    if wrong:
+        name = saved.get("name") or saved.get("class")
+        raise StoreError(f"{path} was saved with {name}, and this model has {'; '.join(wrong)}: its keys do not fit")
+    if tokenizer is not None and header.get("tokenizer") not in (None, tokenizer_identity(tokenizer)):
+        raise StoreError(f"{path} was saved with another tokenizer: its tokens mean something else")
+
+
+def _empty(header: dict[str, Any], model: nn.Module, path: Path) -> LongCache:
+    try:
+        return caches.get(header["cache"])(model, **header["options"])
+    except TypeError as error:  # an option that the class does not have
+        raise StoreError(f"{path}: {header['cache']} cache: {error}") from error
+
+
+def _fill(cache: LongCache, entries: list[Any], file: Any, model: nn.Module, path: Path) -> None:
+    if len(entries) != len(cache.layers):
+        raise StoreError(f"{path} holds {len(entries)} layers, the model has {len(cache.layers)}")
+    names: dict[int, list[str]] = {}
+    for name in file.keys():  # noqa: SIM118 a file of safetensors is no dictionary
+        index, _, rest = name.partition(".")
+        if not rest or not index.isdigit() or int(index) >= len(entries):
+            raise StoreError(f"{path}: unknown tensor {name!r}")
+        names.setdefault(int(index), []).append(rest)
+    modules = attention_modules(unwrap(model))
+    for index, (layer, entry) in enumerate(zip(cache.layers, entries, strict=True)):
+        if not isinstance(entry, dict) or entry.get("kind") != type(layer).__name__:
+            raise StoreError(f"{path}: layer {index} is not the {type(layer).__name__} that this cache has there")
+        numbers = entry.get("numbers")
+        if numbers is None:
+            continue
+        tensors = {rest: file.get_tensor(f"{index}.{rest}") for rest in names.get(index, [])}
+        try:
+            if not isinstance(numbers, dict):
+                raise ValueError("its numbers are no JSON object")
+            _load(layer, tensors, numbers, _like(modules[index], model))
+        except (KeyError, ValueError) as error:
+            raise StoreError(f"{path}: layer {index}: {error}") from error
+
+
+def _load(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
+    if hasattr(layer, "load_state"):
+        layer.load_state(tensors, numbers, like)
+        return
+    length, rows = whole(numbers, "cumulative_length"), len(tensors.get("keys", ()))
+    found = fitting(tensors, {"keys": like, "values": like}, rows, None)
+    layer.lazy_initialization(found["keys"], found["values"])
+    layer.keys, layer.values, layer.cumulative_length = found["keys"], found["values"], length
+
+
+def _like(module: nn.Module, model: nn.Module) -> Tensor:
+    """An empty tensor [1, K, 0, D] as the layer's keys will be: heads, size, dtype and device."""
+    config = module.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(module, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+    return torch.empty(1, heads, 0, head_dim, dtype=unwrap(model).dtype, device=device)

@@ -1,0 +1,31 @@
+"""The model that a verb is given by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def load_model(name: str, dtype: str | None) -> tuple[Any, Any]:
+    """A model in eval mode on the GPU if there is one, and its tokenizer.
+
+    Args:
+        name: a folder, an id on the Hub, or "demo".
+        dtype: as transformers names them; None: as the model was saved.
+
+    Raises:
+        FileNotFoundError: a folder that is not there.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from ..hf.demo_model import demo_model
+
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise FileNotFoundError(f"{name} is no folder with a model in it")
+    logging.disable_progress_bar()
+    folder = demo_model() if name == "demo" else Path(name).expanduser() if name.startswith("~") else name
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer

@@ -1,0 +1,286 @@
+"""Caches on disk: continuing a loaded one is continuing the saved one to the bit; what does not fit is refused."""
+
+import copy
+import json
+import threading
+
+import pytest
+import torch
+from cache_cases import ALL, feed, left_padding, make, make_model
+from models import build, tokens
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import lcpatch
+from lcpatch.caches import store
+from lcpatch.caches.store import KEY
+
+LENGTH = 110
+PADS = [0, 37]
+
+
+def saved(name, tmp_path, small=True, model=None, **options):
+    """A file, the cache that it holds, its model, and what comes next."""
+    model = make_model(name) if model is None else model
+    ids, mask = tokens(2, LENGTH), left_padding(PADS, LENGTH)
+    cache = make(name, model, small, **options)
+    feed(model, ids[:, :80], cache, [60, 1, 1, 18], mask[:, :80])
+    return cache.save(tmp_path / "prefix.safetensors"), cache, model, (ids, mask)
+
+
+def continued(model, cache, ids, mask):
+    """The logits of chunks and tokens after the first 80."""
+    positions, logits = (mask.cumsum(-1) - 1).clamp(min=0), []
+    with torch.no_grad():
+        for start, end in [(80, 81), (81, 82), (82, 100), *[(n, n + 1) for n in range(100, LENGTH)]]:
+            now = slice(start, end)
+            padding = {"attention_mask": mask[:, :end], "position_ids": positions[:, now]}
+            logits.append(model(ids[:, now], past_key_values=cache, **padding).logits)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_a_loaded_cache_goes_on_as_the_saved_one(name, small, tmp_path):
+    path, cache, model, text = saved(name, tmp_path, small)
+    other = make_model(name)
+    loaded = lcpatch.load_cache(path, other)
+    assert type(loaded) is type(cache)
+    assert loaded.get_seq_length() == 80
+    assert loaded.memory() == cache.memory()
+    assert torch.equal(continued(other, loaded, *text), continued(model, cache, *text))
+    first, second = loaded.stats(), cache.stats()
+    assert all(first[key] == second[key] for key in ("seen", "kept", "kept_by_layer"))
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", "fp8", "bf16"])
+def test_codecs_are_saved_as_they_lie(codec, tmp_path):
+    path, cache, model, text = saved("sink", tmp_path, codec=codec)
+    loaded = lcpatch.load_cache(path, model)
+    assert torch.equal(continued(model, loaded, *text), continued(model, cache, *text))
+
+
+@pytest.mark.filterwarnings("ignore:.* keep transformers' own cache")
+def test_layers_with_a_window_are_saved_too(tmp_path):
+    model = build("gemma3_text")
+    path, cache, model, text = saved("h2o", tmp_path, model=model)
+    loaded = lcpatch.load_cache(path, model)
+    assert torch.equal(continued(model, loaded, *text), continued(model, cache, *text))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_copy_goes_on_as_the_original(name, tmp_path):
+    """What people do with a prefix in memory."""
+    _, cache, model, text = saved(name, tmp_path)
+    twin = copy.deepcopy(cache)
+    assert torch.equal(continued(model, twin, *text), continued(model, cache, *text))
+
+
+def test_generate_continues_a_loaded_prefix(tmp_path):
+    model, ids = make_model("h2o"), tokens(1, 60)
+    cache = lcpatch.H2OCache(model, budget=24)
+    feed(model, ids, cache, [60])
+    path = cache.save(tmp_path / "deep" / "prefix")
+    prompt = torch.cat([ids, tokens(1, 9, seed=3)], 1)
+    want = model.generate(prompt, past_key_values=cache, max_new_tokens=9, do_sample=False)
+    loaded = lcpatch.load_cache(path, model)
+    assert torch.equal(model.generate(prompt, past_key_values=loaded, max_new_tokens=9, do_sample=False), want)
+
+
+# Another model.
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        (lambda: build(seed=1), "other weights"),
+        (lambda: build(num_hidden_layers=3), "another geometry"),
+        (lambda: build(rope_parameters={"rope_type": "default", "rope_theta": 5e5}), r"other positions \(RoPE\)"),
+        (lambda: build().to(torch.bfloat16), "another dtype"),
+        (lambda: lcpatch.apply(build(), "sink"), "another patch"),
+        (lambda: build("mistral"), "another kind of model"),
+    ],
+)
+def test_another_model_is_refused(other, what, tmp_path):
+    path, *_ = saved("h2o", tmp_path)
+    with pytest.raises(lcpatch.StoreError, match=what):
+        lcpatch.load_cache(path, other())
+
+
+def test_an_adapter_makes_another_model(tmp_path):
+    peft = pytest.importorskip("peft")
+    path, *_ = saved("h2o", tmp_path)
+    wrapped = peft.get_peft_model(build(), peft.LoraConfig(target_modules=["k_proj"], init_lora_weights=False))
+    with pytest.raises(lcpatch.StoreError, match="other weights"):
+        lcpatch.load_cache(path, wrapped)
+
+
+class Tokenizer:
+    def __init__(self, words):
+        self.words = words
+
+    def get_vocab(self):
+        return {word: n for n, word in enumerate(self.words)}
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    model = make_model("h2o")
+    cache = make("h2o", model, small=True)
+    feed(model, tokens(1, 40), cache, [40])
+    path = cache.save(tmp_path / "prefix", Tokenizer("abc"))
+    lcpatch.load_cache(path, model)
+    lcpatch.load_cache(path, model, Tokenizer("abc"))
+    with pytest.raises(lcpatch.StoreError, match="another tokenizer"):
+        lcpatch.load_cache(path, model, Tokenizer("acb"))
+
+
+# Broken files.
+
+
+def test_files_that_are_no_caches(tmp_path):
+    model = make_model("h2o")
+    path, *_ = saved("h2o", tmp_path)
+    data = path.read_bytes()
+    (tmp_path / "cut").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "empty").write_bytes(b"")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other")
+    cases = {
+        "cut": "cut off",
+        "text": "not a safetensors",
+        "empty": "not a safetensors",
+        "other": "no cache of lcpatch",
+    }
+    for name, word in {**cases, "missing": "no such file"}.items():
+        with pytest.raises(lcpatch.StoreError, match=word):
+            lcpatch.load_cache(tmp_path / name, model)
+
+
+def rewritten(path, change, tensors=None):
+    """The file with its header, and perhaps its tensors, changed."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()[KEY])
+    header = change(header)
+    held = load_file(path) if tensors is None else tensors(load_file(path))
+    save_file(
+        held, path.with_name("changed"), metadata={KEY: header if isinstance(header, str) else json.dumps(header)}
+    )
+    return path.with_name("changed")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda h: h | {"format": 2}, "format 2; this lcpatch reads up to 1"),
+        (lambda h: h | {"format": True}, "not one that"),
+        (lambda h: h | {"cache": "cluster9"}, "unknown cache"),
+        (lambda h: h | {"options": {"budget": -3}}, "budget=-3"),
+        (lambda h: h | {"options": {"path": "/etc/passwd"}}, "unexpected keyword"),
+        (lambda h: h | {"options": {"budget": [1]}}, "budget="),
+        (lambda h: h | {"layers": h["layers"][:1]}, "holds 1 layers"),
+        (lambda h: "[" * 100000, "not valid JSON"),
+        (lambda h: " " * (9 << 20) + "{}", "larger than"),
+        (lambda h: [], "not one that"),
+    ],
+)
+def test_a_changed_header_is_refused(change, word, tmp_path):
+    path, _, model, _ = saved("h2o", tmp_path)
+    with pytest.raises(ValueError, match=word):
+        lcpatch.load_cache(rewritten(path, change), model)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_fuzzed_numbers_and_tensors_never_load_into_nonsense(name, tmp_path):
+    """Every number of a layer replaced by something wrong, every tensor by one that does not fit."""
+    path, _, model, _ = saved(name, tmp_path)
+    with safe_open(path, framework="pt") as file:
+        numbers = json.loads(file.metadata()[KEY])["layers"][0]["numbers"]
+    for key, value in numbers.items():
+        for wrong in (None, -1, "5", 1 << 60, [], [1], {}, 2.5, [-1] * len(PADS), [None] * len(PADS)):
+
+            def change(header, key=key, wrong=wrong):
+                header["layers"][0]["numbers"][key] = wrong
+                return header
+
+            if wrong == value:
+                continue
+            with pytest.raises(lcpatch.StoreError, match="layer 0"):
+                lcpatch.load_cache(rewritten(path, change), model)
+    names = [n for n in load_file(path) if n.startswith("0.")]
+    for target in names:
+        for wrong in (lambda x: x[:1], lambda x: x[:, :1], lambda x: x[..., :-1], lambda x: x.double(), lambda x: x[0]):
+
+            def spoil(held, target=target, wrong=wrong):
+                return held | {target: wrong(held[target]).clone().contiguous()}
+
+            with pytest.raises(lcpatch.StoreError, match="layer 0"):
+                lcpatch.load_cache(rewritten(path, lambda h: h, spoil), model)
+
+        def drop(held, target=target):
+            return {k: v for k, v in held.items() if k != target}
+
+        with pytest.raises(lcpatch.StoreError, match="layer 0"):
+            lcpatch.load_cache(rewritten(path, lambda h: h, drop), model)
+    extra = rewritten(path, lambda h: h, lambda held: held | {"9.keys": torch.zeros(1)})
+    with pytest.raises(lcpatch.StoreError, match=r"unknown tensor '9.keys'"):
+        lcpatch.load_cache(extra, model)
+
+
+# Writing.
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    path, cache, *_ = saved("h2o", tmp_path)
+    before = path.read_bytes()
+
+    def full(tensors, name, metadata):
+        with open(name, "wb") as file:
+            file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(lcpatch.StoreError, match=r"what was there is untouched.*No space left"):
+        cache.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["prefix.safetensors"]
+
+
+def test_writers_and_readers_of_one_file_never_see_half_of_one(tmp_path):
+    path, cache, model, _ = saved("h2o", tmp_path)
+    other = make("h2o", model)
+    feed(model, tokens(1, 50), other, [50])
+    failed, done = [], threading.Event()
+
+    def read():
+        while not done.is_set():
+            try:
+                assert lcpatch.load_cache(path, model).get_seq_length() in (50, 80)
+            except Exception as error:
+                failed.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    writers = [threading.Thread(target=lambda c=c: [c.save(path) for _ in range(8)]) for c in (cache, other)]
+    for thread in writers:
+        thread.start()
+    for thread in writers:
+        thread.join()
+    done.set()
+    reader.join()
+    assert not failed
+    assert [p.name for p in tmp_path.iterdir()] == ["prefix.safetensors"]
+
+
+def test_what_cannot_be_saved_says_why(tmp_path):
+    path, cache, *_ = saved("h2o", tmp_path)
+    with pytest.raises(lcpatch.StoreError, match="is a folder"):
+        cache.save(tmp_path)
+    cache._model = lambda: None
+    with pytest.raises(lcpatch.StoreError, match="is gone"):
+        cache.save(path)
+
+
+def test_an_empty_cache_can_be_saved(tmp_path):
+    model = make_model("h2o")
+    path = make("h2o", model, small=True).save(tmp_path / "empty")
+    assert lcpatch.load_cache(path, model).get_seq_length() == 0

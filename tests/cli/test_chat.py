@@ -1,0 +1,110 @@
+"""`lcpatch chat` through a pipe: what is said goes through the cache once, and is answered as generate does."""
+
+import io
+import re
+
+import pytest
+import torch
+from cache_cases import ALL
+from eval_cases import model, tokenizer
+
+from lcpatch.cli import main
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+LINES = ["tell me of the lambda expressions of python", "and of its classes?"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny saved model without a chat template, and the same with one."""
+    found = {}
+    for kind in ("plain", "chat"):
+        path = tmp_path_factory.mktemp(kind)
+        model().save_pretrained(path)
+        words = tokenizer(special=kind == "chat")
+        words.chat_template = TEMPLATE if kind == "chat" else None
+        words.save_pretrained(path)
+        found[kind] = path
+    return found
+
+
+def chat(monkeypatch, capsys, *argv, lines=LINES):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n\n"))
+    status = main(["chat", *map(str, argv)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.parametrize("kind", ["plain", "chat"])
+@pytest.mark.parametrize("name", [None, *ALL])
+def test_a_conversation(name, kind, folders, monkeypatch, capsys):
+    words = [] if name is None else ["--cache", name]
+    words += ["--method", "s2", "--block-size", "16", "--local-blocks", "1", "--stride", "3"] if name == "s2" else []
+    words += ["--budget", "24"] if name in ("h2o", "sink") else []
+    status, out, err = chat(monkeypatch, capsys, folders[kind], "--new-tokens", "8", "--chunk", "16", *words)
+    assert status == 0, err
+    assert [line[2:] for line in out.splitlines() if line.startswith("> ")] == LINES
+    notes = re.findall(r"\[(\d+) tokens seen, (\d+) kept a head, [\d.]+ MiB.*; first token after [\d.]+ s", out)
+    assert len(notes) == 2
+    (first, kept), (second, _) = ((int(a), int(b)) for a, b in notes)
+    assert second > first
+    assert kept == first if name is None else kept <= first
+    assert kept <= 24 or name not in ("h2o", "sink")
+
+
+def test_answers_are_those_of_generate_and_turns_are_read_once(folders, monkeypatch, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    status, out, _ = chat(monkeypatch, capsys, folders["chat"], "--new-tokens", "8", "--system", "be brief")
+    assert status == 0
+    mine, words = AutoModelForCausalLM.from_pretrained(folders["chat"]), AutoTokenizer.from_pretrained(folders["chat"])
+    messages, ids = [{"role": "system", "content": "be brief"}], None
+    for line in LINES:
+        messages.append({"role": "user", "content": line})
+        whole = words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = words(whole, return_tensors="pt", add_special_tokens=False).input_ids
+        done = mine.generate(ids, max_new_tokens=8, do_sample=False)
+        answer = words.decode(done[0, ids.shape[1] :], skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": answer})
+        if line == LINES[0]:
+            assert answer.strip()[:20] in out
+    seen = [int(n) for n in re.findall(r"\[(\d+) tokens seen", out)]
+    assert seen[0] < seen[1] < 2 * seen[0] + 60
+
+
+def test_a_budget_that_is_too_small_for_a_prompt_still_answers(folders, monkeypatch, capsys):
+    status, out, err = chat(
+        monkeypatch, capsys, folders["plain"], "--cache", "h2o", "--budget", ".2", "--new-tokens", "5", lines=["hi"]
+    )
+    assert status == 0, err
+    assert "5 kept" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--cache nope", "unknown cache 'nope'"),
+        ("--cache h2o --budgt 3", "no option 'budgt'"),
+        ("--cache h2o --budget 0", "budget=0 must be"),
+        ("--new-tokens 0", "--new-tokens 0 must be at least 1"),
+        ("--temperature -1", "--temperature -1.0 must be at least 0"),
+    ],
+)
+def test_refusals(words, message, folders, monkeypatch, capsys):
+    status, _, err = chat(monkeypatch, capsys, folders["plain"], *words.split())
+    assert status == 2
+    assert message in err
+
+
+def test_the_model_is_left_as_it_was(folders):
+    from lcpatch.eval.arms import Arm
+    from lcpatch.hf.route import is_routed
+
+    mine = model()
+    with Arm(cache="h2o", cache_options={"budget": 24}).on(mine) as make:
+        mine.generate(torch.arange(5, 50)[None], past_key_values=make(), max_new_tokens=3)
+        assert is_routed(mine)
+    assert not is_routed(mine)
