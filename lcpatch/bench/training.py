@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -233,16 +234,17 @@ class Bench:
     def part_c(self) -> None:
         """SeCO's time, with and without checkpointing inside a chunk."""
         length = self.setup.both
-        self._chunks(2 * self.setup.wide[-1])  # compiles
         self._whole(2 * self.setup.wide[-1])
+        self._whole(length)  # cuDNN makes a plan for each shape
         whole = self._measure("c", "checkpointed backward of everything", length, lambda: self._whole(length))
         self._note(whole)
-        for chunk in self.setup.wide:
-            for checkpoint in (False, True):
-                self._checkpoint(checkpoint)
-                name = f"SeCO, chunks of {chunk}" + (", checkpointed" if checkpoint else "")
-                row = self._measure("c", name, length, lambda c=chunk: self._chunks(length, chunk=c))
-                self._note(row, ratio=_over(row, whole), unit="of its time")
+        for chunk, attention, checkpoint in product(self.setup.wide, ("lcpatch", "cudnn"), (False, True)):
+            self._checkpoint(checkpoint)
+            name = f"SeCO {chunk}, {attention}" + (", checkpointed" if checkpoint else "")
+            options = {"chunk": chunk, "attention": attention}
+            self._chunks(2 * chunk, **options)  # compiles, or makes cuDNN's plans
+            row = self._measure("c", name, length, partial(self._chunks, length, **options))
+            self._note(row, ratio=_over(row, whole), unit="of its time")
         self._checkpoint(True)
 
     def part_d(self) -> None:

@@ -70,7 +70,8 @@ def backward(
             is ours; "auto" then means "lcpatch". The memory is kept for the next call.
         attention: "own": the model's attention as it is. "lcpatch": full-attention layers without a pattern run through
             `lcpatch_kernels.block_sparse`, which needs no mask of a chunk against its prefix and repeats no KV head.
-            "auto": the latter on CUDA where it computes the same, else the former.
+            "auto": the latter on CUDA where it computes the same, else the former. "cudnn": as "lcpatch", but dense
+            attention of whole rows through torch's cuDNN attention, in parts that are merged.
         **model_kwargs: passed on to the model as they are; none may hold something per token.
 
     Returns:
@@ -81,7 +82,9 @@ def backward(
         UnsupportedModelError: a model for which this would not be exact; the message says why.
     """
     if offload and attention == "own":
-        raise ValueError("offload=True needs attention='lcpatch' or 'auto': the model's own reads all keys at once")
+        raise ValueError(
+            "offload=True needs attention='lcpatch', 'cudnn' or 'auto': the model's own reads all keys at once"
+        )
     isolates = is_patched(without_wrapper(model))
     text = make_text(input_ids, labels, attention_mask, position_ids, num_items_in_batch, chunk_size, isolates)
     kwargs = check_kwargs(model_kwargs, input_ids.shape[1], position_ids)
@@ -144,9 +147,9 @@ def _running(
     with routed(without_wrapper(model), base, attention) as attending:
         length = text.ids.shape[1]
         store = HostStore(length, chunk_size, attending, POOL) if offload else DeviceStore(length)
-        cache = ChunkCache(
-            base.config.num_hidden_layers, store, attending, plain=text.mask is None and text.documents is None
-        )
+        plain, pieces = text.mask is None and text.documents is None, attention == "cudnn"
+        num_layers = base.config.num_hidden_layers
+        cache = ChunkCache(num_layers, store, attending, size=chunk_size, plain=plain, pieces=pieces)
         try:
             yield _Run(model, base, text, cache, kwargs)
         finally:

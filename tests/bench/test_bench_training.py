@@ -30,13 +30,13 @@ def test_every_part_runs(tmp_path, capsys: pytest.CaptureFixture):
 def test_wrong_gradients_stop_it(monkeypatch: pytest.MonkeyPatch):
     from lcpatch.training.buffers import DeviceStore
 
-    collect = DeviceStore.collect
+    take = DeviceStore.take
 
     def wrong(self, unit, grads, now):
-        keys, values = collect(self, unit, grads, now)
+        keys, values = take(self, unit, grads, now)
         return keys * 1.001, values
 
-    monkeypatch.setattr(DeviceStore, "collect", wrong)
+    monkeypatch.setattr(DeviceStore, "take", wrong)
     with pytest.raises(BenchmarkError, match="nothing is timed"):
         training.run("a", training.TINY)
 

@@ -284,13 +284,16 @@ def test_patched_with_sinks_in_some_layers(sinks: str):
         assert_same(chunked(model, ids, ids, 16, attention=attention), want, allowed)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gpt_oss"])
-def test_our_attention_in_an_unpatched_model(family: str):
-    """`attention="lcpatch"`, as on a GPU: softcaps and sink logits are computed, and nothing stays on the model."""
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [*((family, "lcpatch") for family in ("llama", "gemma2", "gemma3_text", "gpt_oss")), ("llama", "cudnn")],
+)
+def test_our_attention_in_an_unpatched_model(family: str, attention: str):
+    """As on a GPU: softcaps and sink logits are computed, and nothing stays on the model."""
     model, ids = double(family), tokens(2)
     implementation, config = model.config._attn_implementation, model.config
     want, allowed = plain(model, ids, ids), rounding_of_attention(model, ids, ids)
-    got = chunked(model, ids, ids, 16, attention="lcpatch")
+    got = chunked(model, ids, ids, 16, attention=attention)
     assert model.config is config
     assert model.config._attn_implementation == implementation
     assert not hasattr(config, "lcpatch")

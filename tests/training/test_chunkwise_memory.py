@@ -8,7 +8,7 @@ from schedules import documents, pack, pad
 from torch import nn
 
 import lcpatch
-from lcpatch.training import buffers, chunkwise, offload, spaco
+from lcpatch.training import buffers, chunkwise, offload, pieces, spaco
 from lcpatch_kernels import DENSE, BlockSparseSpec, block_sparse, block_sparse_backward
 
 DEEP = {"num_hidden_layers": 16, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 16, "head_dim": 32}
@@ -107,6 +107,20 @@ def test_offloading_is_exact(family: str, checkpoint: bool):
         assert_same(chunked(model, ids, ids, size, offload=True), want, allowed)
     cut = chunked(model, ids, ids, 16, offload=True, estimator=lambda count: spaco.seco(count, hop=0.0))
     assert far(cut[1], want[1]) > 1000 * allowed
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_attention_in_pieces(offloaded: bool):
+    """What cuDNN does on a GPU, with its calls in plain torch: ten chunks of prefix, in pieces of 8, 4, 2, 1."""
+    model, ids = build("mistral", num_attention_heads=8, num_key_value_heads=4).double().train(), tokens(2)
+    want, allowed = plain(model, ids, ids), rounding_of_attention(model, ids, ids)
+    for size in (74, 32, 7):
+        assert_same(chunked(model, ids, ids, size, attention="cudnn", offload=offloaded), want, allowed)
+
+
+def test_pieces():
+    assert list(pieces.pieces(0, 7)) == []
+    assert list(pieces.pieces(7 * 11, 7)) == [slice(0, 56), slice(56, 70), slice(70, 77)]
 
 
 @pytest.mark.parametrize("method", ["s2", "sf"])
