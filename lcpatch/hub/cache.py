@@ -6,7 +6,9 @@ origin; here it travels, with a card.
 
 from __future__ import annotations
 
+import re
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -124,7 +126,8 @@ def cache_card(
         loader="lcpatch" if patch else "transformers",
         dtype=Ready(dtype),
         kind=kind.name,
-        title=(kind.__doc__ or kind.name).splitlines()[0].rpartition(": ")[2],
+        title=title_of(kind),
+        papers=papers_of(kind),
         options=list(header["options"].items()),
         tokens=max((n["seen"] for n in numbers if type(n.get("seen")) is int), default=0),
         size=f"{size / 2**20:.1f}",
@@ -133,6 +136,17 @@ def cache_card(
         has_tokenizer=header.get("tokenizer") is not None,
         about=about,
     )
+
+
+def title_of(kind: type) -> str:
+    """What a cache's class says it is, after the call that it begins with."""
+    return (kind.__doc__ or kind.name).splitlines()[0].rpartition(": ")[2]
+
+
+def papers_of(kind: type) -> list[str]:
+    """arXiv ids of the papers that a cache's file names as its sources."""
+    text = sys.modules[kind.__module__].__doc__ or ""
+    return list(dict.fromkeys(re.findall(r"\b\d{4}\.\d{5}\b", text)))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

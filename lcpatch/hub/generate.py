@@ -15,6 +15,7 @@ from typing import Any
 from .. import __version__
 from ..caches import caches
 from .about import About
+from .cache import papers_of, title_of
 from .card_files import write_card
 from .escape import Ready
 from .template import metadata, render
@@ -123,7 +124,8 @@ def _card(kind: type, repo_id: str, options: Mapping[str, Any], about: About) ->
         name=repo_id,
         repo_id=Ready(repo_id),
         kind=kind.name,
-        title=(kind.__doc__ or kind.name).splitlines()[0].rpartition(": ")[2],
+        title=title_of(kind),
+        papers=papers_of(kind),
         options=list({**defaults, **options}.items()),
         about=about,
     )
