@@ -358,11 +358,6 @@ def _tiers(layer: Any) -> dict[str, int]:
     return {"device": sum(held.values())}
 
 
-def layer_bytes(layer: Any) -> int:
-    """Bytes that a layer of ours or of transformers holds, on all tiers."""
-    return sum(layer_tiers(layer).values())
-
-
 def _grown(x: Tensor, capacity: int, filled: int) -> Tensor:
     """A buffer of `capacity` tokens with x's first `filled` ones."""
     new = x.new_empty(*x.shape[:2], capacity, x.shape[3])
