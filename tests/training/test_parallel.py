@@ -72,7 +72,7 @@ def test_more_ranks(num_ranks: int):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (wrong_shard, "rank 1 was given 2 rows of 20 tokens; its part of the batch is 2 of 21"),
+        (wrong_shard, "rank 1 was given 2 rows of 21 tokens; its part of the batch is 2 of 22"),
         (other_batch, "rank 1 holds a part of another batch than rank 0"),
     ],
 )

@@ -197,7 +197,7 @@ class Parallel:
         whole = shard is not None and kwargs.get("attention_mask") is None
         mine = [whole, *shape, 0 if shard is None else shard.digest()]
         found = self.link.gather([int(x) for x in mine])
-        for rank, (whole, rows, tokens, digest) in enumerate(found):
+        for rank, (whole, _, _, digest) in enumerate(found):
             if not whole:
                 raise ParallelError(
                     f"rank {rank} called the model without a shard, or with an attention_mask beside it; every rank "
@@ -205,6 +205,7 @@ class Parallel:
                 )
             if digest != found[0][3]:
                 raise ParallelError(f"rank {rank} holds a part of another batch than rank 0; shard one batch on all")
+        for rank, (_, rows, tokens, _) in enumerate(found):
             layout = shard.layout
             if tokens != layout.num_tokens(rank) or rows != len(shard.documents):
                 raise ParallelError(
