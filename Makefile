@@ -90,6 +90,7 @@ format: venv
 gpu:
 	$(GPU_ENV) $(PYTHON) -m pytest tests -m gpu
 	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench attention --out $(RESULTS)/attention-$(GPU_NAME).json
+	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench shapes --out $(RESULTS)/shapes-$(GPU_NAME).json
 	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench decode --out $(RESULTS)/decode-$(GPU_NAME).json
 	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench model --out $(RESULTS)/model-$(GPU_NAME).json
 

@@ -49,6 +49,15 @@ class Shape:
         return tuple(t.requires_grad_(grad) for t in tensors)
 
 
+SHAPES = {
+    "32 / 8 heads of 128": Shape(),
+    "32 / 8 heads of 64": Shape(head_dim=64),
+    "32 / 8 heads of 256": Shape(head_dim=256),
+    "32 / 32 heads of 128": Shape(num_kv_heads=32),
+}
+SHAPES_PATTERN = "s2 64/16/16"
+
+
 @dataclass(frozen=True)
 class Row:
     """One measurement; see the module's docstring for the terms. `why` says what kept it from running."""
@@ -83,8 +92,9 @@ def run(
     peers: bool = True,
     commit: str | None = None,
     say: Callable[[str], None] = print,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Check, then measure; returns what `measure.write` takes.
+    """Check, then measure; returns what `measure.write` takes, and gives it to `keep` after each length as it is.
 
     Raises:
         BenchmarkError: no GPU, or a check that failed: nothing is timed then.
@@ -108,7 +118,20 @@ def run(
         for row in _measure_length(length, patterns, shape, result["matmul_tflops"], peers):
             result["rows"].append(asdict(row))
             say(format_row(row))
+        keep(result)
     return result
+
+
+def run_shapes(
+    lengths: tuple[int, ...], commit: str | None = None, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """`run` without FlexAttention for one pattern in every one of `SHAPES`; each row says which."""
+    pattern, rows = {SHAPES_PATTERN: cases()[SHAPES_PATTERN]}, []
+    for name, shape in SHAPES.items():
+        say(name)
+        result = run(lengths, pattern, shape, peers=False, commit=commit, say=say)
+        rows += [{"shape": name, **row} for row in result["rows"]]
+    return {**result, "shape": None, "rows": rows}
 
 
 def check(name: str, pattern: AttentionPattern, shape: Shape) -> dict[str, Any]:

@@ -12,14 +12,21 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 def attention(result: Result) -> Table:
     """A line per pattern and kernel, a column per length: speed-up over FA2, share of the ceiling of either pass."""
+    return _by_length(result, ("pattern", "provider"), ("Pattern", "Kernel"), _attention_cell)
 
-    def cell(row: dict[str, Any]) -> str:
-        if row["why"]:
-            return row["why"]
-        gain = "1" if row["provider"] == "FA2" else _times(row["both_vs_fa2"])
-        return f"{gain} ({row['forward_share']:.2f} / {row['backward_share']:.2f})"
 
-    return _by_length(result, ("pattern", "provider"), ("Pattern", "Kernel"), cell)
+def shapes(result: Result) -> Table:
+    """`attention` for several shapes, a line per shape and kernel."""
+    return _by_length(
+        result, ("shape", "pattern", "provider"), ("Query / KV heads", "Pattern", "Kernel"), _attention_cell
+    )
+
+
+def _attention_cell(row: dict[str, Any]) -> str:
+    if row["why"]:
+        return row["why"]
+    gain = "1" if row["provider"] == "FA2" else _times(row["both_vs_fa2"])
+    return f"{gain} ({row['forward_share']:.2f} / {row['backward_share']:.2f})"
 
 
 def decode(result: Result) -> Table:
@@ -80,6 +87,7 @@ def parallel(result: Result) -> Table:
 
 KINDS: dict[str, Callable[[Result], Table]] = {
     "attention": attention,
+    "shapes": shapes,
     "decode": decode,
     "model": model,
     "parallel": parallel,

@@ -7,21 +7,24 @@ into it.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lcpatch_kernels import sparse_decode
 
+from ..core.errors import UnsupportedModelError
 from ..core.registry import Registry
+from ..hf.models import attention_modules, full_attention_layers, unwrap
+from ..hf.route import route
 from ..hf.watch import Call, attend
+from .slots import GRAIN, GROWTH
 
 caches: Registry[type[LongCache]] = Registry("cache", package="lcpatch.caches")
-
-GROWTH = 1.5  # of a full buffer: amortised copying stays below two moves a token, waste below a third
-GRAIN = 256  # capacities are multiples of this many tokens
 
 
 class GrowingLayer(DynamicLayer):
@@ -59,12 +62,7 @@ class GrowingLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens."""
-        tokens_to_remove = int(tokens_to_remove)  # assisted decoding in transformers 5.17 hands over a tensor
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop({tokens_to_remove}): give a negative number, how many tokens to remove from the end"
-            )
-        self.length = max(self.length + tokens_to_remove, 0)
+        self.length = max(self.length + negative(tokens_to_remove), 0)
         self._show()
 
     def reset(self) -> None:
@@ -118,21 +116,182 @@ class DenseLayer(GrowingLayer):
         return decode(call, call.key, call.value, spec=call.spec, bounds=bounds)
 
 
+class AttendingLayer(DynamicLayer):
+    """A layer that computes attention over what it keeps, which is not simply every token in order.
+
+    It takes new keys and values when transformers hands them over (`update`) and stores them when their queries attend.
+    Positions and masks stay those of the whole sequence, so a model's position ids and padding are right whatever is
+    freed; each row's pads are learnt where the row begins.
+
+    A subclass implements `attend` (`_begin` first), `crop`, `batch_select_indices`, `memory`, and adds to `_clear` and
+    `lazy_initialization`.
+    """
+
+    is_croppable = True
+    expected = False
+    owner: ClassVar[str] = "this cache"  # in messages
+    again: ClassVar[str] = "and not once lcpatch.remove(model) was called: make a new cache"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seen = 0  # tokens, pads included
+        self.pads: list[int] = []  # per row: pads before its first token
+        self._new: tuple[Tensor, Tensor] | None = None  # keys and values of a step whose attention has not come yet
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.pads = [0] * key_states.shape[0]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take new keys and values [B, K, T, D]; they are stored when their queries attend."""
+        if self._new is not None:
+            raise RuntimeError(
+                f"{self.owner}: an earlier forward failed half-way, so layers disagree; cache.reset() and prefill"
+            )
+        if not self.expected:
+            raise RuntimeError(
+                f"{self.owner}: this model's attention does not ask the cache; it works only with the model it was "
+                f"made for, {self.again}"
+            )
+        self.expected = False
+        if torch.is_autocast_enabled(key_states.device.type):  # rotary embeddings leave keys in fp32 beside the values
+            key_states = key_states.to(value_states.dtype)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != len(self.pads):
+            raise ValueError(
+                f"{self.owner} holds {len(self.pads)} rows, the step has {key_states.shape[0]}; "
+                "see batch_repeat_interleave"
+            )
+        self._new = (key_states, value_states)
+        return self._new
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self._clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(len(self.pads)).repeat_interleave(repeats))
+
+    def wants_dense(self, query: Tensor) -> bool:
+        return True  # what the dense implementation needs may be gone
+
+    def _begin(self, call: Call) -> tuple[Tensor, Tensor]:
+        """The step's new keys and values, after a look at its padding."""
+        new, self._new = self._new, None
+        self._read_pads(call.bounds, call.query.shape[2])
+        return new
+
+    def _read_pads(self, bounds: Tensor | None, num_queries: int) -> None:
+        """Learn where rows begin, and check that nothing else is hidden. Reads the bounds back, so in chunks only."""
+        if bounds is None or (num_queries == 1 and all(self.seen > pads for pads in self.pads)):
+            return
+        if bounds.shape[1] > 1:
+            raise ValueError(f"{self.owner}: packed documents in one row cannot be continued; give each its own row")
+        end = self.seen + num_queries
+        for row, (_, _, k0, k1) in enumerate(bounds[:, 0].tolist()):
+            if k1 not in (k0, end):
+                raise ValueError(
+                    f"{self.owner}: row {row} is padded on the right; pad on the left (tokenizer.padding_side)"
+                )
+            if self.seen <= self.pads[row]:
+                self.pads[row] = k0 if k1 > k0 else end
+            elif k0 != self.pads[row]:
+                raise ValueError(
+                    f"{self.owner}: row {row} began after {self.pads[row]} pads, the mask now hides {k0} tokens"
+                )
+
+
 class LongCache(Cache):
-    """Base of lcpatch's caches: a container whose layers may attend by themselves."""
+    """Base of lcpatch's caches: a container whose layers may attend by themselves.
+
+    `chunks_differ` says why a prompt read in chunks gives other logits than in one forward once the cache keeps less
+    than all of it; empty where they are the same.
+    """
 
     name: ClassVar[str]
     attends = True
+    chunks_differ: ClassVar[str] = ""
 
     def memory(self) -> dict[str, int]:
         """Bytes held per tier (so far: the device's memory)."""
-        return {"device": sum(layer.memory() for layer in self.layers if hasattr(layer, "memory"))}
+        return {"device": sum(_bytes(layer) for layer in self.layers)}
+
+    def stats(self) -> dict[str, Any]:
+        """How many tokens were seen, and how many are kept per (row, KV head): the most of a row, and by layer."""
+        kept = {n: layer.kept() for n, layer in enumerate(self.layers) if hasattr(layer, "kept")}
+        return {"seen": self.get_seq_length(), "kept": max(kept.values(), default=0), "kept_by_layer": kept}
+
+
+def routed_layers(model: nn.Module, owner: str, make: Callable[[int, nn.Module], Any]) -> list[Any]:
+    """The layers of a cache for `model`, whose attention will ask them.
+
+    `make(index, module)` for every layer that attends to its whole past; transformers' own for the others (windows,
+    linear attention), which is said.
+
+    Raises:
+        UnsupportedModelError: an encoder-decoder, no full-attention layer, or attention that cannot be exchanged.
+    """
+    base = unwrap(model)
+    modules = attention_modules(base)
+    full = full_attention_layers(base.config, modules)
+    if not full:
+        raise UnsupportedModelError(
+            f"{owner}: {base.config.model_type} has no layer that attends to its whole past, so there is nothing to "
+            "evict: transformers' own cache keeps its windows already"
+        )
+    layers = DynamicCache(config=base.config).layers
+    if stock := [n for n in range(len(layers)) if n not in full]:
+        warnings.warn(
+            f"{owner}: layers {stock} do not attend to their whole past and keep transformers' own cache", stacklevel=3
+        )
+    for index in full:
+        layers[index] = make(index, modules[index])
+    route(model)
+    return layers
 
 
 def decode(call: Call, keys: Tensor, values: Tensor, **which: Any) -> tuple[Tensor, Tensor]:
     """`sparse_decode` of the call's queries over `keys` and `values`; `which` says over which of them."""
     impl = call.impl if call.impl in ("triton", "reference") else "auto"
     return sparse_decode(call.query, keys, values, scale=call.scale, softcap=call.softcap, impl=impl, **which)
+
+
+def negative(tokens_to_remove: Any) -> int:
+    """What `crop` is given, as an int <= 0; assisted decoding in transformers 5.17 hands over a tensor.
+
+    Raises:
+        ValueError: a positive number, which once meant the length to keep.
+    """
+    tokens_to_remove = int(tokens_to_remove)
+    if tokens_to_remove > 0:
+        raise ValueError(f"crop({tokens_to_remove}): give a negative number, how many tokens to remove from the end")
+    return tokens_to_remove
+
+
+def _bytes(layer: Any) -> int:
+    """Bytes that a layer of ours or of transformers holds."""
+    if hasattr(layer, "memory"):
+        return layer.memory()
+    held = {x.data_ptr(): x.untyped_storage().nbytes() for x in vars(layer).values() if isinstance(x, Tensor)}
+    return sum(held.values())
 
 
 def _grown(x: Tensor, capacity: int, filled: int) -> Tensor:

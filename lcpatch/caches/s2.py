@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from lcpatch_kernels import BlockSparseSpec, Rule
 
 from ..core.errors import UnsupportedModelError
 from ..hf.layers import state_of
 from ..hf.watch import Call, attend, watch
-from .layer import DenseLayer, LongCache, caches, decode, to_list
+from .layer import AttendingLayer, DenseLayer, LongCache, caches, decode, negative, to_list
 
 FAR_GRAIN = 16  # pages by which the far store grows: 1,024 tokens of blocks of 64
 
@@ -68,11 +68,11 @@ class S2Cache(LongCache):
         watch(modules)
 
 
-class S2Layer(DynamicLayer):
+class S2Layer(AttendingLayer):
     """One sparse layer: the pages of every (row, KV head), and which of them hold what."""
 
-    is_croppable = True
-    expected = False
+    owner = "S2Cache"
+    again = "as long as that keeps its patch (lcpatch.apply(model, 's2'), then a new S2Cache(model))"
 
     def __init__(self, spec: BlockSparseSpec, config: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -83,63 +83,20 @@ class S2Layer(DynamicLayer):
         rule = self.rules[0]
         self.ring = rule.back // self.block + 2  # L + 1 pages
         self.num_sinks = rule.sinks // self.block
-        self._clear()
 
     def _clear(self) -> None:
-        self.seen = 0
-        self.pads: list[int] = []  # per row: pads before its first token
+        super()._clear()
         self.gone: list[int] = []  # per row: blocks that left the ring, all of 0 … gone - 1
         self._pages: tuple[Tensor, Tensor] | None = None  # [B, K, pages, block, D]: ring, then far
-        self._new: tuple[Tensor, Tensor] | None = None  # keys and values of a step whose attention has not come yet
         self._lists: tuple[Tensor, Tensor] | None = None  # sparse_decode's slots and num_keys
-        self.keys = self.values = None
-        self.is_initialized = False
-
-    # What transformers asks a layer for. Positions and masks are the whole sequence's: the pattern counts in them.
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
         batch, heads = key_states.shape[:2]
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.pads, self.gone = [0] * batch, [0] * batch
+        self.gone = [0] * batch
         self._pages = tuple(
             x.new_zeros(batch, heads, self.ring, self.block, x.shape[3]) for x in (key_states, value_states)
         )
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take new keys and values [B, K, T, D]; they are stored when their queries attend."""
-        if self._new is not None:
-            raise RuntimeError(
-                "S2Cache: an earlier forward failed half-way, so layers disagree; cache.reset() and prefill"
-            )
-        if not self.expected:
-            raise RuntimeError(
-                "S2Cache: this model's attention does not ask the cache; it works only with the model it was made for, "
-                "as long as that keeps its patch (lcpatch.apply(model, 's2'), then a new S2Cache(model))"
-            )
-        self.expected = False
-        if torch.is_autocast_enabled(key_states.device.type):  # rotary embeddings leave keys in fp32 beside the values
-            key_states = key_states.to(value_states.dtype)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if key_states.shape[0] != len(self.pads):
-            raise ValueError(
-                f"S2Cache holds {len(self.pads)} rows, the step has {key_states.shape[0]}; see batch_repeat_interleave"
-            )
-        self._new = (key_states, value_states)
-        return self._new
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def reset(self) -> None:
-        self._clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens.
@@ -147,11 +104,7 @@ class S2Layer(DynamicLayer):
         Raises:
             ValueError: rows would then need blocks that are freed already.
         """
-        tokens_to_remove = int(tokens_to_remove)  # assisted decoding in transformers 5.17 hands over a tensor
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop({tokens_to_remove}): give a negative number, how many tokens to remove from the end"
-            )
+        tokens_to_remove = negative(tokens_to_remove)
         for row, pads in enumerate(self.pads):
             first = max((self.seen + tokens_to_remove - pads - 1) // self.block - (self.ring - 2), 0)
             if first < self.gone[row]:
@@ -164,9 +117,6 @@ class S2Layer(DynamicLayer):
             self.pads = [0] * len(self.pads)
         self._lists = None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
     def batch_select_indices(self, indices: Tensor) -> None:
         if not self.is_initialized:
             return
@@ -175,25 +125,17 @@ class S2Layer(DynamicLayer):
         self._pages = tuple(x.index_select(0, indices.to(x.device)) for x in self._pages)
         self._lists = None
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(len(self.pads)).repeat_interleave(repeats))
-
     def memory(self) -> int:
         """Bytes allocated for keys and values."""
         return sum(x.untyped_storage().nbytes() for x in self._pages or ())
 
     # Attention over what is kept.
 
-    def wants_dense(self, query: Tensor) -> bool:
-        return True  # to refuse: what dense attention needs is freed
-
     def attend(self, call: Call) -> tuple[Tensor, Tensor]:
         """Attention of the step's queries, and storing of its keys; see `hf.watch.Call`."""
         if call.spec != self.spec:
             raise ValueError("S2Cache: the model's patch is not the one that this cache was made for; make a new cache")
-        new, self._new = self._new, None
-        num_queries = call.query.shape[2]
-        self._read_pads(call.bounds, num_queries)
+        new, num_queries = self._begin(call), call.query.shape[2]
         if self.seen == 0:
             out = attend(call)
             self._store_chunk(*new)
@@ -204,23 +146,6 @@ class S2Layer(DynamicLayer):
             out = self._attend_chunk(call, *new)
             self._store_chunk(*new)
         return out
-
-    def _read_pads(self, bounds: Tensor | None, num_queries: int) -> None:
-        """Learn where rows begin, and check that nothing else is hidden. Reads the bounds back, so in chunks only."""
-        if bounds is None or (num_queries == 1 and all(self.seen > pads for pads in self.pads)):
-            return
-        if bounds.shape[1] > 1:
-            raise ValueError("S2Cache: packed documents in one row cannot be continued; give each its own row")
-        end = self.seen + num_queries
-        for row, (_, _, k0, k1) in enumerate(bounds[:, 0].tolist()):
-            if k1 not in (k0, end):
-                raise ValueError(f"S2Cache: row {row} is padded on the right; pad on the left (tokenizer.padding_side)")
-            if self.seen <= self.pads[row]:
-                self.pads[row] = k0 if k1 > k0 else end
-            elif k0 != self.pads[row]:
-                raise ValueError(
-                    f"S2Cache: row {row} began after {self.pads[row]} pads, the mask now hides {k0} tokens"
-                )
 
     def _decode(self, call: Call) -> tuple[Tensor, Tensor]:
         """One token a row: every page that is kept, the row's newest page last and partly filled."""

@@ -16,6 +16,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     attention = what.add_parser("attention", help="our kernel beside FA2, cuDNN and FlexAttention")
     attention.add_argument("--no-peers", action="store_true", help="leave FlexAttention and grouped cuDNN out")
     attention.set_defaults(measure=_attention, lengths=(8192, 32768, 131072))
+    shapes = what.add_parser("shapes", help="one pattern over head dims and head counts")
+    shapes.add_argument("--lengths", type=_lengths, help="tokens, comma-separated")
+    shapes.set_defaults(measure=_shapes, lengths=(8192, 16384, 32768))
     tune = what.add_parser("tune", help="the fastest tiles of each kernel on this GPU")
     tune.add_argument("--kernels", default="fwd,dq,dkdv", help="comma-separated, of fwd, dq and dkdv")
     tune.set_defaults(measure=_tune, lengths=(32768,))
@@ -49,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         verb.add_argument("--patterns", help="comma-separated names out of the default set (see the output's column)")
         if verb is not decode:
             verb.add_argument("--batch", type=int, default=1, help="batch size (default 1)")
-    for verb in (attention, tune, decode, model, parallel):
+    for verb in (attention, shapes, tune, decode, model, parallel):
         verb.add_argument("--out", type=Path, help="write the results here as JSON")
         verb.add_argument("--commit", help="commit to record; default: this checkout's")
     parser.set_defaults(run=run)
@@ -80,10 +83,21 @@ def _cases_and_shape(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
 
 def _attention(args: argparse.Namespace) -> dict[str, Any]:
-    from ..bench import attention
+    from ..bench import attention, measure
 
     cases, shape = _cases_and_shape(args)
-    return attention.run(args.lengths, cases, shape, peers=not args.no_peers, commit=args.commit)
+
+    def keep(result: dict[str, Any]) -> None:
+        if args.out:  # FlexAttention takes minutes to compile: what is measured outlives an interruption
+            measure.write(result, args.out)
+
+    return attention.run(args.lengths, cases, shape, peers=not args.no_peers, commit=args.commit, keep=keep)
+
+
+def _shapes(args: argparse.Namespace) -> dict[str, Any]:
+    from ..bench import attention
+
+    return attention.run_shapes(args.lengths, commit=args.commit)
 
 
 def _decode(args: argparse.Namespace) -> dict[str, Any]:
@@ -122,9 +136,13 @@ def _tables(args: argparse.Namespace) -> int:
     from ._readme import table, with_block
 
     for path in args.results:
-        kind, result = path.name.split("-")[0], json.loads(path.read_text(encoding="utf-8"))
+        kind = path.name.split("-")[0]
         if kind not in tables.KINDS:
             raise ValueError(f"{path}: its name must start with its kind, one of {', '.join(tables.KINDS)}")
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not a result of `lcpatch bench`: {error}") from error
         text = f"{table(*tables.KINDS[kind](result))}\n\n{tables.provenance(result)}"
         if args.write:
             args.write.write_text(with_block(args.write, f"bench-{kind}", text), encoding="utf-8")

@@ -23,3 +23,7 @@ class UnsupportedModelError(LcpatchError, ValueError):
 
 class ParallelError(LcpatchError, RuntimeError):
     """A group of ranks that cannot go on together; the message names the rank at fault."""
+
+
+class TrainingError(LcpatchError, RuntimeError):
+    """A training run that has to stop; the message says at which step, why, and what is kept."""

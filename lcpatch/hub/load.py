@@ -13,7 +13,7 @@ from ..hf.state import SINK_LOGIT
 from ..patching import apply
 from ..patching.resolve import pattern_of
 from .errors import sentence
-from .sidecar import CONFIG_FILE, read_config, read_json, read_logits, read_patch
+from .sidecar import CONFIG_FILE, read_config, read_json, read_logits, read_patch, read_positions
 
 MAX_MODEL_CONFIG_BYTES = 4 * 2**20
 FILES = ["*.json", "*.safetensors"]
@@ -102,17 +102,29 @@ def _patch_in(folder: Path, name: str | Path, is_adapter: bool) -> PatchConfig:
 def _adapter(folder: Path, base: nn.Module | str | Path | None, kwargs: dict[str, Any]) -> Any:
     """The PEFT model of an adapter's folder."""
     from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"{folder} has no adapter_model.safetensors; lcpatch loads no pickles")
     config = PeftConfig.from_pretrained(str(folder))
+    positions = read_positions(folder)
     if not isinstance(base, nn.Module):
         name = base or config.base_model_name_or_path
         if not name:
             raise ValueError("the adapter names no base model; give one: from_pretrained(…, base='org/model')")
-        revision = config.revision if base is None else None
-        base = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **kwargs)
+        revision = (config.revision if base is None else None) or "main"
+        trusted = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only", "trust_remote_code")
+                   if name in kwargs}  # fmt: skip
+        base_config = AutoConfig.from_pretrained(name, revision=revision, **trusted)
+        for setting, value in positions.items():
+            setattr(base_config, setting, value)
+        base = AutoModelForCausalLM.from_pretrained(name, revision=revision, **{"config": base_config, **kwargs})
+    for setting, value in positions.items():
+        if (found := getattr(base.config, setting, None)) != value:
+            raise ValueError(
+                f"the adapter was trained with {setting}={value}, but the base has {found}: leave base out, or load it "
+                "with that setting in its config"
+            )
     return PeftModel.from_pretrained(base, str(folder))
 
 

@@ -1,1 +1,1 @@
-"""Training with long contexts."""
+"""Training for long context: LoRA+, RoPE scaling, packed data, gradients chunk by chunk, and the glue to HF Trainer."""

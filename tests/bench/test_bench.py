@@ -62,6 +62,8 @@ def test_tables_show_every_row_and_what_could_not_run(tmp_path):
     assert "4.0×" in lines[1][2]
     assert lines[2][2] == "out of memory"
     assert "commit abc" in tables.provenance(result)
+    shaped = {**result, "rows": [{"shape": "32 / 8 heads of 64", **row} for row in result["rows"]]}
+    assert [line[0] for line in tables.shapes(shaped)[1]] == ["32 / 8 heads of 64"] * 3
     tables.plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 

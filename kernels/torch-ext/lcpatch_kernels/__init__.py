@@ -3,7 +3,17 @@
 Needs torch, and triton where a kernel runs; imports nothing of lcpatch.
 """
 
-from .block_sparse import DENSE, UNBOUNDED, BlockSparseSpec, Rule, block_sparse
+from .attn_mass import attn_mass
+from .block_sparse import DENSE, UNBOUNDED, BlockSparseSpec, Rule, block_sparse, block_sparse_gradients
 from .sparse_decode import sparse_decode
 
-__all__ = ["DENSE", "UNBOUNDED", "BlockSparseSpec", "Rule", "block_sparse", "sparse_decode"]
+__all__ = [
+    "DENSE",
+    "UNBOUNDED",
+    "BlockSparseSpec",
+    "Rule",
+    "attn_mass",
+    "block_sparse",
+    "block_sparse_gradients",
+    "sparse_decode",
+]

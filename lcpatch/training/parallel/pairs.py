@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lcpatch_kernels import DENSE, BlockSparseSpec, block_sparse
-from lcpatch_kernels.block_sparse import block_sparse_backward
+from lcpatch_kernels.block_sparse import block_sparse_gradients
 
 from ...hf.watch import Call
 from .layout import Layout, Shard, sees
@@ -269,10 +269,10 @@ class _Backward(_Walk):
 
     def compute(self, piece: Piece, rows: Sequence[Tensor], k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         q, grad_out, lse, delta = rows
+        nothing = torch.zeros_like(grad_out)  # rowsum(grad_out * out) - grad_lse is all that the output is needed for
+        given = (grad_out, -delta, q, k, v, nothing, lse, self.spec)
         parts = [
-            block_sparse_backward(
-                *(grad_out, delta, q, k, v, lse, self.spec), bounds=bounds_tensor(call, 5, q.device), **self.options
-            )
+            block_sparse_gradients(*given, bounds=bounds_tensor(call, 5, q.device), **self.options)
             for call in piece.calls
         ]
         dq, dk, dv = (sum(x) for x in zip(*parts, strict=True))

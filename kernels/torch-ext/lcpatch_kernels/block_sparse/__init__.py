@@ -26,7 +26,7 @@ __all__ = [
     "Pack",
     "Rule",
     "block_sparse",
-    "block_sparse_backward",
+    "block_sparse_gradients",
     "choose",
     "dense",
 ]
@@ -87,12 +87,13 @@ def block_sparse(
     return _forward(q, k, v, bounds, spec.to_ints(), scale, softcap, chosen)
 
 
-def block_sparse_backward(
+def block_sparse_gradients(
     grad_out: Tensor,
-    delta: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
     lse: Tensor,
     spec: BlockSparseSpec,
     *,
@@ -101,27 +102,23 @@ def block_sparse_backward(
     softcap: float | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(dq, dk, dv)` of attention over k and v as a part of all the keys of its rows.
-
-    Given the LSE of whole rows, the gradients of all parts add up to those of the whole, and no part needs the output.
+    """`(dq, dk, dv)` of `block_sparse`, for callers that keep its inputs elsewhere than on autograd's graph.
 
     Args:
-        grad_out: [B, H, T, D], gradient of the whole rows' output.
-        delta: [B, H, T], rowsum(grad_out * out) - grad_lse of the whole rows, in the dtype of the LSE.
-        lse: [B, H, T] of the whole rows.
-        q, k, v, spec, bounds, scale, softcap, impl: as in `block_sparse`; "triton", "reference" or "auto".
+        grad_out, grad_lse: gradients of its two results.
+        out, lse: the two results.
+        q, k, v, spec, bounds, scale, softcap, impl: as it was given them; "sdpa" and "flex" have no backward to call.
 
     Raises:
-        ValueError, ImportError: as `block_sparse`.
+        ValueError: an `impl` that cannot run this.
     """
     _check(q, k, v, spec, bounds)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     chosen = choose(impl, q, spec)
     if chosen not in ("triton", "reference"):
-        raise ValueError(f"impl={impl!r} has no backward in parts; use impl='auto', 'triton' or 'reference'")
-    nothing = torch.zeros_like(grad_out)  # rowsum(grad_out * 0) - (-delta)
-    args = (nothing, lse, bounds, spec.to_ints(), scale, float(softcap or 0.0), chosen)
-    return _backward(grad_out, -delta, q, k, v, *args)
+        raise ValueError(f"impl={chosen!r} leaves its gradients to autograd; use impl='triton' or 'reference'")
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    ints = spec.to_ints()
+    return _backward(grad_out, grad_lse, q, k, v, out, lse, bounds, ints, scale, float(softcap or 0.0), chosen)
 
 
 def choose(impl: str, q: Tensor, spec: BlockSparseSpec) -> str:

@@ -402,7 +402,6 @@ def _bwd_dkdv_kernel(
     p_do,
     p_dk,
     p_dv,
-    p_sums,
     p_lse,
     p_delta,
     p_bounds,
@@ -458,7 +457,6 @@ def _bwd_dkdv_kernel(
     REORDER: tl.constexpr,
     SHIFTS: tl.constexpr,
     COPIES: tl.constexpr,
-    SINKS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     UNIT: tl.constexpr = BLOCK_SIZE if HAS_STRIPE and BLOCK_SIZE > BLOCK_N else BLOCK_N
@@ -521,12 +519,6 @@ def _bwd_dkdv_kernel(
                 D, BLOCK_D, BLOCK_M, BLOCK_SIZE, HAS_SINK, HAS_STRIPE, HAS_RATIO, HAS_SOFTCAP,
                 TMA, SHIFTS, COPIES, UPCAST,
             )  # fmt: skip
-
-    if SINKS:  # noqa: SIM102 (decided when compiled)
-        if j_first < SINKS:  # what `_bwd_sink_kernel` summed for the first keys; HAS_SINK is then off here
-            p_sum = p_sums + (i_batch * num_kv_heads + i_kv) * (2 * SINKS * D)
-            dk += _load(p_sum, j_n * D, j_n < SINKS, D, BLOCK_D, True, False)
-            dv += _load(p_sum + SINKS * D, j_n * D, j_n < SINKS, D, BLOCK_D, True, False)
 
     o_dk = o_k * stride_dks
     base = i_batch * stride_dkb + i_kv * stride_dkh

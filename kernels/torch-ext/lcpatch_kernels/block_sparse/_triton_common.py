@@ -29,7 +29,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Kernel arguments that vary from batch to batch: Triton must not compile anew where one is 1 or a multiple of 16.
 VARYING = [
     *("T", "S", "H", "num_segments", "num_slots", "num_packs", "num_kv_heads", "num_lines", "num_long", "team"),
-    *("stride_bounds", "num_rows", "chunk"),
+    *("stride_bounds", "num_rows", "num_sinks", "chunk"),
 ]
 
 # Larger values mean "the whole sequence", but int32 sums of a few of them would overflow.

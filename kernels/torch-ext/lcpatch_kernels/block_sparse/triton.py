@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ._triton_bwd import _bwd_dkdv_kernel, _bwd_dq_kernel, _delta_kernel
 from ._triton_common import INTERPRETED, LOG2E, PackTable, pack_table
 from ._triton_fwd import _fwd_kernel
-from ._triton_sink import _bwd_sink_kernel
+from ._triton_sink import _bwd_sink_kernel, _sum_sinks_kernel
 from .spec import BlockSparseSpec
 
 
@@ -43,7 +43,7 @@ class Config:
 # program and was only compiled. `config` adds what depends on pattern and length.
 _HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
     "hopper": {
-        "fwd": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
+        "fwd": {64: (128, 64, 8, 3), 128: (128, 64, 4, 3), 256: (128, 64, 8, 2)},
         "dq": {64: (128, 64, 4, 3), 128: (128, 64, 8, 4), 256: (128, 32, 8, 2)},
         "dkdv": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 64, 8, 3)},
     },
@@ -56,7 +56,7 @@ _HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
 _SINGLE = {64: (32, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)}  # fp32 multiplies without tensor cores
 _MOST_SINKS = 32  # sink tokens beyond which their rows are no longer shared out
 _TINY = (64, 32, 4, 1)  # interpreted: several tiles and steps at the tests' lengths
-_MEDIUM, _LONG = 1 << 14, 1 << 16  # more keys than this are another length bucket
+_LONG = 1 << 16  # more keys than this are another length bucket
 
 
 def config(
@@ -86,8 +86,10 @@ def config(
         if arch >= (9, 0) and padded == 128:
             if kernel == "fwd" and not has_stripe:
                 rest = [128, 8, 3]
-            elif kernel == "fwd" and spec.block_size >= 128 and num_keys > _MEDIUM:
-                rest, pack = [128, 8, 3], 1
+            elif kernel == "fwd" and spec.block_size >= 128 and num_keys > _LONG:
+                rows, pack = 64, 1
+            elif kernel == "fwd":
+                rows, pack = 64, min(4, triton.next_power_of_2(heads))
             elif kernel == "dkdv" and (not has_stripe or (spec.block_size >= 128 and num_keys > _LONG)):
                 rest = [128, 8, 4]
     if kernel == "dkdv":
@@ -263,9 +265,8 @@ def launch_dkdv(
     num_slots = (triton.cdiv(num_keys, unit) + num_segments) * (unit // tiles.block_n)
     num_rows = num_kv_heads * batch
     num_long, team = (0, 1) if bounds is not None else _teams(spec, num_rows, num_keys, tiles, q.device)
-    sums = _sink_sums(grad_out, q, k, v, terms, spec, bounds, scale, softcap, table)
     constants = _constants(q, spec, bounds, softcap, table, tiles)
-    if sums is not None:
+    if apart := _sinks_apart(spec, bounds, table):
         constants["HAS_SINK"] = False
     delta, lse = terms
     boxes = (None,) * 4
@@ -278,7 +279,7 @@ def launch_dkdv(
         )
     with _on(q):
         _bwd_dkdv_kernel[(num_slots * num_rows,)](
-            q, k, v, grad_out, dk, dv, sums, lse, delta, bounds, table.packs, table.starts, *boxes,
+            q, k, v, grad_out, dk, dv, lse, delta, bounds, table.packs, table.starts, *boxes,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3],
             terms.shape[-1], heads * batch, *_segment_args(bounds), num_slots, num_kv_heads,
             min(num_long, num_slots), team, heads, num_queries, num_keys, scale, *_scales(scale, softcap),
@@ -287,13 +288,27 @@ def launch_dkdv(
             REORDER=table.uniform or tiles.block_n <= spec.block_size,
             SHIFTS=terms.shape[1],
             COPIES=max(1, tiles.num_warps * 32 // tiles.block_m),
-            SINKS=0 if sums is None else sums.shape[3],
             **constants,
         )  # fmt: skip
+    if apart:
+        _launch_sinks(dk, dv, grad_out, q, k, v, terms, spec, bounds, scale, softcap, table)
     return dk, dv
 
 
-def _sink_sums(
+def _sinks_apart(spec: BlockSparseSpec, bounds: Tensor | None, table: PackTable) -> bool:
+    """Whether the sink keys' dk and dv come from kernels of their own.
+
+    Not with more sinks than a tile of them; with a stripe, whose tiles are as long as the sinks'; in packed rows,
+    whose documents have sinks of their own each; and beyond a gap.
+    """
+    one_segment = bounds is None or bounds.shape[1:] == (1, 4)
+    most = max(rule.sinks for rule in spec.rules)
+    return table.flags["HAS_SINK"] and not table.flags["HAS_STRIPE"] and most <= _MOST_SINKS and one_segment
+
+
+def _launch_sinks(
+    dk: Tensor,
+    dv: Tensor,
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -304,38 +319,33 @@ def _sink_sums(
     scale: float,
     softcap: float,
     table: PackTable,
-) -> Tensor | None:
-    """What the sink keys' dk (before the scale) and dv get from rows beyond their interval: fp32 [B, K, 2, sinks, D].
-
-    None where the dk and dv kernel itself sees to them: no sinks or more than a tile of them, a stripe, whose tiles are
-    as long as the sinks', or packed documents, which have sinks of their own each, or rows beyond a gap.
-    """
-    most = max(rule.sinks for rule in spec.rules)
-    if not table.flags["HAS_SINK"] or table.flags["HAS_STRIPE"] or most > _MOST_SINKS:
-        return None
-    if bounds is not None and (bounds.shape[1] > 1 or bounds.shape[2] == 5):
-        return None
+) -> None:
+    """Write dk and dv of the sink keys."""
     (batch, heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
-    num_rows, sinks = batch * num_kv_heads, max(16, triton.next_power_of_2(most))
+    most, num_rows = max(rule.sinks for rule in spec.rules), batch * num_kv_heads
+    sinks = max(16, triton.next_power_of_2(most))
     tiles = sink_tiles(None if INTERPRETED else q.dtype, head_dim, sinks)
     # About four programs a processor, none with less work than it takes to start one.
-    share = triton.cdiv(num_queries * num_rows, 4 * _num_processors(q.device)) if q.is_cuda else 0
-    chunk = triton.cdiv(max(share, 4 * tiles.block_m if q.is_cuda else tiles.block_m), tiles.block_m) * tiles.block_m
+    chunk = max(triton.cdiv(num_queries * num_rows, 4 * _num_processors(q.device)), 256) if q.is_cuda else 1
+    chunk = triton.cdiv(chunk, tiles.block_m) * tiles.block_m
     num_slots = triton.cdiv(num_queries, chunk)
     sums = torch.empty((num_slots, batch, num_kv_heads, 2, sinks, head_dim), dtype=torch.float32, device=q.device)
     delta, lse = (x[0] for x in terms)
     constants = _constants(q, spec, bounds, softcap, table, tiles)
     for name in ("BLOCK_N", "BLOCK_SIZE", "GAP", "HAS_SINK", "HAS_STRIPE"):
         del constants[name]
+    stride_bounds = _segment_args(bounds)[0]
     with _on(q):
         _bwd_sink_kernel[(num_slots * num_rows,)](
             q, k, v, grad_out, sums, lse, delta, bounds, table.packs, table.starts,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], terms.shape[-1],
-            _segment_args(bounds)[0], num_rows, num_kv_heads, chunk, heads, num_queries, num_keys,
-            *_scales(scale, softcap),
+            stride_bounds, num_rows, num_kv_heads, chunk, heads, num_queries, num_keys, *_scales(scale, softcap),
             SINKS=sinks, COPIES=max(1, tiles.num_warps * 32 // tiles.block_m), **constants,
         )  # fmt: skip
-    return sums.sum(0)
+        _sum_sinks_kernel[(num_rows,)](
+            sums, dk, dv, bounds, *dk.stride()[:3], stride_bounds, num_rows, num_slots, num_kv_heads, most, num_keys,
+            scale, D=head_dim, BLOCK_D=constants["BLOCK_D"], SINKS=sinks, SEGMENTS=constants["SEGMENTS"],
+        )  # fmt: skip
 
 
 def _teams(spec: BlockSparseSpec, num_rows: int, num_keys: int, tiles: Config, device: torch.device) -> tuple[int, int]:

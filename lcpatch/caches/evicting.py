@@ -1,0 +1,318 @@
+"""The eviction contract: a layer that keeps a budget of tokens per (row, KV head), and a method that says which.
+
+What holds for every method, whatever the schedule:
+
+1. Positions and masks are those of the whole sequence: `get_seq_length` counts tokens seen, never what is stored.
+2. A step attends to everything kept and to itself, and evicts afterwards: a prefill sees its whole chunk.
+3. Survivors stay sorted by position. Pads are never stored, so they go before any token; sinks are the first real ones.
+4. A row's result does not depend on the rows beside it: counts, budgets and the moment of eviction are per row.
+5. Every KV head of a row keeps the same number of tokens, each head its own.
+6. While a step may still be taken back (`activate_past_recording`), its tokens and what they would evict wait for
+   `crop`, or for the next step: memory stays bounded even where nobody crops.
+
+Because the layer attends by itself (`hf.watch`), no mask of transformers' is involved.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lcpatch_kernels import BlockSparseSpec
+
+from ..hf.watch import Call, attend
+from . import scattered
+from .budget import Budget
+from .codec import BFloat16, Plain, codec_named
+from .layer import AttendingLayer, decode, negative, to_list
+from .slots import GRAIN, Slots, grown
+
+
+class Step(NamedTuple):
+    """A step whose attention is done: its queries [B, H, T, D], their lse [B, H, T], and how they attended."""
+
+    query: Tensor
+    lse: Tensor
+    spec: BlockSparseSpec
+    scale: float | None
+    softcap: float | None
+    impl: str
+
+    @property
+    def num_queries(self) -> int:
+        return self.query.shape[2]
+
+    def without_last(self, num: int) -> Step:
+        end = self.num_queries - num
+        return self._replace(query=self.query[:, :, :end], lse=self.lse[:, :, :end])
+
+    def rows(self, index: Tensor) -> Step:
+        index = index.to(self.query.device)
+        return self._replace(query=self.query.index_select(0, index), lse=self.lse.index_select(0, index))
+
+
+class EvictingLayer(AttendingLayer):
+    """Keeps at most a budget of tokens for every (row, KV head).
+
+    A method overrides what it decides:
+
+        fields    names and dtypes of what it knows about each kept token, [B, K, capacity], moved along with it
+        observe   update those after a step's attention
+        score     how much each kept token is worth; the lowest go
+        evict     instead of `score`: make every row's count its target some other way (merging)
+        bias      what is added to a kept key's scores (the log of the tokens that it stands for)
+
+    Args:
+        budget: how much is kept.
+        codec: how keys and values are stored: None (as they are), "bf16", "int8", "int4" or "fp8".
+    """
+
+    fields: ClassVar[dict[str, torch.dtype]] = {}
+
+    def __init__(self, budget: Budget, codec: str | None = None, **kwargs: Any) -> None:
+        self.budget = budget
+        self.codec = codec_named(codec)
+        super().__init__(**kwargs)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.slots = Slots({}, 0)
+        self.counts: list[int] = []  # per row: tokens kept, in its last slots
+        self.budgets: list[int] | None = None  # per row, once a step has come
+        self.intact = 0  # so many of the newest tokens are stored one by one in every row
+        self.record_past = False
+        self._pending: Step | None = None  # a step that nothing was evicted after yet
+        self._buffers: Slots | None = None  # buffers from before that step, to be filled again
+        self._span: Tensor | None = None  # int32 [B, 2]: each row's slots
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.counts = [0] * key_states.shape[0]
+        if self.dtype == torch.bfloat16 and isinstance(self.codec, BFloat16):
+            self.codec = Plain()
+
+    # What a method decides.
+
+    def observe(self, step: Step) -> None:
+        """Update `slots` fields after the attention of `step`, whose keys are the last ones stored."""
+
+    def score(self) -> Tensor:
+        """[B, K, slots]: the tokens with the highest are kept. Sinks and recent tokens are kept whatever it says."""
+        raise NotImplementedError
+
+    def evict(self, targets: list[int]) -> None:
+        """Make row r keep `targets[r]` of its `counts[r]` tokens, sorted, its sinks and recent ones among them."""
+        self.keep(self.best(targets))
+
+    def bias(self) -> Tensor | None:
+        """fp32 [B, K, capacity], or None."""
+        return None
+
+    # What it may use for that.
+
+    def best(self, targets: list[int]) -> Tensor:
+        """The slots [B, K, most] of the `targets[r]` tokens with the highest scores, sorted; -1 in front where a row
+        keeps fewer. Equal scores: the older token stays."""
+        length, device = self.slots.length, self.device
+        place = torch.arange(length, device=device)
+        first = length - self._column(self.counts)
+        sinks, recent = zip(*(self.budget.protected(b) for b in self.budgets), strict=True)
+        safe = (place < first + self._column(sinks)) | (place >= length - self._column(recent))
+        worth = self.score().masked_fill(safe, torch.inf).masked_fill(place < first, -torch.inf)
+        most = max(targets)
+        order = worth.argsort(dim=-1, descending=True, stable=True)[..., :most]
+        rank = torch.arange(most, device=device)
+        return torch.where(rank < self._column(targets), order, -1).sort(-1).values
+
+    def keep(self, index: Tensor) -> None:
+        """Keep the slots `index` [B, K, M], -1 for none."""
+        self.slots = self.slots.take(index, self._capacity(index.shape[2]), into=self._buffers)
+
+    def keys_like(self, like: Tensor) -> Tensor:
+        """The kept keys [B, K, slots, D], decoded in the dtype of `like`."""
+        return self._decoded(self.slots, "keys", like)
+
+    def bounds(self, num_queries: int) -> Tensor | None:
+        """`block_sparse`'s bounds of the last `num_queries` tokens over the slots; None where no row is padded."""
+        length = self.slots.length
+        if min(self.counts) == length:
+            return None
+        rows = []
+        for count in self.counts:
+            real = min(count, num_queries)
+            rows.append([[num_queries - real, num_queries, length - count, length]])
+        return torch.tensor(rows, dtype=torch.int32).to(self.device)
+
+    def key_positions(self) -> Tensor:
+        """[B, K, slots], counted from the row's first real token; -1 for empty slots."""
+        place = torch.arange(self.slots.length, device=self.device)
+        empty = place < self.slots.length - self._column(self.counts)
+        return (self.slots["position"] - self._column(self.pads)).masked_fill(empty, -1)
+
+    def queries_of(self, step: Step | Call) -> scattered.Queries:
+        """The newest step's queries, by position; for a pattern that no kernel can run over survivors."""
+        num = step.query.shape[2]
+        position = torch.arange(self.seen - num, self.seen, device=self.device) - self._column(self.pads)[:, 0]
+        length = self.seen - min(self.pads)
+        return scattered.Queries(step.query, position, step.spec, step.scale, step.softcap, length)
+
+    # The protocol with the attention function.
+
+    def attend(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Attention of the step's queries over what is kept and the step itself; see `hf.watch.Call`."""
+        keys, values = self._begin(call)
+        self._settle()
+        num = keys.shape[2]
+        self._buffers = self.slots
+        new = self._new_slots(keys, values)
+        if num == 1 and self.slots.length:
+            self.slots.append(new, self._capacity(self.slots.length + 1))
+        else:
+            self.slots = self.slots.extended(new)
+        real = [min(num, max(self.seen + num - pads, 0)) for pads in self.pads]
+        self.counts = [count + n for count, n in zip(self.counts, real, strict=True)]
+        self.seen += num
+        self.intact += num
+        if num > 1 or min(real) == 0:
+            self._span = None
+        elif self._span is not None:
+            self._span[:, 1] += 1
+        out, lse = self.attention(call, keys, values)
+        self._pending = Step(call.query, lse, call.spec, call.scale, call.softcap, call.impl)
+        if not self.record_past:
+            self._settle()
+        return out, lse
+
+    def attention(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of the call over all slots, the last of which hold the step's own `keys` and `values`."""
+        num, bias = keys.shape[2], self.bias()
+        if num == 1 and self.codec.in_kernel(self.device) and scattered.is_dense(call.spec):
+            return self._decode(call, bias)
+        if self.codec.lossless:
+            all_keys, all_values = self.slots["keys"], self.slots["values"]
+        else:  # a chunk sees itself as the model computed it
+            kept = Slots(self.slots.tensors, self.slots.length - num)
+            all_keys = torch.cat([self._decoded(kept, "keys", keys), keys], 2)
+            all_values = torch.cat([self._decoded(kept, "values", values), values], 2)
+        if bias is None and scattered.is_dense(call.spec):
+            return attend(call._replace(key=all_keys, value=all_values, bounds=self.bounds(num)))
+        bias = None if bias is None else bias[:, :, : self.slots.length]
+        return scattered.attend(self.queries_of(call), scattered.Keys(all_keys, all_values, self.key_positions(), bias))
+
+    def _decode(self, call: Call, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        which: dict[str, Any] = {"bias": bias}
+        tensors = self.slots.tensors
+        if not self.codec.lossless:
+            which |= {"k_scale": tensors["keys_scale"], "v_scale": tensors["values_scale"]}
+        even = min(self.counts) == self.slots.length
+        if even and len(which) == 1 and bias is None:  # views say it all
+            return decode(call, self.slots["keys"], self.slots["values"])
+        keys, values = tensors["keys"], tensors["values"]
+        if keys.dtype == torch.uint8:
+            keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.float8_e4m3fn)
+        if self._span is None:
+            length = self.slots.length
+            span = [[length - count, length] for count in self.counts]
+            self._span = torch.tensor(span, dtype=torch.int32).to(self.device)
+        return decode(call, keys, values, bounds=self._span, **which)
+
+    # What may happen to a step afterwards.
+
+    def activate_past_recording(self) -> None:
+        """Let the last step be cropped: evict after it only in `crop`, or when the next step comes."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens, and evict what a recorded step would have evicted.
+
+        Raises:
+            ValueError: some of them are not stored one by one any more.
+        """
+        num = -negative(tokens_to_remove)
+        if not self.is_initialized:
+            return
+        num = min(num, self.seen)
+        if num > self.intact:
+            raise ValueError(
+                f"crop({-num}): {self.owner} holds only the last {self.intact} tokens one by one; give more `recent` "
+                "tokens than are ever taken back"
+            )
+        if num:
+            if self._pending is not None:
+                left = self._pending.num_queries - num
+                self._pending = self._pending.without_last(num) if left > 0 else None
+            self.slots.length -= num
+            self.counts = [max(count - num, 0) for count in self.counts]
+            self.seen -= num
+            self.intact -= num
+            self._span = None
+            self.pads = [0 if self.seen == 0 else pads for pads in self.pads]
+        self._settle()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if not self.is_initialized:
+            return
+        rows = to_list(indices)
+        index = torch.as_tensor(rows, device=self.device)
+        self.slots = self.slots.rows(index)
+        self.pads, self.counts = [self.pads[r] for r in rows], [self.counts[r] for r in rows]
+        self.budgets = None if self.budgets is None else [self.budgets[r] for r in rows]
+        self._pending = None if self._pending is None else self._pending.rows(index)
+        self._buffers = self._span = None
+
+    def memory(self) -> int:
+        """Bytes allocated for what is kept and known of it."""
+        return self.slots.nbytes()
+
+    def kept(self) -> int:
+        """Tokens kept per KV head in the row that keeps most."""
+        return max(self.counts, default=0)
+
+    # Storing.
+
+    def _new_slots(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """The step as slots: what the codec makes of it, its positions, and the method's fields, zero."""
+        batch, heads, num = keys.shape[:3]
+        new = {}
+        for name, x in (("keys", keys), ("values", values)):
+            new |= {name + suffix: part for suffix, part in self.codec.encode(x).items()}
+        position = torch.arange(self.seen, self.seen + num, dtype=torch.int32, device=self.device)
+        new["position"] = position.expand(batch, heads, num)
+        for name, dtype in self.fields.items():
+            new[name] = torch.zeros(batch, heads, num, dtype=dtype, device=self.device)
+        return new
+
+    def _settle(self) -> None:
+        """Let the method see the last step, and evict what is over the budget."""
+        step, self._pending = self._pending, None
+        if step is None:
+            return
+        self.observe(step)
+        several = step.num_queries > 1
+        if self.budgets is None or (several and not self.record_past):
+            self.budgets = [self.budget.of(self.seen - pads) for pads in self.pads]
+        targets = [
+            count if count <= most else most if several else most - self.budget.slack(most) + 1
+            for count, most in zip(self.counts, self.budgets, strict=True)
+        ]
+        if targets != self.counts:
+            self.evict(targets)
+            self.counts, self._span = targets, None
+            self.intact = min(self.intact, *(self.budget.protected(b)[1] for b in self.budgets))
+        elif self.slots.borrowed:
+            self.slots = self.slots.owned(min(self.slots.length + GRAIN, self._capacity(self.slots.length)))
+        self._buffers = None
+
+    def _capacity(self, needed: int) -> int:
+        """Slots to reserve where `needed` are filled: never more than the budget and the token that overflows it."""
+        return grown(needed, None if self.budgets is None else max(self.budgets) + 1)
+
+    def _decoded(self, slots: Slots, name: str, like: Tensor) -> Tensor:
+        parts = {key[len(name) :]: slots[key] for key in slots.tensors if key.startswith(name)}
+        return self.codec.decode(parts, like)
+
+    def _column(self, numbers: Any) -> Tensor:
+        """Numbers per row as int64 [B, 1, 1]."""
+        return torch.tensor(numbers, device=self.device)[:, None, None]

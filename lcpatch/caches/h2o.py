@@ -1,0 +1,121 @@
+"""H2O: a few tokens get most of the attention ("heavy hitters"), so keep those and the recent ones.
+
+Source: arXiv 2306.14048 (section 4, algorithm 1). Each (row, KV head) adds up the attention that its tokens were given;
+what is neither recent nor among the highest sums goes. Departures:
+
+- The paper scores per query head of MHA; here the query heads that share a KV head are put together (`group`).
+- Its accuracy tables mask with column sums over *later* queries too; here a token is gone once it is gone.
+- The first `num_sinks` tokens are kept whatever their sums, and scores may be divided by age or decay: plain sums only
+  grow, so the oldest tokens freeze in place ("mean", "decay" and `grace` are against that).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lcpatch_kernels import attn_mass
+
+from . import scattered
+from .budget import Budget
+from .evicting import EvictingLayer, Step
+from .layer import LongCache, caches, routed_layers
+
+SCORES = ("sum", "mean", "decay")
+GROUPS = ("sum", "mean", "max")
+
+
+@caches.register("h2o")
+class H2OCache(LongCache):
+    """`model.generate(**inputs, past_key_values=H2OCache(model, budget=0.2))`: heavy hitters and recent tokens.
+
+    A prompt in one forward is attended to in full and then pruned; read it in chunks (`prefill_chunk_size=8192`) to
+    hold the budget and one chunk at a time. While tokens are generated, each adds to the scores of what it attended to.
+
+    Args:
+        model: a causal language model of transformers, patched or not.
+        budget: tokens kept per KV head; a float is a share of the row's real tokens, see `caches.budget.Budget`.
+        recent: the newest tokens, always kept: how many, or as a float which share of the budget beside the sinks (the
+            paper's half).
+        num_sinks: the row's first real tokens, always kept.
+        score: "sum" of the attention given so far (the paper); "mean": divided by how many queries could have given
+            any; "decay": each step's older sums count `decay` to the power of the step's queries.
+        decay: of score="decay".
+        group: how the query heads of a KV head are put together: "sum", "mean" or "max".
+        grace: so many of the newest tokens beyond `recent` are not judged either, while they fit: their sums are young.
+        evict_every: tokens between two compactions while generating; default a 32nd of the budget, at most 64.
+        codec: how keys and values are stored: None (as they are), "bf16", "int8", "int4" or "fp8".
+
+    Raises:
+        UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.
+        ValueError: options out of range.
+    """
+
+    chunks_differ = "a chunk does not see what was evicted before it, nor does it score it"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: int | float = 0.2,
+        *,
+        recent: int | float = 0.5,
+        num_sinks: int = 4,
+        score: str = "sum",
+        decay: float = 0.99,
+        group: str = "sum",
+        grace: int = 0,
+        evict_every: int | None = None,
+        codec: str | None = None,
+    ) -> None:
+        kept = Budget(budget, num_sinks, recent, evict_every)
+        for name, value, choices in (("score", score, SCORES), ("group", group, GROUPS)):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+        if not 0 < decay < 1:
+            raise ValueError(f"decay={decay!r} must lie between 0 and 1")
+        if grace < 0:
+            raise ValueError(f"grace={grace!r} must be a number of tokens >= 0")
+
+        def make(index: int, module: nn.Module) -> H2OLayer:
+            return H2OLayer(kept, codec, score=score, decay=decay, group=group, grace=grace)
+
+        super().__init__(layers=routed_layers(model, "H2OCache", make))
+
+
+class H2OLayer(EvictingLayer):
+    """One layer: the attention that each kept token was given so far, in fp32."""
+
+    owner = "H2OCache"
+    fields: ClassVar = {"mass": torch.float32}
+
+    def __init__(self, budget: Budget, codec: str | None, *, score: str, decay: float, group: str, grace: int) -> None:
+        super().__init__(budget, codec)
+        self.kind, self.decay, self.group, self.grace = score, decay, group, grace
+
+    def observe(self, step: Step) -> None:
+        """Add what the step's queries gave."""
+        mass = self.slots["mass"]
+        if self.kind == "decay":
+            mass *= self.decay**step.num_queries
+        mass += self._given(step)
+
+    def _given(self, step: Step) -> Tensor:
+        keys = self.keys_like(step.query)
+        if scattered.is_dense(step.spec):
+            impl = step.impl if step.impl in ("triton", "reference") else "auto"
+            how = {"scale": step.scale, "softcap": step.softcap, "reduce": self.group, "impl": impl}
+            return attn_mass(step.query, keys, step.lse, bounds=self.bounds(step.num_queries), **how)
+        kept = scattered.Keys(keys, None, self.key_positions(), None)
+        by_head = scattered.mass(self.queries_of(step), kept, step.lse)
+        return {"sum": by_head.sum, "mean": by_head.mean, "max": by_head.amax}[self.group](2)
+
+    def score(self) -> Tensor:
+        worth = self.slots["mass"]
+        position = self.slots["position"]
+        if self.kind == "mean":
+            worth = worth / (self.seen - position)  # the token itself and all after it could give
+        if self.grace:
+            worth = worth.masked_fill(position >= self.seen - self.grace, torch.finfo(torch.float32).max)
+        return worth

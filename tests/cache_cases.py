@@ -1,0 +1,79 @@
+"""Caches at the sizes of the tests' tiny models, and the ways to feed a model through one."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from models import build
+from torch import Tensor, nn
+
+import lcpatch
+from lcpatch.caches import caches
+
+FULL: dict[str, dict[str, Any]] = {"s2": {}}
+"""Options with which a cache keeps everything; a cache that is not listed takes a budget above any length here."""
+
+SMALL: dict[str, dict[str, Any]] = {"s2": {}}
+"""Options with which it keeps about 24 tokens of `LENGTH`; default: budget=24."""
+
+ALL = tuple(caches.all())
+LENGTH = 90
+
+
+def make_model(name: str, **settings: Any) -> Any:
+    """A model that cache `name` works with."""
+    model = build(**settings)
+    if name == "s2":
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="s2: .* far blocks are seen by no head")
+            lcpatch.apply(model, "s2", block_size=16, local_blocks=1, stride=3)
+    return model
+
+
+def make(name: str, model: nn.Module, small: bool = False, **options: Any) -> Any:
+    """An empty cache, which keeps everything or little."""
+    given = SMALL.get(name, {"budget": 24}) if small else FULL.get(name, {"budget": 4096})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* keep transformers' own cache")
+        return caches.get(name)(model, **{**given, **options})
+
+
+@torch.no_grad()
+def feed(model: nn.Module, ids: Tensor, cache: Any, sizes: list[int], mask: Tensor | None = None) -> Tensor:
+    """The logits [B, T, V] of `ids`, fed in parts of `sizes`; `mask` [B, T] says left padding."""
+    logits, seen = [], 0
+    for part in ids.split(sizes, 1):
+        end = seen + part.shape[1]
+        padding = {}
+        if mask is not None:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            padding = {"attention_mask": mask[:, :end], "position_ids": positions[:, seen:end]}
+        logits.append(model(part, past_key_values=cache, **padding).logits)
+        seen = end
+    return torch.cat(logits, 1)
+
+
+def left_padding(pads: list[int], length: int = LENGTH) -> Tensor:
+    """An attention mask [B, length] whose row r begins with `pads[r]` pads."""
+    return (torch.arange(length) >= torch.tensor(pads)[:, None]).long()
+
+
+def tensors_of(x: Any, found: dict[int, Tensor] | None = None, visited: set[int] | None = None) -> dict[int, Tensor]:
+    """Every tensor that hangs on `x`, by its storage: what a cache really holds."""
+    found, visited = {} if found is None else found, set() if visited is None else visited
+    if id(x) in visited or isinstance(x, (str, int, float, type, nn.Module)):
+        return found
+    visited.add(id(x))
+    if isinstance(x, Tensor):
+        found[x.untyped_storage().data_ptr()] = x
+    elif isinstance(x, dict):
+        for value in x.values():
+            tensors_of(value, found, visited)
+    elif isinstance(x, (list, tuple, set)):
+        for value in x:
+            tensors_of(value, found, visited)
+    elif hasattr(x, "__dict__"):
+        tensors_of(vars(x), found, visited)
+    return found
