@@ -11,6 +11,8 @@ VENV := .venv
 BIN  := $(VENV)/bin
 # Ordered so that the newest transformers speaks last.
 TF   := tf517 tf522
+# The newest pair of transformers and Hugging Face's `kernels` that fit together.
+TFK  := tfkernels
 
 DEV  := -e '.[dev,kernels,test]'
 # Without triton: also the proof that all but the Triton kernels works without it.
@@ -29,13 +31,14 @@ GPU_NAME  = $(shell $(GPU_ENV) $(PYTHON) -c "import torch; print(torch.cuda.get_
 RESULTS  ?= kernels/results
 
 # The results that the README's tables are made of: `lcpatch bench tables … --write README.md`
-README_RESULTS := $(wildcard kernels/results/*-nvidia-h100-80gb-hbm3.json)
+README_RESULTS := $(wildcard kernels/results/*-nvidia-h100-80gb-hbm3.json kernels/results/parallel-bytes.json)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-.PHONY: help venv demo test test-slow test-versions test-all quality format gpu wheel clean distclean $(TF:%=test-%)
+.PHONY: help venv demo test test-slow test-versions test-kernels test-all quality format gpu gpu-multi wheel clean distclean
+.PHONY: $(TF:%=test-%)
 
 help:
-	@echo "make demo | test | test-all | quality | format | gpu | wheel | clean | distclean"
+	@echo "make demo | test | test-all | quality | format | gpu | gpu-multi | wheel | clean | distclean"
 
 # $(1): a folder, $(2): its constraints, $(3): what to install. The stamp exists only while an install is whole: without
 # it the environment is made afresh, so an interrupted one (packages half unpacked, yet 'already satisfied') mends itself.
@@ -56,8 +59,10 @@ $(VENV)/.ready: pyproject.toml constraints/base.txt $(CONSTRAINTS)
 	@touch $@
 
 .venv-%/.ready: pyproject.toml constraints/base.txt constraints/%.txt
-	$(call install,.venv-$*,constraints/$*.txt,$(BARE))
+	$(call install,.venv-$*,constraints/$*.txt,$(BARE) $(EXTRA))
 	@touch $@
+
+.venv-$(TFK)/.ready: EXTRA := kernels
 
 demo: venv
 	$(BIN)/lcpatch demo
@@ -73,7 +78,13 @@ test-versions: $(TF:%=test-%)
 $(TF:%=test-%): test-%: .venv-%/.ready
 	$(PYTEST) .venv-$*/bin/python -m pytest $(PYTEST_ARGS) $(CORE)
 
-test-all: test test-slow test-versions
+# What Hugging Face's `kernels` package makes of ours: it fits no transformers that the other environments have.
+KERNEL_TESTS := tests/hub/test_kernels_package.py tests/hub/test_kernel_export.py tests/kernels/test_transformers_attention.py
+
+test-kernels: .venv-$(TFK)/.ready
+	$(PYTEST) .venv-$(TFK)/bin/python -m pytest $(PYTEST_ARGS) $(KERNEL_TESTS)
+
+test-all: test test-slow test-versions test-kernels
 
 quality: venv
 	$(BIN)/ruff check .
@@ -95,6 +106,11 @@ gpu:
 	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench model --out $(RESULTS)/model-$(GPU_NAME).json
 	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench cache --out $(RESULTS)/cache-$(GPU_NAME).json
 
+# All GPUs of this machine, a rank each: correct first, then the time of every strategy beside torch's own ring.
+gpu-multi:
+	$(GPU_ENV) $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node gpu -m lcpatch.cli \
+		bench parallel --time --lengths 32768,131072 --out $(RESULTS)/multi-$(GPU_NAME).json
+
 wheel: venv
 	rm -rf build dist
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
@@ -105,4 +121,4 @@ clean:
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(TF:%=.venv-%)
+	rm -rf $(VENV) $(TF:%=.venv-%) .venv-$(TFK)

@@ -21,7 +21,7 @@ from transformers import DynamicCache, StaticCache
 from lcpatch_kernels import attn_mass
 
 from ..caches.h2o import H2OCache
-from ..caches.layer import layer_bytes
+from ..caches.layer import bytes_held
 from ..core.errors import BenchmarkError
 from ..patching import remove
 from . import measure
@@ -46,6 +46,7 @@ ARMS = (
     Arm("StaticCache, compiled", lambda model, batch, most: StaticCache(model.config, max_cache_len=most), static=True),
     Arm("H2O 0.2", lambda model, batch, most: H2OCache(model, budget=0.2), CHUNK),
     Arm("H2O 0.2, at once", lambda model, batch, most: H2OCache(model, budget=0.2)),
+    Arm("H2O 0.2, compiled", lambda model, batch, most: H2OCache(model, budget=0.2, compiled=True), CHUNK),
     Arm("H2O 0.2, int8", lambda model, batch, most: H2OCache(model, budget=0.2, codec="int8"), CHUNK),
 )
 
@@ -188,7 +189,7 @@ def _measured(model: nn.Module, arm: Arm, batch: int, length: int, chunk: int, r
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
         if batch > 1 and not arm.static:
             cache.batch_repeat_interleave(batch)
-        held = sum(layer_bytes(layer) for layer in cache.layers)
+        held = bytes_held(cache.layers)["device"]
         token_s = _decode(model, cache, batch, length)
     except torch.OutOfMemoryError:
         return Row(arm.name, batch, length, why="out of memory")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.config import SPECS
 from ..hf.models import unwrap
 
 GEOMETRY = (
@@ -42,7 +43,7 @@ def identity_of(model: nn.Module) -> dict[str, Any]:
         "class": type(base).__name__,
         "config": _digest(json.dumps(geometry, sort_keys=True, default=str).encode()),
         "rope": json.loads(json.dumps(getattr(config, "rope_parameters", None), sort_keys=True, default=str)),
-        "patch": json.loads(json.dumps(getattr(config, "lcpatch", None), sort_keys=True, default=str)),
+        "patch": _patch(getattr(config, "lcpatch", None)),
         "dtype": str(base.dtype).removeprefix("torch."),
         "weights": _weights(base),
     }
@@ -63,6 +64,13 @@ def _weights(base: nn.Module) -> str:
             sample = parameter.detach().flatten()[:: max(parameter.numel() // SAMPLE, 1)][:SAMPLE]
             digest.update(sample.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _patch(carried: Any) -> Any:
+    """The patch itself: what its options come to, and the version of its form, follow from lcpatch."""
+    if isinstance(carried, dict):
+        carried = {key: value for key, value in carried.items() if key not in ("format", SPECS)}
+    return json.loads(json.dumps(carried, sort_keys=True, default=str))
 
 
 def _digest(data: bytes) -> str:

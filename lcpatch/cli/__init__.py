@@ -10,6 +10,7 @@ import argparse
 import importlib
 import os
 import pkgutil
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--traceback" in rest:  # given to a verb of a verb
         rest.remove("--traceback")
         args.traceback = True
+    args.command = shlex.join(["lcpatch", *(sys.argv[1:] if argv is None else argv)])  # reports and cards repeat it
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

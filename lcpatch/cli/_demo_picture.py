@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._draw import GREY, INK, colour_bar, draw_mask, shares, tokens
+from ..patching.draw import GREY, INK, colour_bar, draw_mask, shares, tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

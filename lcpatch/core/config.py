@@ -9,8 +9,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-FORMAT = 1
-"""Version of the dictionary below. A reader refuses a newer one and migrates an older one."""
+FORMAT = 2
+"""Version of the dictionary below. A reader refuses a newer one and takes an older one as it is: 1 had no `specs`."""
+
+SPECS = "specs"
+"""Beside the patch, a model's config says what each sparse layer's pattern comes to: by layer index, the integers of
+`BlockSparseSpec.to_ints`, separated by spaces. It is for readers that know no patterns, such as the kernels on the Hub.
+A reader that knows them leaves it aside."""
 
 Mode = Literal["train", "always", "never"]
 
@@ -61,12 +66,12 @@ class PatchConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PatchConfig:
-        """Inverse of `to_dict`; `format` may be missing (a hand-written file).
+        """Inverse of `to_dict`; `format` may be missing (a hand-written file), and `specs` is left aside.
 
         Raises:
             ValueError: a newer format, an unknown key, or a missing method.
         """
-        given = dict(data)
+        given = {k: v for k, v in data.items() if k != SPECS}
         version = given.pop("format", FORMAT)
         if not isinstance(version, int) or not 1 <= version <= FORMAT:
             raise ValueError(

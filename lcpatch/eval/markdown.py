@@ -27,9 +27,7 @@ def render(report: Report) -> str:
 
 
 def _facts(report: Report) -> list[str]:
-    from .report import versions
-
-    run, found = report.header, versions()
+    run, found = report.header, report.made_with
     seeds = sorted({row["seed"] for row in report.rows})
     chat = "through the chat template" if run["chat"] else "as plain text"
     return [
@@ -39,6 +37,7 @@ def _facts(report: Report) -> list[str]:
         f"- Arms: {', '.join(report.arms)}; differences are paired, from {report.arms[0]}",
         "- In brackets: 95 % bootstrap intervals over samples",
         f"- lcpatch {found['lcpatch']}, torch {found['torch']}, transformers {found['transformers']}",
+        *([f"- Command: `{report.command}`"] if report.command else []),
     ]
 
 
@@ -55,19 +54,21 @@ def _section(report: Report, task: str) -> list[str]:
         name = NAMES[metric]
         if "chance" in row[0]:
             name += f" (chance {row[0]['chance']:.0%})"
-        shown = [str(length), name, *(_mean(cell) for cell in row), *(_difference(cell) for cell in row[1:])]
+        shown = [str(length), name, *(mean_of(cell) for cell in row), *(difference_of(cell) for cell in row[1:])]
         lines.append("| " + " | ".join(shown) + " |")
     return lines
 
 
-def _mean(cell: dict[str, Any]) -> str:
+def mean_of(cell: dict[str, Any]) -> str:
+    """A cell's mean and interval, in the metric's own unit."""
     values = [cell["mean"], cell["mean_low"], cell["mean_high"]]
     if "perplexity" in cell:
         return _shown([math.exp(v) for v in values], "{:.2f}")
     return _shown(values, "{:.3f}" if cell["metric"] == "bits_per_byte" else "{:.0%}")
 
 
-def _difference(cell: dict[str, Any]) -> str:
+def difference_of(cell: dict[str, Any]) -> str:
+    """A cell's paired difference from the first arm."""
     values = [cell["difference"], cell["difference_low"], cell["difference_high"]]
     if "perplexity" in cell:
         return _shown(values, "{:+.4f}") + " nats"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,16 @@ class Report:
     options: of each task.
     arms: labels; the first is the one that the others are compared with.
     rows: every sample under every arm.
+    made_with: versions and device of the run; default: this process's.
+    command: the command line that made it, if one did.
     """
 
     header: dict[str, Any]
     options: dict[str, dict[str, Any]]
     arms: list[str]
     rows: list[dict[str, Any]]
+    made_with: dict[str, str] = field(default_factory=lambda: versions())
+    command: str | None = None
 
     def rows_of(self, task: str, arm: str, length: int | None = None) -> list[dict[str, Any]]:
         """The samples of one cell, in the same order for every arm."""
@@ -73,7 +77,8 @@ class Report:
         return {
             "schema": SCHEMA,
             "run": {k: v for k, v in self.header.items() if k != "schema"},
-            "versions": versions(),
+            "versions": self.made_with,
+            **({"command": self.command} if self.command else {}),
             "tasks": self.options,
             "arms": self.arms,
             "seeds": sorted({row["seed"] for row in self.rows}),

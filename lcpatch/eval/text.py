@@ -6,52 +6,54 @@ import hashlib
 import random
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core.text import read_texts
+from ..training.sources import HUB, Source
+
+__all__ = ["Text", "read_documents"]
+
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 SENTENCE_END = (".", "!", "?", "\n")
 
 
-def read_texts(paths: Sequence[str | Path] | None) -> tuple[list[str], str]:
-    """The documents in files and folders (every `.txt`, `.md` and `.rst` below), and what to call them.
+TABLES = (".jsonl", ".parquet")
+RECORDS = 256
+"""Records that are read of a table or a data set on the Hub, unless more are asked for."""
 
-    Without paths: Python's own documentation, which every machine has.
+
+def read_documents(
+    names: Sequence[str | Path] | None, field: str = "text", records: int = RECORDS
+) -> tuple[list[str], str]:
+    """The documents that `names` mean, and what to call them.
+
+    Args:
+        names: text files and folders of them, tables (.jsonl, .parquet), and data sets on the Hub as `hub:NAME@SPLIT`;
+            none: Python's own documentation, which every machine has.
+        field: of a table's records: the one that holds the text.
+        records: read so many of each table at most, from its beginning.
 
     Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: a file that is empty or no text, or a folder without text files.
+        FileNotFoundError, ValueError, ImportError: what cannot be read; the message says what to do.
     """
-    if not paths:
-        from pydoc_data.topics import topics
-
-        return ["\n\n".join(topics[name] for name in sorted(topics))], "pydoc_data.topics"
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".rst") and p.is_file())
-            if not found:
-                raise ValueError(f"{path} has no .txt, .md or .rst file in it; name the files themselves with --text")
-            files += found
-        else:
-            files.append(path)
-    return [_read(path) for path in files], ", ".join(Path(path).name for path in paths)
-
-
-def _read(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or name other files") from error
-    if "\0" in text:
-        raise ValueError(f"{path} holds NUL bytes, so it is not a text; name other files")
-    if not text.strip():
-        raise ValueError(f"{path} is empty; name a file with text in it")
-    return text
+    if not names:
+        return read_texts(None)
+    documents: list[str] = []
+    for name in map(str, names):
+        if not (name.startswith(HUB) or name.endswith(TABLES)):
+            documents += read_texts([name])[0]
+            continue
+        found = list(islice(Source(name).records(), records))
+        missing = next((record for record in found if not isinstance(record.get(field), str)), None)
+        if missing is not None:
+            raise ValueError(f"{name} has a record without text in {field!r}; its fields are: {', '.join(missing)}")
+        documents += [record[field] for record in found]
+    return documents, ", ".join(str(n) if str(n).startswith(HUB) else Path(n).name for n in names)
 
 
 class Text:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..core.errors import HubError
+from ..core.errors import HubError, LcpatchError
 
 _ADVICE = {
     401: "the Hub does not know this token, or the repository is private: hf auth login, or pass token=…",
@@ -31,18 +31,37 @@ def sentence(task: str, token: str | bool | None = None, afterwards: str = "") -
     transport = HfHubHTTPError.__bases__[0]  # httpx's base error, whichever httpx this huggingface_hub builds on
     try:
         yield
-    except LocalEntryNotFoundError as error:
-        message = "the files are not in the cache and the Hub cannot be reached: check the connection and HF_ENDPOINT"
-        raise HubError(_clean(f"cannot {task}: {message}{afterwards}", token)) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        fallback = "the Hub has a fault: try again later" if status >= 500 else error.server_message or "it was refused"
-        message = f"cannot {task}: {status}, {_ADVICE.get(status, fallback)}{afterwards}"
-        raise HubError(_clean(message, token)) from error
-    except (transport, ConnectionError, TimeoutError) as error:
-        message = f"cannot {task}: no answer from the Hub ({type(error).__name__}): check the connection and try again"
-        raise HubError(_clean(message + afterwards, token)) from error
+    except LcpatchError:
+        raise
+    except (HfHubHTTPError, LocalEntryNotFoundError, transport, ConnectionError, TimeoutError, RuntimeError) as error:
+        # A failed upload of a large file is a RuntimeError around what happened; by Xet, one that says it itself.
+        happened = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+        raise HubError(_clean(f"cannot {task}: {_why(happened)}{afterwards}", token)) from error
+
+
+def _why(error: BaseException) -> str:
+    """What happened and what to do."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError):
+        return "the files are not in the cache and the Hub cannot be reached: check the connection and HF_ENDPOINT"
+    if type(error) is RuntimeError:
+        return str(error).rstrip(".")
+    if not isinstance(error, HfHubHTTPError):
+        return f"no answer from the Hub ({type(error).__name__}): check the connection and try again"
+    status = error.response.status_code
+    fallback = "the Hub has a fault: try again later" if status >= 500 else error.server_message or "it was refused"
+    advice = _ADVICE.get(status, fallback)
+    wait = error.response.headers.get("Retry-After", "")
+    if wait.isascii() and wait.isdigit():
+        advice = f"{advice.partition(':')[0]}: wait {wait[:6]} s and try again"
+    return f"{status}, {advice}"
 
 
 def _clean(message: str, token: str | bool | None) -> str:
-    return message.replace(token, "…") if isinstance(token, str) and token else message
+    from huggingface_hub import get_token
+
+    for secret in (token, get_token()):
+        if isinstance(secret, str) and secret:
+            message = message.replace(secret, "…")
+    return message

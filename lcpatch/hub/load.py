@@ -13,9 +13,10 @@ from ..hf.state import SINK_LOGIT
 from ..patching import apply
 from ..patching.resolve import pattern_of
 from .errors import sentence
-from .sidecar import CONFIG_FILE, read_config, read_json, read_logits, read_patch
+from .sidecar import CONFIG_FILE, read_config, read_json, read_logits, read_patch, read_positions
 
-MAX_MODEL_CONFIG_BYTES = 4 * 2**20
+MAX_MODEL_CONFIG_BYTES = 2**20  # JSON takes up to 50 times its size in memory
+ADAPTER_CONFIG = "adapter_config.json"
 FILES = ["*.json", "*.safetensors"]
 """What a model needs. No pickle is downloaded, and code only with `trust_remote_code=True`."""
 
@@ -24,6 +25,7 @@ def from_pretrained(
     id_or_path: str | Path,
     *,
     base: nn.Module | str | Path | None = None,
+    adapter: str | None = None,
     attn_implementation: str | None = None,
     impl: str = "auto",
     revision: str | None = None,
@@ -37,6 +39,7 @@ def from_pretrained(
     Args:
         id_or_path: a folder, or a repository on the Hub.
         base: for an adapter: the model it goes on, or its name or folder; default: the one the adapter names.
+        adapter: of several adapters, the one to make active; default: "default", or the only one.
         attn_implementation: of what the patch leaves dense; default: the one it was saved with.
         impl: implementation of the attention op, as in `lcpatch.apply`.
         revision: branch, tag or commit of the repository.
@@ -51,14 +54,15 @@ def from_pretrained(
 
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     files = [*FILES, "*.py"] if kwargs.get("trust_remote_code") else FILES
-    folder = Path(id_or_path) if Path(id_or_path).is_dir() else _download(str(id_or_path), revision, files, hub)
-    is_adapter = (folder / "adapter_config.json").is_file()
-    patch = _patch_in(folder, id_or_path, is_adapter)
+    folder = folder_of(id_or_path, revision, files, hub)
+    adapters = adapters_in(folder)
+    patch = patch_in(folder, id_or_path, bool(adapters))
+    active = _active(adapters, adapter, id_or_path)
     if isinstance(base, nn.Module) and kwargs:
         raise ValueError(f"{sorted(kwargs)[0]} is for loading a base model, but base is one that is loaded already")
     kwargs = {**kwargs, "use_safetensors": True, "attn_implementation": attn_implementation or patch.dense}
-    if is_adapter:
-        model = _adapter(folder, base, {**kwargs, **hub})
+    if active:
+        model = _adapter(folder, adapters, active, base, {**kwargs, **hub})
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
         model.config._name_or_path = model.name_or_path = str(id_or_path)  # not the place in the cache
@@ -72,15 +76,31 @@ def from_pretrained(
     return model.eval()
 
 
-def _download(repo_id: str, revision: str | None, files: list[str], hub: dict[str, Any]) -> Path:
-    """The repository's files at one commit."""
+def folder_of(id_or_path: str | Path, revision: str | None, files: list[str], hub: dict[str, Any]) -> Path:
+    """Where the files lie: the folder itself or, of a repository, those files at one commit.
+
+    Args:
+        id_or_path: a folder, or a repository on the Hub.
+        revision: branch, tag or commit.
+        files: patterns of the files that are wanted.
+        hub: what `huggingface_hub.snapshot_download` takes beside them.
+
+    Raises:
+        FileNotFoundError: a path where no folder is.
+        ValueError: neither a folder nor the name of a repository.
+        HubError: the Hub did not give the files.
+    """
+    if Path(id_or_path).is_dir():
+        return Path(id_or_path)
+    if str(id_or_path).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{id_or_path} is no folder; give one, or the name of a repository on the Hub")
     from huggingface_hub import snapshot_download
 
-    with sentence(f"load {repo_id}", hub["token"]):
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files, **hub))
+    with sentence(f"load {id_or_path}", hub.get("token")):
+        return Path(snapshot_download(str(id_or_path), revision=revision, allow_patterns=files, **hub))
 
 
-def _patch_in(folder: Path, name: str | Path, is_adapter: bool) -> PatchConfig:
+def patch_in(folder: Path, name: str | Path, is_adapter: bool) -> PatchConfig:
     """The patch that the files carry: in the sidecar or, if a model lost it, in `config.json`."""
     patch = read_config(folder)
     carried = None
@@ -99,21 +119,56 @@ def _patch_in(folder: Path, name: str | Path, is_adapter: bool) -> PatchConfig:
     return found
 
 
-def _adapter(folder: Path, base: nn.Module | str | Path | None, kwargs: dict[str, Any]) -> Any:
-    """The PEFT model of an adapter's folder."""
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM
+def adapters_in(folder: Path) -> dict[str, Path]:
+    """The folder of each adapter by name, as PEFT lays them out: "default" at the top, others in folders of theirs."""
+    found = {"default": folder} if (folder / ADAPTER_CONFIG).is_file() else {}
+    named = {f.name: f for f in sorted(folder.iterdir()) if (f / ADAPTER_CONFIG).is_file()}
+    return {**found, **named}
 
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ValueError(f"{folder} has no adapter_model.safetensors; lcpatch loads no pickles")
-    config = PeftConfig.from_pretrained(str(folder))
+
+def _active(adapters: dict[str, Path], wanted: str | None, name: str | Path) -> str | None:
+    """The adapter to make active; None for a full model."""
+    choices = ", ".join(adapters) or "none, it is a full model"
+    if wanted is not None and wanted not in adapters:
+        raise ValueError(f"{name} has no adapter {wanted!r}; it has: {choices}")
+    if wanted is None and len(adapters) > 1 and "default" not in adapters:
+        raise ValueError(f"{name} has several adapters; say which is active: adapter= one of {choices}")
+    return wanted or ("default" if "default" in adapters else next(iter(adapters), None))
+
+
+def _adapter(
+    folder: Path, adapters: dict[str, Path], active: str, base: nn.Module | str | Path | None, kwargs: dict[str, Any]
+) -> Any:
+    """The PEFT model of a folder's adapters."""
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for adapter in adapters.values():
+        if not (adapter / "adapter_model.safetensors").is_file():
+            raise ValueError(f"{adapter} has no adapter_model.safetensors; lcpatch loads no pickles")
+    config = PeftConfig.from_pretrained(str(adapters[active]))
+    positions = read_positions(folder)
     if not isinstance(base, nn.Module):
         name = base or config.base_model_name_or_path
         if not name:
             raise ValueError("the adapter names no base model; give one: from_pretrained(…, base='org/model')")
-        revision = config.revision if base is None else None
-        base = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **kwargs)
-    return PeftModel.from_pretrained(base, str(folder))
+        revision = (config.revision if base is None else None) or "main"
+        trusted = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only", "trust_remote_code")
+                   if name in kwargs}  # fmt: skip
+        base_config = AutoConfig.from_pretrained(name, revision=revision, **trusted)
+        for setting, value in positions.items():
+            setattr(base_config, setting, value)
+        base = AutoModelForCausalLM.from_pretrained(name, revision=revision, **{"config": base_config, **kwargs})
+    for setting, value in positions.items():
+        if (found := getattr(base.config, setting, None)) != value:
+            raise ValueError(
+                f"the adapter was trained with {setting}={value}, but the base has {found}: leave base out, or load it "
+                "with that setting in its config"
+            )
+    model = PeftModel.from_pretrained(base, str(adapters[active]), adapter_name=active)
+    for name in adapters.keys() - {active}:
+        model.load_adapter(str(adapters[name]), adapter_name=name)
+    return model
 
 
 def _load_logits(model: nn.Module, folder: Path) -> None:

@@ -14,7 +14,7 @@ from ..hf import NAME
 from ..hf.models import attention_modules, unwrap
 from ..hf.state import SINK_LOGIT
 from ..patching.apply import record_of
-from .sidecar import write_config, write_logits
+from .sidecar import POSITIONS, write_config, write_logits
 
 
 def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: Any = None, **kwargs: Any) -> None:
@@ -42,10 +42,16 @@ def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: Any = None
     if folder.is_file():
         raise ValueError(f"{folder} is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    has_readme = (folder / "README.md").exists()
     with _ready_to_save(model, patch) as logits:
         model.save_pretrained(folder, **kwargs)
         write_logits(folder, logits)
-    write_config(folder, patch)
+    if not has_readme:
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form, with nothing filled in
+    config = unwrap(model).config
+    is_adapter = hasattr(model, "peft_config")
+    positions = {name: value for name in POSITIONS if (value := getattr(config, name, None)) is not None}
+    write_config(folder, patch, positions if is_adapter else None)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

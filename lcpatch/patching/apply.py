@@ -14,7 +14,7 @@ from torch import nn
 
 from lcpatch_kernels.block_sparse import Impl
 
-from ..core.config import PatchConfig, parse_sinks
+from ..core.config import SPECS, PatchConfig, parse_sinks
 from ..core.errors import UnsupportedModelError
 from ..hf import NAME, LayerState, register
 from ..hf.layers import is_loaded_patched, layer_states, resolved_patch, shape_of
@@ -22,7 +22,7 @@ from ..hf.models import attention_modules, unwrap
 from ..hf.own_config import OwnConfigs
 from ..hf.registration import check_dense
 from ..hf.route import is_routed, route, unroute
-from ..hf.state import ATTRIBUTE, SINK_LOGIT, dense_name
+from ..hf.state import ATTRIBUTE, ON_REMOVE, SINK_LOGIT, dense_name
 from ..hf.watch import unwatch, watch
 from ..patterns import AttentionPattern
 from .resolve import Layers, config_of, pattern_of, sparse_layers
@@ -82,6 +82,8 @@ def apply(
         ValueError: an option, layer or mode that does not fit.
     """
     base = unwrap(model)
+    if ON_REMOVE in base.__dict__:
+        raise ValueError("this model is parallelized; patch it first, and parallelize it then")
     modules = attention_modules(base)
     if (record := record_of(base)) is not None:
         layer_config = record.configs.originals[0]
@@ -98,7 +100,8 @@ def apply(
     if record is not None or routed:
         remove(model)
     register()
-    setattr(base, RECORD, Record(config, impl, OwnConfigs.take(model, base, {"lcpatch": config.to_dict()})))
+    patch = {**config.to_dict(), SPECS: specs_of(states)}
+    setattr(base, RECORD, Record(config, impl, OwnConfigs.take(model, base, {"lcpatch": patch})))
     for index, module in modules.items():
         setattr(module, ATTRIBUTE, states[index])
         if states[index].spec is not None:
@@ -110,11 +113,13 @@ def apply(
 
 
 def remove(model: Model) -> Model:
-    """Take the patch off `model`, and the route that a cache set, and return it; no-op if there is neither.
+    """Take the patch off `model`, and what a cache or `parallelize` set, and return it; no-op if there is nothing.
 
     Everything that was set is restored.
     """
     base = unwrap(model)
+    if (close := base.__dict__.get(ON_REMOVE)) is not None:
+        close()
     unroute(model)
     record = record_of(base)
     if record is None:
@@ -214,6 +219,12 @@ def _check(
         )
     if not pattern.causal:
         warnings.warn(f"{pattern}: rolled groups show the first group's tokens the sequence's end", stacklevel=3)
+
+
+def specs_of(states: dict[int, LayerState]) -> dict[str, str]:
+    """What a config carries for readers that know no patterns: each sparse layer's integers."""
+    sparse = {index: state.spec for index, state in states.items() if state.spec is not None}
+    return {str(index): " ".join(map(str, spec.to_ints())) for index, spec in sparse.items()}
 
 
 def _add_sink_logit(module: nn.Module, model_config: Any, config: PatchConfig) -> None:

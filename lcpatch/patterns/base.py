@@ -45,11 +45,16 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class AttentionPattern(ABC):
-    """Base of the methods. A subclass registers itself, declares its options as fields and implements `rules`."""
+    """Base of the methods. A subclass registers itself, declares its options as fields and implements `rules`.
+
+    `paper` is an arXiv id; with `paper_title` and `authors`, as BibTeX writes them, model cards cite it.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]
+    paper_title: ClassVar[str] = ""
+    authors: ClassVar[str] = ""
     default_mode: ClassVar[str]
 
     @abstractmethod

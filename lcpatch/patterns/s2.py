@@ -43,6 +43,11 @@ class S2(AttentionPattern):
 
     title: ClassVar[str] = "Sparsely-Sharded attention: local blocks + a stripe per head"
     paper: ClassVar[str] = "2407.17678"
+    paper_title: ClassVar[str] = "S2-Attention: Hardware-Aware Context Sharding Among Attention Heads"
+    authors: ClassVar[str] = (
+        "Lin, Xihui and Zhang, Yunan and Ge, Suyu and Ren, Liliang and Patra, Barun and Chaudhary, Vishrav and "
+        "Peng, Hao and Song, Xia"
+    )
     default_mode: ClassVar[str] = "always"
 
     block_size: int = 64

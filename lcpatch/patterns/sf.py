@@ -37,6 +37,10 @@ class SF(GroupedPattern):
 
     title: ClassVar[str] = "SinkLoRA's SF-Attn: shifted groups, some heads returned, sink tokens"
     paper: ClassVar[str] = "2406.05678"
+    paper_title: ClassVar[str] = (
+        "SinkLoRA: Enhanced Efficiency and Chat Capabilities for Long-Context Large Language Models"
+    )
+    authors: ClassVar[str] = "Zhang, Hengyu"
     default_mode: ClassVar[str] = "train"
 
     returned_fraction: float = 0.5

@@ -36,6 +36,10 @@ class Shift(GroupedPattern):
 
     title: ClassVar[str] = "LongLoRA's shifted groups: half of the heads by half a group"
     paper: ClassVar[str] = "2309.12307"
+    paper_title: ClassVar[str] = "LongLoRA: Efficient Fine-tuning of Long-Context Large Language Models"
+    authors: ClassVar[str] = (
+        "Chen, Yukang and Qian, Shengju and Tang, Haotian and Lai, Xin and Liu, Zhijian and Han, Song and Jia, Jiaya"
+    )
     default_mode: ClassVar[str] = "train"
 
     wrap: bool = False

@@ -31,6 +31,8 @@ class Sink(AttentionPattern):
 
     title: ClassVar[str] = "attention sinks: the first tokens + a sliding window"
     paper: ClassVar[str] = "2309.17453"
+    paper_title: ClassVar[str] = "Efficient Streaming Language Models with Attention Sinks"
+    authors: ClassVar[str] = "Xiao, Guangxuan and Tian, Yuandong and Chen, Beidi and Han, Song and Lewis, Mike"
     default_mode: ClassVar[str] = "always"
 
     num_sinks: int = 4

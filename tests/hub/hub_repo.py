@@ -37,8 +37,8 @@ class Repo:
         folder = self.folder / commit
         return [(f.relative_to(folder).as_posix(), f.read_bytes()) for f in sorted(folder.rglob("*")) if f.is_file()]
 
-    def commit(self, revision: str, body: bytes) -> str:
-        """Apply NDJSON operations to the head of `revision`."""
+    def commit(self, revision: str, body: bytes, large: Path) -> str:
+        """Apply NDJSON operations to the head of `revision`; `large` holds the LFS files by their hash."""
         data = self.load()
         head = data["branches"].get(revision) or data["branches"]["main"]
         new = hashlib.sha1(f"{len(data['log'])} {head}".encode() + body).hexdigest()
@@ -50,6 +50,10 @@ class Repo:
                 file = self.folder / new / value["path"]
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(base64.b64decode(value["content"]))
+            elif operation["key"] == "lfsFile":
+                file = self.folder / new / value["path"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(large / value["oid"], file)
             elif operation["key"] == "deletedFile":
                 (self.folder / new / value["path"]).unlink()
         data["branches"][revision] = new

@@ -12,6 +12,7 @@ from models import SHORT, attention_layers, build, tokens
 from transformers import AutoModelForCausalLM
 
 import lcpatch
+from lcpatch.core.config import FORMAT
 from lcpatch.hf.state import SINK_LOGIT
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,28 @@ def test_an_adapter_comes_back(method: str, tmp_path: Path):
     assert torch.equal(other(ids).logits, model(ids).logits)
     with pytest.raises(ValueError, match="dtype is for loading a base model"):
         lcpatch.from_pretrained(tmp_path / "adapter", base=build(), dtype=torch.float32)
+
+
+def test_named_adapters_come_back(tmp_path: Path):
+    build().save_pretrained(tmp_path / "base")
+    base = lcpatch.apply(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), "s2", **PATCHES["s2"])
+    settings = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    model, ids = peft.get_peft_model(base, settings, adapter_name="novels").eval(), tokens()
+    lcpatch.save_pretrained(model, tmp_path / "one")
+    loaded = lcpatch.from_pretrained(tmp_path / "one")
+    assert loaded.active_adapter == "novels"
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    model.add_adapter("letters", settings)
+    lcpatch.save_pretrained(model, tmp_path / "two")
+    with pytest.raises(ValueError, match="several adapters; say which is active: adapter= one of letters, novels"):
+        lcpatch.from_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match="no adapter 'poems'; it has: letters, novels"):
+        lcpatch.from_pretrained(tmp_path / "two", adapter="poems")
+    both = lcpatch.from_pretrained(tmp_path / "two", adapter="letters")
+    for name in ("letters", "novels"):
+        both.set_adapter(name)
+        model.set_adapter(name)
+        assert torch.equal(both.eval()(ids).logits, model.eval()(ids).logits)
 
 
 def test_an_adapter_on_a_patched_base(tmp_path: Path):
@@ -192,7 +215,7 @@ PATCH = {"format": 1, "method": "s2", "options": {}, "layers": [0], "mode": "alw
         ({"format": 1, "patch": PATCH, "run": "x"}, "unknown key 'run'"),
         ({"format": 1, "lcpatch_version": 3, "patch": PATCH}, "lcpatch_version must be"),
         ({"format": 1}, "must be a JSON object, not NoneType"),
-        ({"format": 1, "patch": {**PATCH, "format": 2}}, "format 2; this lcpatch reads"),
+        ({"format": 1, "patch": {**PATCH, "format": FORMAT + 1}}, f"format {FORMAT + 1}; this lcpatch reads"),
         ({"format": 1, "patch": {**PATCH, "method": "../s2"}}, "unknown attention method"),
         ({"format": 1, "patch": {**PATCH, "other": 1}}, "unknown key 'other'"),
         ({"format": 1, "patch": {**PATCH, "mode": ["always"]}}, "must be a string"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lcpatch
-from lcpatch.cli._draw import coverage, num_kept, shares, tokens
+from lcpatch.patching.draw import coverage, num_kept, shares, tokens
 from lcpatch.patterns import LayerShape
 from lcpatch_kernels import DENSE, BlockSparseSpec
 from lcpatch_kernels.block_sparse.dense import mask_mod
