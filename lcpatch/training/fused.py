@@ -23,7 +23,8 @@ def fused_loss(model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int
 
     Args:
         model: a causal language model, or a wrapper of PEFT or DistributedDataParallel around one.
-        inputs: `input_ids` and `labels` [B, T], not shifted, and what else the model takes.
+        inputs: `input_ids` and `labels` [B, T], not shifted, and what else the model takes; or `shift_labels` beside
+            them, which are.
         num_items: what the summed loss is divided by; None: the labels that count.
     """
     inner = without_wrapper(model)
@@ -31,7 +32,9 @@ def fused_loss(model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int
     decoder = base.base_model
     given = {name: value for name, value in inputs.items() if name != "labels"}
     output, hidden = decode(model, decoder, **given)
-    targets = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)
+    targets = inputs.get("shift_labels")
+    if targets is None:
+        targets = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)
     with head_of(inner, decoder, output, inputs["input_ids"][:1, :1]) as head:
         total = summed_cross_entropy(head, hidden, targets, head_parameters(base), base.config.vocab_size)
     return total / ((targets != IGNORE).sum() if num_items is None else num_items)
