@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,22 @@ def test_evaluation_is_dense_and_patched(trained):
         assert abs(metrics["eval_dense_loss"] - metrics["eval_patched_loss"]) > 1e-4
     log = json.loads((trained["s2"][1] / "log.json").read_text())
     assert all(line["tokens_per_second"] > 0 for line in log if "loss" in line)
+
+
+def test_chats_are_trained_on(base, tmp_path: Path):
+    """SFT through the chat template: what the assistant says is learned, and records that are too long are told of."""
+    folder = shutil.copytree(base, tmp_path / "chatty")
+    template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    records = [{"instruction": f"Say {n}.", "output": "Very well, here it is."} for n in range(40)]
+    records.append({"instruction": "x " * 500, "output": "No."})
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.warns(UserWarning, match="1 of 41 records were left out: longer than 96 tokens"):
+        result = run(folder, tmp_path / "run", task="sft", data=(str(tmp_path / "chats.jsonl"),), attention="sf")
+    assert mean(result.losses[-3:]) < mean(result.losses[:3]) - 1  # the same answer every time is soon learned
 
 
 # Stopping, and going on
