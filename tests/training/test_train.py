@@ -15,7 +15,7 @@ from training_cases import SETTINGS, STEPS, Interrupt, ids, run
 import lcpatch
 from lcpatch.core.errors import TrainingError
 from lcpatch.hf.state import SINK_LOGIT
-from lcpatch.training import lora, trainer
+from lcpatch.training import lora, sources, trainer
 
 
 def mean(losses: list[float]) -> float:
@@ -153,11 +153,15 @@ def test_a_stopped_run_goes_on_exactly(trained, base, tmp_path: Path, interrupt,
     assert rest.metrics["eval_dense_loss"] == whole.metrics["eval_dense_loss"]
 
 
-def test_a_run_with_another_config_is_refused(trained, base):
+def test_a_run_with_another_config_is_refused(trained, base, monkeypatch):
     _, output = trained["longlora"]
     before = sorted(output.rglob("*"))
     with pytest.raises(ValueError, match=r"holds a run with learning_rate=0.005, this one has 0.001: take another"):
         run(base, output, **SETTINGS["longlora"], learning_rate=1e-3)
+    with monkeypatch.context() as patch:  # the same name, another text
+        patch.setattr(sources, "read_texts", lambda names: (["Some other text. " * 2000], "other"))
+        with pytest.raises(ValueError, match=r"holds a run with data_content="):
+            run(base, output, **SETTINGS["longlora"])
     with pytest.raises(ValueError, match=r"holds a run already; take another --output"):
         run(base, output, **SETTINGS["longlora"], resume="never")
     assert sorted(output.rglob("*")) == before
