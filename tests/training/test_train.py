@@ -13,6 +13,7 @@ from noise import FACTOR, distance, model_budget
 from training_cases import SETTINGS, STEPS, Interrupt, ids, run
 
 import lcpatch
+from lcpatch.cli import main
 from lcpatch.core.errors import TrainingError
 from lcpatch.hf.state import SINK_LOGIT
 from lcpatch.training import lora, sources, trainer
@@ -114,6 +115,34 @@ def test_chats_are_trained_on(base, tmp_path: Path):
     with pytest.warns(UserWarning, match="1 of 41 records were left out: longer than 96 tokens"):
         result = run(folder, tmp_path / "run", task="sft", data=(str(tmp_path / "chats.jsonl"),), attention="sf")
     assert mean(result.losses[-3:]) < mean(result.losses[:3]) - 1  # the same answer every time is soon learned
+
+
+def test_the_verb_trains(base, tmp_path: Path, capsys):
+    """By a recipe's name, and from a YAML file; the same run goes on, or has nothing left to do."""
+    words = [
+        "--model",
+        str(base),
+        "--length",
+        "96",
+        "--steps",
+        "2",
+        "--eval-rows",
+        "1",
+        "--output",
+        str(tmp_path / "a"),
+    ]
+    assert main(["train", "longlora", *words]) == 0
+    said = capsys.readouterr().out
+    assert "2 steps, loss " in said
+    assert "evaluation, patched: loss " in said
+    (tmp_path / "b.yaml").write_text(f"model: {base}\nlength: 96\nattention: shift\neval_rows: 1\nwarmup: 5\n")
+    file = ["train", str(tmp_path / "b.yaml"), "--output", str(tmp_path / "b")]
+    assert main([*file, "--steps", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-4:-1] == said.splitlines()[-4:-1]
+    assert main([*file, "--steps", "2"]) == 0
+    assert "2 steps" not in capsys.readouterr().out
+    assert main([*file, "--steps", "3"]) == 2
+    assert "holds a run with steps=2, this one has 3" in capsys.readouterr().err
 
 
 # Stopping, and going on
