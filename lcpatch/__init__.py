@@ -20,7 +20,7 @@ _HOME = {
     "patched": "patching",
     "report": "patching",
     "register": "hf",
-    "load_cache": "caches.store",
+    "load_cache": "hub",
     "save_pretrained": "hub",
     "from_pretrained": "hub",
     "push_to_hub": "hub",

@@ -88,9 +88,9 @@ def _what(shape: Shape) -> str:
 
 
 def strategies_for(pattern: Any) -> list[tuple[str, str]]:
-    """(strategy, layout) that serve a layer, each in the layout that suits it."""
+    """(strategy, layout) measured on a layer; `ulysses` sends the same for every pattern."""
     if pattern is not None:
-        return [("halo", "contiguous"), ("ulysses", "contiguous")]
+        return [("halo", "contiguous")]
     return [
         *(("halo", "contiguous"), ("ulysses", "contiguous"), ("lightseq", "contiguous")),
         *(("ring", "head_tail"), ("tokenring", "head_tail")),

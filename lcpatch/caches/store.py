@@ -30,7 +30,7 @@ FORMAT = 1
 """Version of the header. A reader refuses a newer one."""
 
 KEY = "lcpatch_cache"
-MAX_HEADER = 8 << 20  # a header holds a few integers a layer and row: kilobytes
+MAX_HEADER = 1 << 20  # kilobytes are usual; JSON takes up to 50 times its size in memory
 
 DIFFERS = {
     "class": "another kind of model",
@@ -96,6 +96,21 @@ def load_cache(path: str | Path, model: nn.Module, tokenizer: Any = None) -> Lon
         reason = "there is no such file" if not path.exists() else f"not a safetensors file, or cut off ({error})"
         raise StoreError(f"{path}: {reason}") from error
     return cache
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What the file says about its cache and the model: its kinds checked, its values not; no model is needed.
+
+    Raises:
+        StoreError: no such file, or one that holds no cache of ours.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return _header(file, path)
+    except (SafetensorError, OSError) as error:
+        reason = "there is no such file" if not path.exists() else f"not a safetensors file, or cut off ({error})"
+        raise StoreError(f"{path}: {reason}") from error
 
 
 def _state(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

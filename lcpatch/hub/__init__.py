@@ -1,9 +1,23 @@
-"""Save, load and publish patched models, with cards."""
+"""Save, load and publish patched models, adapters, caches and kernels, with cards."""
 
+from .cache import load_cache
+from .generate import export_generate, push_generate
+from .kernels import export_kernels, push_kernels
 from .load import from_pretrained
 from .preview import preview_card
 from .push import push_to_hub
 from .save import save_pretrained
 from .upload import Push
 
-__all__ = ["Push", "from_pretrained", "preview_card", "push_to_hub", "save_pretrained"]
+__all__ = [
+    "Push",
+    "export_generate",
+    "export_kernels",
+    "from_pretrained",
+    "load_cache",
+    "preview_card",
+    "push_generate",
+    "push_kernels",
+    "push_to_hub",
+    "save_pretrained",
+]

@@ -15,7 +15,7 @@ from ..patching.resolve import pattern_of
 from .errors import sentence
 from .sidecar import CONFIG_FILE, read_config, read_json, read_logits, read_patch, read_positions
 
-MAX_MODEL_CONFIG_BYTES = 2 * 2**20
+MAX_MODEL_CONFIG_BYTES = 2**20  # JSON takes up to 50 times its size in memory
 ADAPTER_CONFIG = "adapter_config.json"
 FILES = ["*.json", "*.safetensors"]
 """What a model needs. No pickle is downloaded, and code only with `trust_remote_code=True`."""

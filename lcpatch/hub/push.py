@@ -1,4 +1,4 @@
-"""Publish a patched model: saved whole first, with its card, then one commit."""
+"""Publish a patched model, an adapter or a cache: saved whole first, with its card, then one commit."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..caches import LongCache
 from ..eval.saved import read_report
 from ..hf.models import unwrap
 from .about import About
+from .cache import push_cache
 from .card import Subject, make_card
-from .card_files import README, write_card
+from .card_files import write_card
 from .save import patch_of, save_pretrained
 from .sidecar import LOGITS_FILE
 from .upload import Push, Target, publish
@@ -24,7 +26,7 @@ REPLACED = ["model*.safetensors", "model.safetensors.index.json", "*adapter_*", 
 
 
 def push_to_hub(
-    model: nn.Module,
+    model: nn.Module | LongCache,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -38,12 +40,12 @@ def push_to_hub(
     about: Any = None,
     **kwargs: Any,
 ) -> Push:
-    """Save a patched model or adapter and push it to the Hub in one commit, with a card.
+    """Save a patched model, an adapter or a cache and push it to the Hub in one commit, with a card.
 
     A README.md that is there already stays, unless it is a card of an earlier push that nobody changed.
 
     Args:
-        model: what `lcpatch.apply` patched.
+        model: what `lcpatch.apply` patched, or a cache: what `lcpatch.load_cache` loads from there.
         repo_id: "user/name"; made if it does not exist.
         private: whether a new repository is private.
         revision: the branch; made if it does not exist.
@@ -51,21 +53,27 @@ def push_to_hub(
         token: a token, False for none, None for the one that `hf auth login` stored.
         commit_message: default: names the method.
         dry_run: save and list the files, and talk to nobody.
-        tokenizer: pushed along.
+        tokenizer: pushed along; of a cache, only what tells it from another.
         report: what `lcpatch eval` measured, for the card: its `report.json`, its folder, or a `lcpatch.eval.Report`.
         about: what else the card says: a mapping, or a YAML file, with any of `base_model`, `base_model_relation`,
             `license`, `language`, `datasets`, `tags`, `training`, `limits`, `citation`.
         **kwargs: for `lcpatch.save_pretrained`.
 
     Raises:
+        StoreError: a cache that cannot be saved.
         ValueError: the model is not patched, cannot be saved so, or the repository's name, `report` or `about` is not
             a valid one.
         HubError: the Hub refused or failed; the saved files are kept, and the message says where. Push again to repeat.
     """
+    target = Target(repo_id, "model", private, revision, create_pr, token)
+    if isinstance(model, LongCache):
+        if report is not None or kwargs:
+            raise ValueError(f"{['report', *kwargs][report is None]} is for a model; a cache has its own file and card")
+        said = {"tokenizer": tokenizer, "about": about, "message": commit_message, "dry_run": dry_run}
+        return push_cache(model, target, **said)
     patch = patch_of(model)
     about = About.of(about)
     report = None if report is None else read_report(report)
-    target = Target(repo_id, "model", private, revision, create_pr, token)
 
     def fill(folder: Path) -> None:
         save_pretrained(model, folder, tokenizer=tokenizer, **kwargs)
@@ -76,7 +84,6 @@ def push_to_hub(
 
 
 def _write_card(model: nn.Module, folder: Path, target: Target, about: About, report: Report | None) -> None:
-    (folder / README).unlink(missing_ok=True)  # PEFT writes an empty one
     config = unwrap(model).config
     known = {**config.to_dict(), "_name_or_path": config._name_or_path}
     subject = Subject.of(folder, target.repo_id, known, None if target.create_pr else target.revision)

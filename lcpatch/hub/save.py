@@ -42,9 +42,12 @@ def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: Any = None
     if folder.is_file():
         raise ValueError(f"{folder} is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    has_readme = (folder / "README.md").exists()
     with _ready_to_save(model, patch) as logits:
         model.save_pretrained(folder, **kwargs)
         write_logits(folder, logits)
+    if not has_readme:
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form, with nothing filled in
     config = unwrap(model).config
     is_adapter = hasattr(model, "peft_config")
     positions = {name: value for name in POSITIONS if (value := getattr(config, name, None)) is not None}

@@ -23,7 +23,8 @@ def fused_loss(model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int
 
     Args:
         model: a causal language model, or a wrapper of PEFT or DistributedDataParallel around one.
-        inputs: `input_ids` and `labels` [B, T], not shifted, and what else the model takes.
+        inputs: `input_ids` and `labels` [B, T], not shifted, and what else the model takes; or `shift_labels` beside
+            them, which are.
         num_items: what the summed loss is divided by; None: the labels that count.
     """
     inner = without_wrapper(model)
@@ -42,7 +43,9 @@ def fused_loss(model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int
     finally:
         handle.remove()
     output, hidden = seen[0]
-    targets = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)
+    targets = inputs.get("shift_labels")
+    if targets is None:
+        targets = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)
     behind = [module for module in base.children() if module is not decoder]
     parameters = list({id(p): p for module in behind for p in module.parameters()}.values())
     token = inputs["input_ids"][:1, :1]

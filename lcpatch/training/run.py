@@ -58,10 +58,13 @@ def train(config: TrainConfig, save: Save | None) -> Result:
     from accelerate import PartialState
     from transformers import set_seed
 
+    from .parallel import parallelize
+    from .parallel.trainer import group_of
     from .trainer import LongTrainer, StopOnSignal
 
     _accelerate_is_there()
     state = PartialState(cpu=not torch.cuda.is_available())
+    group = group_of(config.context_parallel) if config.context_parallel > 1 else None
     tokenizer = load_tokenizer(config)
     with state.main_process_first():
         train_rows, eval_rows = datasets(config, tokenizer)
@@ -86,6 +89,8 @@ def train(config: TrainConfig, save: Save | None) -> Result:
             offload=config.offload and not config.chunk_size,  # by chunks it is keys, values and their gradients
             chunkwise=chunks(config),
         )
+        if config.context_parallel > 1:
+            trainer.ranks = stack.enter_context(parallelize(model, group, config.parallel))
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finished = trainer.state.global_step >= config.steps
         metrics = trainer.evaluate() if finished and eval_rows is not None else {}

@@ -28,11 +28,12 @@ from . import arms
 from .checkpoints import STAGING, discard, disk_full, load_logits, save_logits
 from .chunkwise_trainer import ChunkwiseMixin
 from .fused import can_fuse, fused_loss
+from .parallel.trainer import ParallelMixin
 
 MODES = {"dense": "never", "patched": "always"}
 
 
-class LongTrainer(ChunkwiseMixin, Trainer):
+class LongTrainer(ParallelMixin, ChunkwiseMixin, Trainer):
     """transformers' Trainer for patched models and packed rows.
 
     Args:

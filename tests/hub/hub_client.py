@@ -29,15 +29,16 @@ def fail(path, status, **more):
 def clear():
     order("/_test/clear", {})
 
-def run_card(name, number):
-    "Run a card's Python block; gives the model that it makes."
+def run_card(name, number, *wanted):
+    "Run a card's Python block; gives the model that it makes, or what is wanted."
     os.environ["HF_TOKEN"] = token
     card = pathlib.Path(hf_hub_download(name, "README.md")).read_text()
     block = re.findall(r"```python\\n(.*?)```", card, re.DOTALL)[number]
     made = {}
     exec(block, made)
     del os.environ["HF_TOKEN"]
-    return made["model"].eval()
+    made["model"].eval()
+    return [made[one] for one in wanted] if wanted else made["model"]
 """
 
 WITH_LCPATCH = """

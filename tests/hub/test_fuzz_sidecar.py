@@ -1,15 +1,22 @@
-"""Mutated sidecars: what is read is a patch, everything else is refused with a `ValueError`."""
+"""Mutated sidecars, configs, cache headers: what is valid is read, everything else is refused with a `ValueError`."""
 
 import json
 import tempfile
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from lcpatch import PatchConfig
-from lcpatch.hub.sidecar import read_config
+from lcpatch.caches import store
+from lcpatch.hub.load import MAX_MODEL_CONFIG_BYTES, patch_in
+from lcpatch.hub.sidecar import MAX_CONFIG_BYTES, read_config
 from lcpatch.patching.resolve import pattern_of
 
 VALID = {
@@ -62,6 +69,83 @@ def test_bytes_replaced(place: int, inserted: bytes, removed: int):
     raw = json.dumps(VALID).encode()
     place %= len(raw)
     read(raw[:place] + inserted + raw[place + removed :])
+
+
+def carried(raw: bytes) -> PatchConfig | None:
+    """The patch in a `config.json` of these bytes, or None if it was refused."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_bytes(raw)
+        try:
+            return patch_in(Path(folder), "x", is_adapter=False)
+        except ValueError:
+            return None
+
+
+CONFIG = {"model_type": "llama", "lcpatch": {**VALID["patch"], "format": 2, "specs": {"0": "16 1 0", "1": "16 1 0"}}}
+
+
+@given(st.sampled_from([(), *((key,) for key in CONFIG["lcpatch"]), ("specs", "0"), ("specs", "x")]), VALUES)
+@settings(max_examples=150, deadline=None)
+def test_one_value_of_a_config_replaced(place: tuple[str, ...], value: Any):
+    data = json.loads(json.dumps(CONFIG))
+    inner, way = data, ("lcpatch", *place)
+    for key in way[:-1]:
+        inner = inner[key]
+    inner[way[-1]] = value
+    patch = carried(json.dumps(data).encode())
+    if patch is not None:
+        assert PatchConfig.from_dict(patch.to_dict()) == patch
+        assert all(isinstance(spec, str) for spec in data["lcpatch"].get("specs", {}).values())
+
+
+def test_older_patches_are_read():
+    """Of format 1, which said nothing of each layer's integers."""
+    old = {**CONFIG["lcpatch"], "format": 1}
+    del old["specs"]
+    assert carried(json.dumps({"lcpatch": old}).encode()) == carried(json.dumps(CONFIG).encode()) is not None
+
+
+def header(raw: bytes) -> None:
+    """Read a cache's header of these bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "cache.safetensors")
+        save_file({"0.keys": torch.zeros(1)}, file, metadata={store.KEY: raw.decode()})
+        store.read_header(file)
+
+
+@given(st.sampled_from(["format", "cache", "options", "model", "layers", "tokenizer", "more"]), VALUES)
+@settings(max_examples=100, deadline=None)
+def test_one_value_of_a_header_replaced(key: str, value: Any):
+    valid = {"format": 1, "cache": "h2o", "options": {}, "model": {}, "layers": [], "tokenizer": None}
+    header(json.dumps(valid).encode())
+    try:
+        header(json.dumps({**valid, key: value}).encode())
+    except ValueError:
+        return
+    kinds = {"format": int, "cache": str, "options": dict, "model": dict, "layers": list}
+    assert isinstance(value, kinds.get(key, object))
+
+
+READERS = {"sidecar": (read, MAX_CONFIG_BYTES), "config": (carried, MAX_MODEL_CONFIG_BYTES)}
+
+
+@pytest.mark.parametrize("part", [b"[],", b"{},", b'"x",', b"1,", b"[" * 900 + b"]" * 900 + b","])
+@pytest.mark.parametrize("what", [*READERS, "header"])
+def test_none_takes_more_memory_than_its_size_allows(what: str, part: bytes):
+    reader: Callable[[bytes], Any]
+    reader, most = READERS.get(what, (header, store.MAX_HEADER))
+    raw = b'{"lcpatch": [' + part * ((most - 20) // len(part)) + b"0]}"
+    assert len(raw) <= most
+    tracemalloc.start()
+    try:
+        if what == "header":
+            with pytest.raises(ValueError, match="header"):
+                header(raw)
+        else:
+            assert reader(raw) is None
+        assert tracemalloc.get_traced_memory()[1] <= max(64 * 2**20, 4 * len(raw))
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_valid_one_is_read():

@@ -283,3 +283,50 @@ def run_all(rank: int, shapes: list[tuple[int, int]], cases: list[dict[str, Any]
 
     attention = attend_everywhere(rank, dist.get_world_size(), shapes)
     return {"attention": attention, "training": train_everywhere(rank, cases), "unchanged": unchanged(rank)}
+
+
+def torchs_ring(rank: int) -> dict[str, Any]:
+    """torch's own engine beside our ring, head and tail: the same output, and the bytes that each sends."""
+    import torch.distributed as dist
+    from torch.distributed._functional_collectives import permute_tensor
+    from torch.distributed.tensor.experimental._context_parallel import _attention
+
+    from lcpatch.bench.parallel import torchs_ring as counted
+
+    ranks, heads, length, dim = dist.get_world_size(), 4, 64, 16
+    documents = (((0, length),),)
+    work = Work(
+        BlockSparseSpec.of([Rule()] * heads),
+        heads,
+        dim,
+        make_layout("head_tail", length, ranks, documents),
+        documents,
+        4,
+    )
+    mine = work.layout.tokens(rank)
+    g = torch.Generator().manual_seed(0)
+    whole = [torch.randn(1, heads, length, dim, generator=g) for _ in range(3)]
+    q, k, v = (x[:, :, mine].contiguous() for x in whole)
+    sdpa = F.scaled_dot_product_attention
+    exact = sdpa(*(x.double() for x in whole), is_causal=True)
+    allowed = FACTOR * distance(sdpa(*whole, is_causal=True), exact)
+    sent = 0
+
+    def counting(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal sent
+        sent += x.numel() * x.element_size()
+        return permute_tensor(x, *args, **kwargs)
+
+    _attention._cp_options.enable_load_balance = True
+    _attention.set_rotate_method("alltoall")
+    _attention.ft_c.permute_tensor = counting
+    engine = _attention._templated_ring_attention
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    theirs = engine(dist.group.WORLD, 2, op, q, k, v, is_causal=True)[0]
+    link = Link()
+    ours, _ = strategies.get("ring")().attend(
+        Call(q, k, v, work.spec, None, None, None, "auto"), Shard(work.layout, documents, rank), link
+    )
+    # Ours in bf16 counts half the bytes of fp32.
+    error = max(distance(x, exact[:, :, mine]) for x in (ours, theirs))
+    return {"error": error, "allowed": allowed, "theirs": sent, "counted": 2 * counted(work)[rank], "ours": link.sent}
