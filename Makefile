@@ -31,13 +31,14 @@ GPU_NAME  = $(shell $(GPU_ENV) $(PYTHON) -c "import torch; print(torch.cuda.get_
 RESULTS  ?= kernels/results
 
 # The results that the README's tables are made of: `lcpatch bench tables … --write README.md`
-README_RESULTS := $(wildcard kernels/results/*-nvidia-h100-80gb-hbm3.json)
+README_RESULTS := $(wildcard kernels/results/*-nvidia-h100-80gb-hbm3.json kernels/results/parallel-bytes.json)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-.PHONY: help venv demo test test-slow test-versions test-kernels test-all quality format gpu wheel clean distclean $(TF:%=test-%)
+.PHONY: help venv demo test test-slow test-versions test-kernels test-all quality format gpu gpu-multi wheel clean distclean
+.PHONY: $(TF:%=test-%)
 
 help:
-	@echo "make demo | test | test-all | quality | format | gpu | wheel | clean | distclean"
+	@echo "make demo | test | test-all | quality | format | gpu | gpu-multi | wheel | clean | distclean"
 
 # $(1): a folder, $(2): its constraints, $(3): what to install. The stamp exists only while an install is whole: without
 # it the environment is made afresh, so an interrupted one (packages half unpacked, yet 'already satisfied') mends itself.
@@ -103,6 +104,12 @@ gpu:
 	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench shapes --out $(RESULTS)/shapes-$(GPU_NAME).json
 	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench decode --out $(RESULTS)/decode-$(GPU_NAME).json
 	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench model --out $(RESULTS)/model-$(GPU_NAME).json
+	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench cache --out $(RESULTS)/cache-$(GPU_NAME).json
+
+# All GPUs of this machine, a rank each: correct first, then the time of every strategy beside torch's own ring.
+gpu-multi:
+	$(GPU_ENV) $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node gpu -m lcpatch.cli \
+		bench parallel --time --lengths 32768,131072 --out $(RESULTS)/multi-$(GPU_NAME).json
 
 wheel: venv
 	rm -rf build dist

@@ -11,12 +11,25 @@ from torch import Tensor, nn
 
 import lcpatch
 from lcpatch.caches import caches
+from lcpatch.hf.state import own_spec
+from lcpatch.hf.watch import Call
 
-FULL: dict[str, dict[str, Any]] = {"s2": {}}
+FULL: dict[str, dict[str, Any]] = {
+    "s2": {},
+    "retrieval": {"budget": 4096, "page": 8, "recent": 8},
+    "tiered": {"budget": 4096, "page": 8, "recent": 8, "codec": None},
+}
 """Options with which a cache keeps everything; a cache that is not listed takes a budget above any length here."""
 
-SMALL: dict[str, dict[str, Any]] = {"s2": {}}
-"""Options with which it keeps about 24 tokens of `LENGTH`; default: budget=24."""
+SMALL: dict[str, dict[str, Any]] = {
+    "s2": {},
+    "retrieval": {"budget": 24, "page": 4, "recent": 4},
+    "tiered": {"budget": 24, "page": 4, "recent": 4, "codec": None},
+}
+"""Options with which it keeps (or reads) about 24 tokens of `LENGTH`; default: budget=24."""
+
+KEEPS_ALL = ("retrieval", "tiered")
+"""Caches whose budget is what a token reads, not what is kept."""
 
 ALL = tuple(caches.all())
 LENGTH = 90
@@ -53,6 +66,18 @@ def feed(model: nn.Module, ids: Tensor, cache: Any, sizes: list[int], mask: Tens
         logits.append(model(part, past_key_values=cache, **padding).logits)
         seen = end
     return torch.cat(logits, 1)
+
+
+def step(layer: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` of one step, as a model's attention makes it with a cache's layer; no padding."""
+    layer.expected = True
+    keys, values = layer.update(k, v)
+    return layer.attend(Call(q, keys, values, own_spec(q.shape[1], None), None, None, None, "auto"))
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers in float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def left_padding(pads: list[int], length: int = LENGTH) -> Tensor:

@@ -22,16 +22,8 @@ from ..core.errors import BenchmarkError
 from ..patching import patched
 from ..patterns.s2 import S2
 from . import measure
+from .geometry import LLAMA_8B, random_llama
 
-GEOMETRY = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072 + 4096,
-}
 ARMS = {"dense": None, "s2, every second layer": "every_2", "s2, all layers": lambda layer: True}
 LOSS_TOKENS = 4096  # logits of a whole 32K row would take 16 GB beside everything else
 DECODE_STEPS = 24
@@ -65,7 +57,7 @@ def run(
     if not torch.cuda.is_available():
         raise BenchmarkError("this benchmark needs a CUDA GPU; torch.cuda.is_available() is False")
     model = build(num_layers)
-    result = {**measure.environment(commit), "geometry": {**GEOMETRY, "num_hidden_layers": num_layers}}
+    result = {**measure.environment(commit), "geometry": {**LLAMA_8B, "num_hidden_layers": num_layers}}
     result["checks"] = [_check(model)]
     say(f"check: S2 with every block in reach against dense, logits {result['checks'][0]}")
     if not result["checks"][0]["passed"]:
@@ -93,18 +85,8 @@ def format_row(row: Row) -> str:
 
 
 def build(num_layers: int) -> nn.Module:
-    """A Llama of `GEOMETRY` with random weights, bf16, on the GPU."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**{**GEOMETRY, "num_hidden_layers": num_layers}, attn_implementation="sdpa")
-    torch.manual_seed(0)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(previous)
+    """A Llama of `LLAMA_8B` with random weights, bf16, on the GPU."""
+    return random_llama({**LLAMA_8B, "num_hidden_layers": num_layers})
 
 
 @torch.no_grad()

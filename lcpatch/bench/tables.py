@@ -67,17 +67,54 @@ def model(result: Result) -> Table:
     return header, rows
 
 
+def parallel(result: Result) -> Table:
+    """Bytes of context parallelism, a line per layer and strategy: MiB a rank sends, and torch's ring over that."""
+    header = ("Layer", "Tokens", "Ranks", "Strategy", "Layout", "Forward, MiB", "Backward, MiB", "torch's ring sends")
+
+    def mib(mean: float, most: int) -> str:
+        return f"{mean / 2**20:.1f} ({most / 2**20:.1f})"
+
+    rows = [
+        (
+            *(row["layer"], _tokens(row["length"]), str(row["ranks"]), row["strategy"], row["layout"]),
+            *(mib(row["forward"], row["forward_most"]), mib(row["backward"], row["backward_most"])),
+            _times(row["fewer_than_ring"]),
+        )
+        for row in result["rows"]
+    ]
+    return header, rows
+
+
+def cache(result: Result) -> Table:
+    """Caches of a whole model, a line per task and arm."""
+    header = ("Batch", "Tokens", "Cache", "Prefill s", "Peak GiB", "Cache GiB", "ms a token", "Floor ms")
+    rows = []
+    for row in result["rows"]:
+        start = (str(row["batch"]), _tokens(row["length"]), row["arm"])
+        if row["why"]:
+            rows.append((*start, row["why"], "-", "-", "-", "-"))
+            continue
+        sizes = ("" if row[name] is None else f"{row[name]:.1f}" for name in ("peak_gib", "cache_gib", "decode_ms"))
+        floor = "" if row["floor_ms"] is None else f"{row['floor_ms']:.1f}"
+        rows.append((*start, f"{row['prefill_s']:.2f}", *sizes, floor))
+    return header, rows
+
+
 KINDS: dict[str, Callable[[Result], Table]] = {
     "attention": attention,
     "shapes": shapes,
     "decode": decode,
     "model": model,
+    "parallel": parallel,
+    "cache": cache,
 }
 """Kind of result -> its table. A result file's name starts with its kind."""
 
 
 def provenance(result: Result) -> str:
-    """One line: where and with what a result was measured."""
+    """One line: where and with what a result was measured, or that it was not."""
+    if result.get("counted"):
+        return f"Counted, not timed: {result['counted']}; commit {result['commit']}"
     parts = [result["gpu"], f"torch {result['torch']}", f"triton {result['triton']}", f"commit {result['commit']}"]
     if "matmul_tflops" in result:
         parts.insert(1, f"bf16 matmul {result['matmul_tflops']:.0f} TFLOP/s")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -285,8 +285,8 @@ class LongCache(Cache):
         return save_cache(self, path, tokenizer)
 
     def memory(self) -> dict[str, int]:
-        """Bytes held per tier (so far: the device's memory)."""
-        return {"device": sum(layer_bytes(layer) for layer in self.layers)}
+        """Bytes held per tier: "device", and where a cache has them "host" and "disk"."""
+        return bytes_held(self.layers)
 
     def stats(self) -> dict[str, Any]:
         """How many tokens were seen, and how many are kept per (row, KV head): the most of a row, and by layer."""
@@ -340,12 +340,22 @@ def negative(tokens_to_remove: Any) -> int:
     return tokens_to_remove
 
 
-def layer_bytes(layer: Any) -> int:
-    """Bytes that a layer of ours or of transformers holds."""
+def bytes_held(layers: Iterable[Any]) -> dict[str, int]:
+    """Bytes per tier that layers of ours or of transformers hold."""
+    total = {"device": 0}
+    for layer in layers:
+        for tier, held in _tiers(layer).items():
+            total[tier] = total.get(tier, 0) + held
+    return total
+
+
+def _tiers(layer: Any) -> dict[str, int]:
+    if hasattr(layer, "tiers"):
+        return layer.tiers()
     if hasattr(layer, "memory"):
-        return layer.memory()
+        return {"device": layer.memory()}
     held = {x.data_ptr(): x.untyped_storage().nbytes() for x in vars(layer).values() if isinstance(x, Tensor)}
-    return sum(held.values())
+    return {"device": sum(held.values())}
 
 
 def _grown(x: Tensor, capacity: int, filled: int) -> Tensor:

@@ -20,7 +20,7 @@ def load_model(name: str, dtype: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from ._demo_model import demo_model
+    from ..hf.demo_model import demo_model
 
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise FileNotFoundError(f"{name} is no folder with a model in it")

@@ -31,21 +31,44 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     model.add_argument("--layers", type=int, default=32, help="layers of the model (default 32)")
     model.set_defaults(measure=_model)
+    parallel = what.add_parser("parallel", help="the bytes that context parallelism sends (needs no GPU), and its time")
+    parallel.add_argument("--ranks", type=int, default=8, help="ranks to count for (default 8)")
+    parallel.add_argument(
+        "--time", action="store_true", help="instead, time every strategy: under torchrun, a GPU for each rank"
+    )
+    parallel.set_defaults(measure=_parallel, lengths=(131072,))
+    training = what.add_parser("training", help="a LoRA step of a long text: sparse against dense, SeCO, SpaCO")
+    training.add_argument(
+        "--part",
+        default="a,b,c,d,e",
+        help="a: sparse against dense, b: memory slope, c: SeCO's time, d: SpaCO's, e: the longest, f: one real step",
+    )
+    training.add_argument("--length", type=int, help="tokens of part f (default 204800)")
+    training.add_argument("--offload", action="store_true", help="part f with keys and values in host memory")
+    training.add_argument("--tiny", action="store_true", help="a small model on the CPU: tries the benchmark itself")
+    training.set_defaults(measure=_training)
+    cache = what.add_parser("cache", help="caches of a whole 8B model: prefill, memory, decoding")
+    cache.add_argument("--tasks", default="1:32768,1:131072,8:32768", help="batch:tokens, …")
+    cache.add_argument("--arms", help="names of arms, separated by semicolons (default: all)")
+    cache.add_argument("--layers", type=int, default=32, help="layers of the model (default 32)")
+    cache.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: runs anywhere, times say nothing")
+    cache.set_defaults(measure=_cache)
     tables = what.add_parser("tables", help="committed results as Markdown tables and a plot")
     tables.add_argument("results", nargs="*", type=Path, help="JSON files that `lcpatch bench` wrote")
     tables.add_argument("--write", type=Path, metavar="README", help="put each table between this file's markers")
     tables.add_argument("--check", type=Path, metavar="README", help="fail if this file's tables are out of date")
     tables.add_argument("--plot", type=Path, metavar="PNG", help="draw the attention result")
     tables.set_defaults(measure=None)
-    for verb in (attention, tune, decode):
+    for verb in (attention, tune, decode, parallel):
         verb.add_argument("--lengths", type=_lengths, help="tokens, comma-separated")
-        verb.add_argument("--patterns", help="comma-separated names out of the default set (see the output's column)")
         verb.add_argument("--heads", type=int, default=32, help="query heads (default 32)")
         verb.add_argument("--kv-heads", type=int, default=8, help="KV heads (default 8)")
         verb.add_argument("--head-dim", type=int, default=128, help="head dim (default 128)")
+    for verb in (attention, tune, decode):
+        verb.add_argument("--patterns", help="comma-separated names out of the default set (see the output's column)")
         if verb is not decode:
             verb.add_argument("--batch", type=int, default=1, help="batch size (default 1)")
-    for verb in (attention, shapes, tune, decode, model):
+    for verb in (attention, shapes, tune, decode, model, cache, training, parallel):
         verb.add_argument("--out", type=Path, help="write the results here as JSON")
         verb.add_argument("--commit", help="commit to record; default: this checkout's")
     parser.set_defaults(run=run)
@@ -58,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from ..bench import measure
 
     result = args.measure(args)
-    if args.out:
+    if args.out and result:  # of several processes one has the result
         measure.write(result, args.out)
         print(f"written to {args.out}")
     return 0
@@ -101,6 +124,17 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
     return decode.run(args.lengths, args.batches, steps, shape, commit=args.commit)
 
 
+def _parallel(args: argparse.Namespace) -> dict[str, Any]:
+    from ..bench import attention, parallel
+
+    shape = attention.Shape(1, args.heads, args.kv_heads, args.head_dim)
+    if args.time:
+        from ..bench import parallel_time
+
+        return parallel_time.run(args.lengths, shape, commit=args.commit)
+    return parallel.run(args.lengths, args.ranks, shape, commit=args.commit)
+
+
 def _model(args: argparse.Namespace) -> dict[str, Any]:
     from ..bench import model
 
@@ -111,6 +145,34 @@ def _model(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--tasks: {part!r} is not prefill:TOKENS, train:TOKENS or decode:TOKENS")
         tasks.append((task, int(length)))
     return model.run(tuple(tasks), args.layers, commit=args.commit)
+
+
+def _training(args: argparse.Namespace) -> dict[str, Any]:
+    from dataclasses import replace
+
+    from ..bench import training
+
+    parts = args.part.split(",")
+    if unknown := [part for part in parts if part not in training.PARTS]:
+        raise ValueError(f"--part: {unknown[0]!r} is not one of {', '.join(training.PARTS)}")
+    setup = training.TINY if args.tiny else training.Setup()
+    full = (args.length or setup.full[0], args.offload or (args.length is None and setup.full[1]))
+    return training.run("".join(parts), replace(setup, full=full), commit=args.commit)
+
+
+def _cache(args: argparse.Namespace) -> dict[str, Any]:
+    from ..bench import cache, geometry
+
+    tasks = []
+    for part in args.tasks.split(","):
+        batch, _, length = part.partition(":")
+        if not (batch.isdigit() and length.isdigit() and int(batch) and int(length)):
+            raise ValueError(f"--tasks: {part!r} is not BATCH:TOKENS, as in 1:32768")
+        tasks.append((int(batch), int(length)))
+    shape = geometry.TINY if args.tiny else {**geometry.LLAMA_8B, "num_hidden_layers": args.layers}
+    arms = None if args.arms is None else tuple(name.strip() for name in args.arms.split(";"))
+    small = {"device": "cpu", "chunk": 64} if args.tiny else {}
+    return cache.run(tuple(tasks), shape, arms=arms, commit=args.commit, **small)
 
 
 def _tables(args: argparse.Namespace) -> int:

@@ -79,10 +79,10 @@ def _whole(model: Any) -> Any:
 
 def _held(cache: Any) -> str:
     """What a cache has seen, keeps and holds, in words."""
-    from ..caches.layer import layer_bytes
+    from ..caches.layer import bytes_held
 
     seen = cache.get_seq_length()
     kept = cache.stats()["kept"] if hasattr(cache, "stats") else seen
-    tiers = cache.memory() if hasattr(cache, "memory") else {"device": sum(map(layer_bytes, cache.layers))}
+    tiers = bytes_held(cache.layers)
     places = [f"{size / 2**20:.1f} MiB" + ("" if tier == "device" else f" on {tier}") for tier, size in tiers.items()]
     return f"{seen} tokens seen, {kept or seen} kept a head, {', '.join(places)}"

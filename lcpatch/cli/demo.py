@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--length {args.length} must be at least {MIN_LENGTH} tokens")
     text, source = read_text(args.text)
     methods = _methods(args.methods)
-    from ._demo_model import demo_model
+    from ..hf.demo_model import demo_model
 
     model, tokenizer = load(demo_model())
     input_ids = encode(tokenizer, text, args.length, source).to(model.device)

@@ -43,7 +43,7 @@ def _load(name: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from ._demo_model import demo_model
+    from ..hf.demo_model import demo_model
 
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise FileNotFoundError(f"{name} is no folder with a model in it")

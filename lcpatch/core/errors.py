@@ -23,3 +23,15 @@ class StoreError(LcpatchError, ValueError):
 
 class UnsupportedModelError(LcpatchError, ValueError):
     """A model that cannot take this patch; the message names its type and what would work."""
+
+
+class ParallelError(LcpatchError, RuntimeError):
+    """A group of ranks that cannot go on together; the message names the rank at fault."""
+
+
+class TrainingError(LcpatchError, RuntimeError):
+    """A training run that has to stop; the message says at which step, why, and what is kept."""
+
+
+class TierError(LcpatchError):
+    """A cache's disk tier failed: a folder that cannot be written, a full disk, pages that do not come back."""

@@ -6,52 +6,17 @@ import hashlib
 import random
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core.text import read_texts
+
+__all__ = ["Text", "read_texts"]
+
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 SENTENCE_END = (".", "!", "?", "\n")
-
-
-def read_texts(paths: Sequence[str | Path] | None) -> tuple[list[str], str]:
-    """The documents in files and folders (every `.txt`, `.md` and `.rst` below), and what to call them.
-
-    Without paths: Python's own documentation, which every machine has.
-
-    Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: a file that is empty or no text, or a folder without text files.
-    """
-    if not paths:
-        from pydoc_data.topics import topics
-
-        return ["\n\n".join(topics[name] for name in sorted(topics))], "pydoc_data.topics"
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".rst") and p.is_file())
-            if not found:
-                raise ValueError(f"{path} has no .txt, .md or .rst file in it; name the files themselves with --text")
-            files += found
-        else:
-            files.append(path)
-    return [_read(path) for path in files], ", ".join(Path(path).name for path in paths)
-
-
-def _read(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or name other files") from error
-    if "\0" in text:
-        raise ValueError(f"{path} holds NUL bytes, so it is not a text; name other files")
-    if not text.strip():
-        raise ValueError(f"{path} is empty; name a file with text in it")
-    return text
 
 
 class Text:

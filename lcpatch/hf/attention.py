@@ -23,6 +23,9 @@ from .mask import expand, knows_no_documents, padding_of
 from .state import SINK_LOGIT, LayerState, dense_name, own_spec
 from .watch import Call, attend, take_layer
 
+SHARD = "lcpatch_shard"
+"""The keyword argument of a parallelized model's forward that says which tokens this rank holds."""
+
 
 def attention(
     module: nn.Module,
@@ -57,6 +60,13 @@ def attention(
             given part of it.
     """
     state = state_of(module)
+    shard = kwargs.pop(SHARD, None)
+    if state is not None and state.parallel is not None:
+        _refuse(module, state, None, dropout, {**kwargs, "sliding_window": None})
+        out, lse = _over_ranks(module, state, query, key, value, scaling, softcap, shard)
+        return _with_sink_logit(module, out, lse, s_aux).transpose(1, 2), None
+    if shard is not None:
+        raise ValueError(f"{SHARD} was given to a model that is not parallelized: its ranks would not see each other")
     spec = None if state is None else state.active_spec(module)
     layer = None if state is None else take_layer(state)
     if spec is None and layer is not None and layer.wants_dense(query):
@@ -79,10 +89,33 @@ def attention(
         _check_length(state, spec, query.shape[2], key.shape[2], packed)
     call = Call(query, key, value, spec, bounds, scaling, softcap, "auto" if state is None else state.impl)
     out, lse = attend(call) if layer is None else layer.attend(call)
+    return _with_sink_logit(module, out, lse, s_aux).transpose(1, 2), None
+
+
+def _with_sink_logit(module: nn.Module, out: Tensor, lse: Tensor, s_aux: Tensor | None) -> Tensor:
     logit = getattr(module, SINK_LOGIT, s_aux)
-    if logit is not None:
-        out = add_sink_logit(out, lse, logit)
-    return out.transpose(1, 2), None
+    return out if logit is None else add_sink_logit(out, lse, logit)
+
+
+def _over_ranks(
+    module: nn.Module,
+    state: LayerState,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    shard: Any,
+) -> tuple[Tensor, Tensor]:
+    """The layer's attention over all ranks' tokens. Masks say nothing here: the shard knows padding and packing."""
+    if query.shape[2] != key.shape[2]:
+        raise ValueError("a parallelized model takes no cache; leave its context before generating")
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    spec = state.active_spec(module) or state.own
+    call = Call(query, key, value, spec, None, scaling, softcap, state.impl)
+    return state.parallel.attend(module.layer_idx, call, shard)
 
 
 def add_sink_logit(out: Tensor, lse: Tensor, logit: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ ATTRIBUTE = "_lcpatch"
 SINK_LOGIT = "lcpatch_sink_logit"
 """The parameter of an attention module that holds its learnable sink logits, [H]."""
 
+ON_REMOVE = "_lcpatch_on_remove"
+"""The attribute of a model that holds what takes off what was set on top of its patch."""
 
 ROUTED = "_lcpatch_dense"
 """The attribute of a routed model's config that names the attention it had. A config saved meanwhile carries it along,
@@ -37,6 +39,8 @@ class LayerState:
             as a spec cannot be built under tracing.
         routed: the model is not patched and came here for its cache only (see `route`).
         layer: reference to the cache layer that this forward's attention is to ask, until it does (see `watch`).
+        parallel: the ranks that this layer's attention reaches over (see `training.parallel`), with
+            `attend(layer, call, shard) -> (out, lse)`; None: this process has all tokens.
     """
 
     method: str | None
@@ -49,6 +53,7 @@ class LayerState:
     own: BlockSparseSpec | None = None
     routed: bool = False
     layer: Any = None
+    parallel: Any = None
 
     def active_spec(self, module: nn.Module) -> BlockSparseSpec | None:
         """The spec to run now, or None to leave this call to the dense implementation.

@@ -13,7 +13,7 @@ from ..hf.state import SINK_LOGIT
 from ..patching import apply
 from ..patching.resolve import pattern_of
 from .errors import sentence
-from .sidecar import CONFIG_FILE, read_config, read_json, read_logits, read_patch
+from .sidecar import CONFIG_FILE, read_config, read_json, read_logits, read_patch, read_positions
 
 MAX_MODEL_CONFIG_BYTES = 2**20  # JSON takes up to 50 times its size in memory
 ADAPTER_CONFIG = "adapter_config.json"
@@ -62,7 +62,7 @@ def from_pretrained(
         raise ValueError(f"{sorted(kwargs)[0]} is for loading a base model, but base is one that is loaded already")
     kwargs = {**kwargs, "use_safetensors": True, "attn_implementation": attn_implementation or patch.dense}
     if active:
-        model = _adapter(adapters, active, base, {**kwargs, **hub})
+        model = _adapter(folder, adapters, active, base, {**kwargs, **hub})
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
         model.config._name_or_path = model.name_or_path = str(id_or_path)  # not the place in the cache
@@ -137,22 +137,34 @@ def _active(adapters: dict[str, Path], wanted: str | None, name: str | Path) -> 
 
 
 def _adapter(
-    adapters: dict[str, Path], active: str, base: nn.Module | str | Path | None, kwargs: dict[str, Any]
+    folder: Path, adapters: dict[str, Path], active: str, base: nn.Module | str | Path | None, kwargs: dict[str, Any]
 ) -> Any:
     """The PEFT model of a folder's adapters."""
     from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    for folder in adapters.values():
-        if not (folder / "adapter_model.safetensors").is_file():
-            raise ValueError(f"{folder} has no adapter_model.safetensors; lcpatch loads no pickles")
+    for adapter in adapters.values():
+        if not (adapter / "adapter_model.safetensors").is_file():
+            raise ValueError(f"{adapter} has no adapter_model.safetensors; lcpatch loads no pickles")
     config = PeftConfig.from_pretrained(str(adapters[active]))
+    positions = read_positions(folder)
     if not isinstance(base, nn.Module):
         name = base or config.base_model_name_or_path
         if not name:
             raise ValueError("the adapter names no base model; give one: from_pretrained(…, base='org/model')")
-        revision = config.revision if base is None else None
-        base = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **kwargs)
+        revision = (config.revision if base is None else None) or "main"
+        trusted = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only", "trust_remote_code")
+                   if name in kwargs}  # fmt: skip
+        base_config = AutoConfig.from_pretrained(name, revision=revision, **trusted)
+        for setting, value in positions.items():
+            setattr(base_config, setting, value)
+        base = AutoModelForCausalLM.from_pretrained(name, revision=revision, **{"config": base_config, **kwargs})
+    for setting, value in positions.items():
+        if (found := getattr(base.config, setting, None)) != value:
+            raise ValueError(
+                f"the adapter was trained with {setting}={value}, but the base has {found}: leave base out, or load it "
+                "with that setting in its config"
+            )
     model = PeftModel.from_pretrained(base, str(adapters[active]), adapter_name=active)
     for name in adapters.keys() - {active}:
         model.load_adapter(str(adapters[name]), adapter_name=name)

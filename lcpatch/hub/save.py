@@ -14,7 +14,7 @@ from ..hf import NAME
 from ..hf.models import attention_modules, unwrap
 from ..hf.state import SINK_LOGIT
 from ..patching.apply import record_of
-from .sidecar import write_config, write_logits
+from .sidecar import POSITIONS, write_config, write_logits
 
 
 def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: Any = None, **kwargs: Any) -> None:
@@ -48,7 +48,10 @@ def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: Any = None
         write_logits(folder, logits)
     if not has_readme:
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's form, with nothing filled in
-    write_config(folder, patch)
+    config = unwrap(model).config
+    is_adapter = hasattr(model, "peft_config")
+    positions = {name: value for name in POSITIONS if (value := getattr(config, name, None)) is not None}
+    write_config(folder, patch, positions if is_adapter else None)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -22,15 +22,20 @@ LOGITS_FILE = "lcpatch.safetensors"
 FORMAT = 1
 """Version of `lcpatch_config.json`. A reader refuses a newer one."""
 
+POSITIONS = ("max_position_embeddings", "rope_parameters")
+"""Settings of the base model's config that training for a longer context changes."""
+
 MAX_CONFIG_BYTES = 64 * 2**10
 MAX_LOGITS_BYTES = 64 * 2**20
 
 
-def write_config(folder: Path, patch: PatchConfig) -> None:
-    """Write `lcpatch_config.json`."""
+def write_config(folder: Path, patch: PatchConfig, positions: Mapping[str, Any] | None = None) -> None:
+    """Write `lcpatch_config.json`; `positions` are the settings of `POSITIONS`, for which an adapter has no place."""
     from .. import __version__
 
     data = {"format": FORMAT, "lcpatch_version": __version__, "patch": patch.to_dict()}
+    if positions:
+        data["positions"] = dict(positions)
     (folder / CONFIG_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
@@ -51,11 +56,37 @@ def read_config(folder: Path) -> PatchConfig | None:
         raise ValueError(
             f"{CONFIG_FILE} has format {version}; this lcpatch reads up to {FORMAT}: pip install -U lcpatch"
         )
-    if unknown := sorted(set(data) - {"format", "lcpatch_version", "patch"}):
-        raise ValueError(f"{CONFIG_FILE}: unknown key {unknown[0]!r}; keys: format, lcpatch_version, patch")
+    if unknown := sorted(set(data) - {"format", "lcpatch_version", "patch", "positions"}):
+        raise ValueError(f"{CONFIG_FILE}: unknown key {unknown[0]!r}; keys: format, lcpatch_version, patch, positions")
     if not isinstance(data.get("lcpatch_version", ""), str):
         raise ValueError(f"{CONFIG_FILE}: lcpatch_version must be a string")
     return read_patch(data.get("patch"), CONFIG_FILE)
+
+
+def read_positions(folder: Path) -> dict[str, Any]:
+    """The settings of `POSITIONS` in `lcpatch_config.json`; empty if there are none.
+
+    Raises:
+        ValueError: anything that is not a number of positions or a table of plain values.
+    """
+    file = folder / CONFIG_FILE
+    data = read_json(file).get("positions", {}) if file.is_file() else {}
+    if not isinstance(data, dict) or data.keys() - set(POSITIONS):
+        raise ValueError(f"{CONFIG_FILE}: positions must hold {' and '.join(POSITIONS)} only, not {str(data)[:80]}")
+    limit, rope = data.get("max_position_embeddings", 1), data.get("rope_parameters", {})
+    if type(limit) is not int or limit < 1:
+        raise ValueError(f"{CONFIG_FILE}: max_position_embeddings={limit!r} must be a whole number from 1 on")
+    if not isinstance(rope, dict) or not all(map(_plain, rope.values())):
+        raise ValueError(f"{CONFIG_FILE}: rope_parameters must be numbers and names, one table a kind of layer at most")
+    return data
+
+
+def _plain(value: Any, nested: bool = True) -> bool:
+    if isinstance(value, dict):
+        return nested and all(_plain(item, nested=False) for item in value.values())
+    if isinstance(value, list):
+        return all(isinstance(item, (int, float)) for item in value)
+    return isinstance(value, (int, float, str, bool, type(None)))
 
 
 def read_patch(data: Any, source: str) -> PatchConfig:

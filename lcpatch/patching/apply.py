@@ -22,7 +22,7 @@ from ..hf.models import attention_modules, unwrap
 from ..hf.own_config import OwnConfigs
 from ..hf.registration import check_dense
 from ..hf.route import is_routed, route, unroute
-from ..hf.state import ATTRIBUTE, SINK_LOGIT, dense_name
+from ..hf.state import ATTRIBUTE, ON_REMOVE, SINK_LOGIT, dense_name
 from ..hf.watch import unwatch, watch
 from ..patterns import AttentionPattern
 from .resolve import Layers, config_of, pattern_of, sparse_layers
@@ -82,6 +82,8 @@ def apply(
         ValueError: an option, layer or mode that does not fit.
     """
     base = unwrap(model)
+    if ON_REMOVE in base.__dict__:
+        raise ValueError("this model is parallelized; patch it first, and parallelize it then")
     modules = attention_modules(base)
     if (record := record_of(base)) is not None:
         layer_config = record.configs.originals[0]
@@ -111,11 +113,13 @@ def apply(
 
 
 def remove(model: Model) -> Model:
-    """Take the patch off `model`, and the route that a cache set, and return it; no-op if there is neither.
+    """Take the patch off `model`, and what a cache or `parallelize` set, and return it; no-op if there is nothing.
 
     Everything that was set is restored.
     """
     base = unwrap(model)
+    if (close := base.__dict__.get(ON_REMOVE)) is not None:
+        close()
     unroute(model)
     record = record_of(base)
     if record is None:

@@ -49,7 +49,8 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(name, small, tmp_path):
     assert loaded.get_seq_length() == 80
     assert loaded.memory() == cache.memory()
     assert torch.equal(continued(other, loaded, *text), continued(model, cache, *text))
-    assert loaded.stats() == cache.stats()
+    first, second = loaded.stats(), cache.stats()
+    assert all(first[key] == second[key] for key in ("seen", "kept", "kept_by_layer"))
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4", "fp8", "bf16"])

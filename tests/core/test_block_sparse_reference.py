@@ -32,14 +32,15 @@ def rules(draw) -> Rule:
 
 
 @st.composite
-def segments(draw, num_queries: int, num_keys: int, most: int) -> list[list[int]]:
-    """Up to `most` disjoint segments, some of them empty, none with more queries than keys."""
+def segments(draw, num_queries: int, num_keys: int, most: int, gaps: bool) -> list[list[int]]:
+    """Up to `most` disjoint segments, some of them empty, none with more queries than keys (and gap)."""
     found, q, k = [], 0, 0
     for _ in range(most):
         q0, k0 = draw(st.integers(q, num_queries)), draw(st.integers(k, num_keys))
         k1 = draw(st.integers(k0, num_keys))
-        q1 = draw(st.integers(q0, min(num_queries, q0 + k1 - k0)))
-        found.append([q0, q1, k0, k1])
+        gap = draw(st.integers(0, 70)) if gaps else 0
+        q1 = draw(st.integers(q0, min(num_queries, q0 + k1 - k0 + gap)))
+        found.append([q0, q1, k0, k1, gap] if gaps else [q0, q1, k0, k1])
         q, k = q1, k1
     return found
 
@@ -52,8 +53,9 @@ def problems(draw) -> Problem:
     num_keys = draw(st.integers(num_queries, 200))
     bounds = None
     if draw(st.booleans()):
-        most, rows = draw(st.integers(1, 3)), draw(st.sampled_from(sorted({1, batch})))
-        bounds = torch.tensor([draw(segments(num_queries, num_keys, most)) for _ in range(rows)], dtype=torch.int32)
+        most, rows, gaps = draw(st.integers(1, 3)), draw(st.sampled_from(sorted({1, batch}))), draw(st.booleans())
+        drawn = [draw(segments(num_queries, num_keys, most, gaps)) for _ in range(rows)]
+        bounds = torch.tensor(drawn, dtype=torch.int32)
     spec = BlockSparseSpec.of([draw(rules()) for _ in range(heads)], BLOCK)
     g = torch.Generator().manual_seed(draw(st.integers(0, 99)))
 
@@ -175,7 +177,7 @@ def test_output_layout_is_what_hugging_face_transposes_to():
         ({"q": torch.zeros(2, 3, 30, 4)}, "the spec describes 2 query heads, q has 3"),
         ({"q": torch.zeros(2, 2, 41, 4), "bounds": None}, "41 queries need at least as many keys; got 40"),
         ({"q": torch.zeros(2, 2, 30, 4).half()}, "must share one floating dtype"),
-        ({"bounds": torch.zeros(3, 1, 4, dtype=torch.int32)}, r"bounds must be \[2 or 1, N, 4\]"),
+        ({"bounds": torch.zeros(3, 1, 4, dtype=torch.int32)}, r"bounds must be \[2 or 1, N, 4 or 5\]"),
         ({"bounds": torch.zeros(2, 1, 4)}, "bounds must be int32"),
         ({"impl": "cuda"}, "impl='cuda' is not one of 'auto'"),
     ],

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lcpatch.cli import main
-from lcpatch.cli._demo_model import REPOSITORY, cache_folder
+from lcpatch.hf.demo_model import REPOSITORY, cache_folder
 
 EMMA = Path(__file__).parents[3] / "shared" / "data" / "austen" / "emma.txt"
 TABLE = {2048: (28.9, 25.5), 8192: (25.7, 31.8)}

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from lcpatch import PatchConfig
 from lcpatch.caches import store
 from lcpatch.hub.load import MAX_MODEL_CONFIG_BYTES, patch_in
-from lcpatch.hub.sidecar import MAX_CONFIG_BYTES, read_config
+from lcpatch.hub.sidecar import MAX_CONFIG_BYTES, read_config, read_positions
 from lcpatch.patching.resolve import pattern_of
 
 VALID = {
@@ -31,11 +31,13 @@ VALID = {
         "sinks": "tokens:4",
         "dense": "sdpa",
     },
+    "positions": {"max_position_embeddings": 512, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
 }
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=8), v, max_size=3))
 PLACES = [(key,) for key in VALID] + [("patch", key) for key in VALID["patch"]]
 PLACES += [("patch", "options", key) for key in VALID["patch"]["options"]]
+PLACES += [("positions", key) for key in VALID["positions"]] + [("positions", "rope_parameters", "rope_theta")]
 
 
 def read(raw: bytes) -> PatchConfig | None:
@@ -45,6 +47,7 @@ def read(raw: bytes) -> PatchConfig | None:
         try:
             patch = read_config(Path(folder))
             pattern_of(patch)
+            read_positions(Path(folder))
         except ValueError:
             return None
         return patch

@@ -71,7 +71,7 @@ def poison_outside(problem: Problem) -> Problem:
     """NaN in every key that no segment holds: a kernel that reads one shows it (0 * NaN is NaN)."""
     for b, row in enumerate(problem.bounds.expand(problem.q.shape[0], -1, -1).tolist()):
         outside = torch.ones(problem.k.shape[2], dtype=torch.bool)
-        for q0, q1, k0, k1 in row:
+        for q0, q1, k0, k1, *_ in row:
             if q1 > q0:
                 outside[k0:k1] = False
         problem.k[b, :, outside.to(problem.k.device)] = torch.nan

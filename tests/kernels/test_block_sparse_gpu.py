@@ -102,8 +102,10 @@ def test_odd_group():
         (1000, 1000, PACKED),
         (500, 2000, [[[0, 500, 77, 1300]], [[20, 500, 0, 480]]]),
         (500, 1300, None),
+        (700, 1000, [[[0, 700, 0, 1000, 300]], [[20, 500, 100, 900, 1]]]),
+        (900, 800, [[[0, 317, 0, 400, 0], [317, 850, 400, 777, 533]], [[0, 900, 3, 703, 900], [0] * 5]]),
     ],
-    ids=["padded", "packed", "static_cache", "chunk"],
+    ids=["padded", "packed", "static_cache", "chunk", "gap", "gap_packed"],
 )
 @pytest.mark.parametrize("kind", ["mixed", "sf"])
 def test_layouts(kind, queries, keys, bounds):

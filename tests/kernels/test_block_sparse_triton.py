@@ -79,14 +79,19 @@ LAYOUTS = {
     "one_query_static": (1, 133, [[[0, 1, 0, 77]], [[0, 1, 9, 133]]]),
     "few_queries": (7, 133, [[[0, 7, 0, 130]], [[3, 7, 0, 4]]]),
     "nothing": (9, 12, [[[0, 0, 0, 0]], [[4, 4, 5, 5]]]),
+    "gap": (60, 47, [[[0, 60, 0, 47, 60]], [[7, 51, 3, 40, 100]]]),
+    "gap_overlap": (60, 100, [[[0, 60, 0, 100, 13]], [[0, 33, 20, 81, 1]]]),
+    "gap_packed": (60, 90, [[[0, 9, 0, 31, 0], [9, 40, 31, 70, 31]], [[3, 40, 2, 7, 70], [0] * 5]]),
 }
+"""Queries, keys, bounds; a segment's fifth number is its gap."""
 
 
 @pytest.mark.parametrize(
     ("kind", "layout"),
     [("s2_odd_sinks", layout) for layout in LAYOUTS]
-    + [("mixed", "packed"), ("mixed", "chunk"), ("share", "left_padded")]
-    + [("sf", layout) for layout in ("left_padded", "right_padded", "packed", "chunk_padded", "nothing")],
+    + [("mixed", "packed"), ("mixed", "chunk"), ("share", "left_padded"), ("stripe_only", "gap")]
+    + [("sf", layout) for layout in ("left_padded", "right_padded", "packed", "chunk_padded", "nothing")]
+    + [(kind, gap) for kind in ("dense", "sf", "mixed") for gap in ("gap", "gap_overlap", "gap_packed")],
 )
 def test_layouts(kind, layout):
     queries, keys, bounds = LAYOUTS[layout]
@@ -176,14 +181,16 @@ rules = st.builds(
 
 @st.composite
 def segment_rows(draw, max_segments=3):
-    """One batch row: segments in order with gaps between, each with more keys than queries or as many."""
+    """One batch row: segments in order with gaps between, each with no more queries than keys and gap."""
     q, k, row = 0, 0, []
     for _ in range(max_segments):
         q, k = q + draw(st.integers(0, 9)), k + draw(st.integers(0, 9))
         num_q = draw(st.integers(0, 45))
         num_k = num_q + draw(st.integers(0, 40)) if num_q else 0
-        row.append([q, q + num_q, k, k + num_k])
-        q, k = q + num_q, k + num_k
+        gap = draw(st.sampled_from([0, 0, 1, 30, 200])) if num_q else 0
+        cut = draw(st.integers(0, min(gap, num_k)))
+        row.append([q, q + num_q, k, k + num_k - cut, gap])
+        q, k = q + num_q, k + num_k - cut
     return row
 
 

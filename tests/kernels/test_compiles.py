@@ -76,9 +76,9 @@ def build(kernel, head_dim, tiles, spec, arch) -> dict:
     tma = arch >= 90 and (kernel == "dkdv" or not has_stripe or tiles.block_n <= block_size)
     constants = {
         "D": head_dim, "BLOCK_D": head_dim, "BLOCK_M": tiles.block_m, "PACK": tiles.pack, "BLOCK_N": tiles.block_n,
-        "BLOCK_SIZE": block_size, "SEGMENTS": 0, "HAS_SINK": False, "HAS_STRIPE": has_stripe, "HAS_RATIO": False,
-        "HAS_SOFTCAP": False, "UPCAST": False, "TMA": tma, "FIXED": True, "UNIFORM": True, "REORDER": True, "SHIFTS": 1,
-        "COPIES": max(1, tiles.num_warps * 32 // tiles.block_m), "SINKS": tiles.block_n,
+        "BLOCK_SIZE": block_size, "SEGMENTS": 0, "GAP": False, "HAS_SINK": False, "HAS_STRIPE": has_stripe,
+        "HAS_RATIO": False, "HAS_SOFTCAP": False, "UPCAST": False, "TMA": tma, "FIXED": True, "UNIFORM": True,
+        "REORDER": True, "SHIFTS": 1, "COPIES": max(1, tiles.num_warps * 32 // tiles.block_m), "SINKS": tiles.block_n,
     }  # fmt: skip
     box = {"d_k": tiles.block_n, "d_v": tiles.block_n, "d_q": tiles.block_m, "d_do": tiles.block_m}
     signature, values, attributes = {}, {}, {}

@@ -18,7 +18,18 @@ from .._ops import add_op_namespace_prefix
 from . import dense, reference
 from .spec import DENSE, UNBOUNDED, BlockSparseSpec, Pack, Rule
 
-__all__ = ["DENSE", "UNBOUNDED", "BlockSparseSpec", "Impl", "Pack", "Rule", "block_sparse", "choose", "dense"]
+__all__ = [
+    "DENSE",
+    "UNBOUNDED",
+    "BlockSparseSpec",
+    "Impl",
+    "Pack",
+    "Rule",
+    "block_sparse",
+    "block_sparse_backward",
+    "choose",
+    "dense",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +55,12 @@ def block_sparse(
         q: [B, H, T, D], any strides with a contiguous last dimension; fp32, fp16, bf16 (float64: not on triton).
         k, v: [B, K, S, D], the same dtype; K divides H, and query head h reads KV head h // (H // K).
         spec: the rule of each query head. Positions count from the first token of a segment.
-        bounds: int32 [B or 1, N, 4], up to N segments a row as (q0, q1, k0, k1): queries [q0, q1) attend within keys
-            [k0, k1), aligned at their ends, so q1 - q0 <= k1 - k0. This is how padding (one segment per row), packed
-            documents (several) and static caches (k1 < S) are said. Empty segments have q0 = q1; a token belongs to
-            one segment at most. None: one segment per row, all T queries and all S keys.
+        bounds: int32 [B or 1, N, 4 or 5], up to N segments a row as (q0, q1, k0, k1): queries [q0, q1) attend within
+            keys [k0, k1), aligned at their ends, so q1 - q0 <= k1 - k0. This is how padding (one segment per row),
+            packed documents (several) and static caches (k1 < S) are said. Empty segments have q0 = q1; a token belongs
+            to one segment at most. None: one segment per row, all T queries and all S keys. With a fifth column, `gap`,
+            the last query stands that many positions after the last key (q1 - q0 <= k1 - k0 + gap): part of a
+            sequence against keys that lie further back, to be merged by LSE.
         scale: factor of q k^T; default 1 / sqrt(D).
         softcap: scores become softcap * tanh(scores / softcap); None or 0: as they are.
         impl: "triton" (a CUDA device, or TRITON_INTERPRET=1), "reference" (plain torch, tile by tile), "sdpa" (dense
@@ -55,7 +68,7 @@ def block_sparse(
 
     Returns:
         `(out, lse)`: [B, H, T, D] in q's dtype (stored as [B, T, H, D]) and the natural-log sum of exponentials
-        [B, H, T] in fp32 (float64 for float64). Queries in no segment get 0 and -inf.
+        [B, H, T] in fp32 (float64 for float64). Queries that see no key get 0 and -inf.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or an `impl` that cannot run this.
@@ -72,6 +85,44 @@ def block_sparse(
     if chosen == "flex":
         return dense.flex(q, k, v, spec, bounds, scale, softcap)
     return _forward(q, k, v, bounds, spec.to_ints(), scale, softcap, chosen)
+
+
+def block_sparse_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spec: BlockSparseSpec,
+    *,
+    bounds: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(dq, dk, dv)` of `block_sparse`, for callers that keep its inputs elsewhere than on autograd's graph.
+
+    k and v may also be a part of the keys: with `out` and `lse` of whole rows, the gradients of all parts add up to
+    those of the whole. Of `out` only delta = rowsum(grad_out * out) - grad_lse is used, so who has that passes zeros
+    for `out` and -delta for `grad_lse`.
+
+    Args:
+        grad_out, grad_lse: gradients of its two results.
+        out, lse: the two results.
+        q, k, v, spec, bounds, scale, softcap, impl: as it was given them; "sdpa" and "flex" have no backward to call.
+
+    Raises:
+        ValueError, ImportError: an `impl` that cannot run this.
+    """
+    _check(q, k, v, spec, bounds)
+    chosen = choose(impl, q, spec)
+    if chosen not in ("triton", "reference"):
+        raise ValueError(f"impl={chosen!r} leaves its gradients to autograd; use impl='triton' or 'reference'")
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    ints = spec.to_ints()
+    return _backward(grad_out, grad_lse, q, k, v, out, lse, bounds, ints, scale, float(softcap or 0.0), chosen)
 
 
 def choose(impl: str, q: Tensor, spec: BlockSparseSpec) -> str:
@@ -158,8 +209,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, spec: BlockSparseSpec, bounds: Tenso
     if bounds is None:
         if q.shape[2] > k.shape[2]:
             raise ValueError(f"{q.shape[2]} queries need at least as many keys; got {k.shape[2]}")
-    elif bounds.dim() != 3 or bounds.shape[0] not in (1, q.shape[0]) or bounds.shape[2] != 4:
-        raise ValueError(f"bounds must be [{q.shape[0]} or 1, N, 4]; got {list(bounds.shape)}")
+    elif bounds.dim() != 3 or bounds.shape[0] not in (1, q.shape[0]) or bounds.shape[2] not in (4, 5):
+        raise ValueError(f"bounds must be [{q.shape[0]} or 1, N, 4 or 5]; got {list(bounds.shape)}")
     elif bounds.dtype != torch.int32 or bounds.device != q.device:
         raise ValueError(f"bounds must be int32 on {q.device}; got {bounds.dtype} on {bounds.device}")
 

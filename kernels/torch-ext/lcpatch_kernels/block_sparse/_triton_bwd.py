@@ -128,6 +128,7 @@ def _bwd_dq_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    GAP: tl.constexpr,
     HAS_SINK: tl.constexpr,
     HAS_STRIPE: tl.constexpr,
     HAS_RATIO: tl.constexpr,
@@ -135,8 +136,8 @@ def _bwd_dq_kernel(
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    found, i_batch, i_pack, q0, k0, first, length, i0 = _query_tile(
-        p_bounds, stride_bounds, num_segments, num_slots, num_packs, T, S, BLOCK_M, SEGMENTS
+    found, i_batch, i_pack, q0, k0, first, length, num_keys, i0 = _query_tile(
+        p_bounds, stride_bounds, num_segments, num_slots, num_packs, T, S, BLOCK_M, SEGMENTS, GAP
     )
     if not found:
         return
@@ -160,7 +161,7 @@ def _bwd_dq_kernel(
     p_v += i_batch * stride_vb + i_kv * stride_vh + k0.to(tl.int64) * stride_vs
 
     i_first, i_last = tl.maximum(i0, first), tl.minimum(i0 + BLOCK_M, length) - 1
-    steps = _steps(rule, i_first, i_last, length, BLOCK_N, BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
+    steps = _steps(rule, i_first, i_last, num_keys, BLOCK_N, BLOCK_SIZE, HAS_SINK, HAS_STRIPE, GAP)
     lo_m = _lo(rule, i_m)
     dq = tl.zeros([PACK * BLOCK_M, BLOCK_D], tl.float32)
 
@@ -284,6 +285,7 @@ def _columns(
     q0,
     first,
     length,
+    num_keys,
     j_n,
     j_first,
     j_last,
@@ -324,8 +326,8 @@ def _columns(
     # Rows from `start` on, in tiles: some see not yet every key (the diagonal), then all see all, then only far
     # keys or none. What is left over of the middle ones for a whole tile goes with the last.
     far = _is_far(rule, j_n, BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
-    far_any = tl.max((far & (j_n < length)).to(tl.int32), 0) > 0
-    far_all = tl.min((far | (j_n >= length)).to(tl.int32), 0) > 0
+    far_any = tl.max((far & (j_n < num_keys)).to(tl.int32), 0) > 0
+    far_all = tl.min((far | (j_n >= num_keys)).to(tl.int32), 0) > 0
     start = tl.maximum(j_first, first)
     num_diagonal = tl.cdiv(tl.maximum(j_last - start, 0), BLOCK_M)
     middle = start + num_diagonal * BLOCK_M
@@ -445,6 +447,7 @@ def _bwd_dkdv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    GAP: tl.constexpr,
     HAS_SINK: tl.constexpr,
     HAS_STRIPE: tl.constexpr,
     HAS_RATIO: tl.constexpr,
@@ -474,30 +477,34 @@ def _bwd_dkdv_kernel(
     if SEGMENTS:
         p_row = p_bounds + i_batch * stride_bounds
         unit = slot // (UNIT // BLOCK_N)
-        found, q0, k0, first, length, unit = _find_segment(p_row, num_segments, unit, UNIT, SEGMENTS, True)
+        found, q0, k0, first, length, num_keys, unit = _find_segment(
+            p_row, num_segments, unit, UNIT, SEGMENTS, GAP, True
+        )
         tile = unit * (UNIT // BLOCK_N) + slot % (UNIT // BLOCK_N)
     else:
         found, q0, k0, length, tile = slot >= 0, 0 * slot, 0 * slot, S + 0 * slot, slot
+        num_keys = length
         first = length - T
     pack_start, pack_end = tl.load(p_starts + i_kv), tl.load(p_starts + i_kv + 1)
     rule = _rule(p_packs + pack_start * 10, length, HAS_RATIO)
-    j_n = _key_tile(tile, length, rule, BLOCK_N, BLOCK_SIZE, HAS_SINK, HAS_STRIPE, REORDER)
+    j_n = _key_tile(tile, num_keys, rule, BLOCK_N, BLOCK_SIZE, HAS_SINK, HAS_STRIPE, REORDER)
     j_first = tl.min(j_n, 0)
-    if (not found) | (j_first >= length):
+    if (not found) | (j_first >= num_keys):
         return
 
     o_k = (k0 + j_n).to(tl.int64)
-    k = _load(p_k + i_batch * stride_kb + i_kv * stride_kh, o_k * stride_ks, j_n < length, D, BLOCK_D, True, UPCAST)
-    v = _load(p_v + i_batch * stride_vb + i_kv * stride_vh, o_k * stride_vs, j_n < length, D, BLOCK_D, True, UPCAST)
+    k = _load(p_k + i_batch * stride_kb + i_kv * stride_kh, o_k * stride_ks, j_n < num_keys, D, BLOCK_D, True, UPCAST)
+    v = _load(p_v + i_batch * stride_vb + i_kv * stride_vh, o_k * stride_vs, j_n < num_keys, D, BLOCK_D, True, UPCAST)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    j_last = tl.max(tl.where(j_n < length, j_n, 0), 0)
+    j_last = tl.max(tl.where(j_n < num_keys, j_n, 0), 0)
 
     if UNIFORM:  # one pack: without the loop around, more stays in registers
         i_pack = pack_start
         dk, dv = _columns(
             i_pack, d_q, d_do, d_lse, d_delta, p_q, p_do, p_lse, p_delta, p_packs, i_batch, up, H, k, v, dk, dv,
-            q0, first, length, j_n, j_first, j_last, stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
+            q0, first, length, num_keys, j_n, j_first, j_last,
+            stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
             stride_line, num_lines, qk_scale, cap_in, cap_out,
             D, BLOCK_D, BLOCK_M, BLOCK_SIZE, HAS_SINK, HAS_STRIPE, HAS_RATIO, HAS_SOFTCAP,
             TMA, SHIFTS, COPIES, UPCAST,
@@ -506,7 +513,7 @@ def _bwd_dkdv_kernel(
         for i_pack in range(pack_start, pack_end):
             dk, dv = _columns(
                 i_pack, d_q, d_do, d_lse, d_delta, p_q, p_do, p_lse, p_delta, p_packs, i_batch, up, H, k, v, dk, dv,
-                q0, first, length, j_n, j_first, j_last,
+                q0, first, length, num_keys, j_n, j_first, j_last,
                 stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
                 stride_line, num_lines, qk_scale, cap_in, cap_out,
                 D, BLOCK_D, BLOCK_M, BLOCK_SIZE, HAS_SINK, HAS_STRIPE, HAS_RATIO, HAS_SOFTCAP,
@@ -515,5 +522,5 @@ def _bwd_dkdv_kernel(
 
     o_dk = o_k * stride_dks
     base = i_batch * stride_dkb + i_kv * stride_dkh
-    _store(p_dk + base, o_dk, j_n < length, dk * scale, D, BLOCK_D)
-    _store(p_dv + base, o_dk, j_n < length, dv, D, BLOCK_D)
+    _store(p_dk + base, o_dk, j_n < num_keys, dk * scale, D, BLOCK_D)
+    _store(p_dv + base, o_dk, j_n < num_keys, dv, D, BLOCK_D)

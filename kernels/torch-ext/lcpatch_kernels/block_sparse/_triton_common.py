@@ -131,22 +131,36 @@ def _keep(rule, i, j, lo, BLOCK_SIZE: tl.constexpr, HAS_SINK: tl.constexpr, HAS_
 
 
 @triton.jit
-def _find_segment(p_bounds, num_segments, slot, TILE: tl.constexpr, SEGMENTS: tl.constexpr, BY_KEYS: tl.constexpr):
-    """The segment and tile that program `slot` of a batch row works on: (found, q0, k0, first, length, tile).
+def _find_segment(
+    p_bounds,
+    num_segments,
+    slot,
+    TILE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    GAP: tl.constexpr,
+    BY_KEYS: tl.constexpr,
+):
+    """The segment and tile that program `slot` of a batch row works on: (found, q0, k0, first, length, num_keys, tile).
+
+    Positions go from 0 to `length`; only the first `num_keys` have a key: all of them unless GAP.
 
     Tiles sit on the grid of positions, so with BY_KEYS=False a segment's first tile is that of its first query. Query
     tiles count down from the row's last one, since later rows have more keys.
     """
     o_s = tl.arange(0, SEGMENTS)
     inside = o_s < num_segments
-    q0 = tl.load(p_bounds + 4 * o_s, inside, 0)
-    q1 = tl.load(p_bounds + 4 * o_s + 1, inside, 0)
-    k0 = tl.load(p_bounds + 4 * o_s + 2, inside, 0)
-    k1 = tl.load(p_bounds + 4 * o_s + 3, inside, 0)
-    length = k1 - k0
+    COLUMNS: tl.constexpr = 5 if GAP else 4
+    q0 = tl.load(p_bounds + COLUMNS * o_s, inside, 0)
+    q1 = tl.load(p_bounds + COLUMNS * o_s + 1, inside, 0)
+    k0 = tl.load(p_bounds + COLUMNS * o_s + 2, inside, 0)
+    k1 = tl.load(p_bounds + COLUMNS * o_s + 3, inside, 0)
+    num_keys = k1 - k0
+    length = num_keys
+    if GAP:
+        length += tl.load(p_bounds + COLUMNS * o_s + 4, inside, 0)
     first = length - (q1 - q0)
     first_tile = tl.zeros_like(first) if BY_KEYS else first // TILE
-    tiles = tl.where(q1 > q0, tl.cdiv(length, TILE) - first_tile, 0)
+    tiles = tl.where(q1 > q0, tl.cdiv(num_keys if BY_KEYS else length, TILE) - first_tile, 0)
     end = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0)
     found = slot < total
@@ -160,6 +174,7 @@ def _find_segment(p_bounds, num_segments, slot, TILE: tl.constexpr, SEGMENTS: tl
         tl.sum(tl.where(mine, k0, 0), 0),
         tl.sum(tl.where(mine, first, 0), 0),
         tl.sum(tl.where(mine, length, 0), 0),
+        tl.sum(tl.where(mine, num_keys, 0), 0),
         tile,
     )
 
@@ -169,11 +184,12 @@ def _steps(
     rule,
     i_first,
     i_last,
-    length,
+    num_keys,
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HAS_SINK: tl.constexpr,
     HAS_STRIPE: tl.constexpr,
+    GAP: tl.constexpr,
 ):
     """How rows i_first..i_last walk their keys; `_masked_keys` and `_full_keys` read the tuple.
 
@@ -185,7 +201,11 @@ def _steps(
     GATHER: tl.constexpr = HAS_STRIPE and BLOCK_N > BLOCK_SIZE  # several stripe blocks a step
     PER_STEP: tl.constexpr = BLOCK_N // BLOCK_SIZE if GATHER else 1
     PER_BLOCK: tl.constexpr = BLOCK_SIZE // BLOCK_N if BLOCK_SIZE > BLOCK_N else 1
-    start = _lo(rule, i_first)
+    start, edge = _lo(rule, i_first), _lo(rule, i_last)
+    seen_first, seen_last = i_first + 1, i_last + 1  # where the first row's keys end, and the last one's
+    if GAP:
+        start, edge = tl.minimum(start, num_keys), tl.minimum(edge, num_keys)
+        seen_first, seen_last = tl.minimum(seen_first, num_keys), tl.minimum(seen_last, num_keys)
     if HAS_STRIPE:
         start = start // BLOCK_SIZE * BLOCK_SIZE
     sink_end = tl.zeros_like(start)
@@ -202,11 +222,11 @@ def _steps(
         blocks = tl.where(rule[1] > 0, blocks, 0)
         stripe_steps = blocks // PER_STEP * PER_BLOCK
         left_over = blocks % PER_STEP
-    edge_steps = tl.cdiv(tl.maximum(_lo(rule, i_last) - start, 0), BLOCK_N)
+    edge_steps = tl.cdiv(tl.maximum(edge - start, 0), BLOCK_N)
     edge_end = start + edge_steps * BLOCK_N
-    body_steps = tl.maximum(i_first + 1 - edge_end, 0) // BLOCK_N
+    body_steps = tl.maximum(seen_first - edge_end, 0) // BLOCK_N
     body_end = edge_end + body_steps * BLOCK_N
-    diagonal_steps = tl.cdiv(tl.maximum(i_last + 1 - body_end, 0), BLOCK_N)
+    diagonal_steps = tl.cdiv(tl.maximum(seen_last - body_end, 0), BLOCK_N)
     num_interval = diagonal_steps + edge_steps
     num_ranges = num_interval + tl.cdiv(sink_end, BLOCK_N)
     num_masked = num_ranges + (left_over > 0).to(tl.int32)
@@ -223,7 +243,7 @@ def _steps(
         sink_end,
         turn,
         left_over,
-        length,
+        num_keys,
     )
 
 

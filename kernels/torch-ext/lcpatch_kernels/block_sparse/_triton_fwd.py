@@ -43,8 +43,9 @@ def _query_tile(
     S,
     BLOCK_M: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    GAP: tl.constexpr,
 ):
-    """Which tile this program works on: (found, i_batch, i_pack, q0, k0, first, length, i0).
+    """Which tile this program works on: (found, i_batch, i_pack, q0, k0, first, length, num_keys, i0).
 
     Heads vary slowest, so that the programs in flight share their keys in L2; within a head the longest rows go first.
     """
@@ -54,12 +55,15 @@ def _query_tile(
     i_batch = (pid // num_slots // num_packs).to(tl.int64)
     if SEGMENTS:
         p_row = p_bounds + i_batch * stride_bounds
-        found, q0, k0, first, length, tile = _find_segment(p_row, num_segments, slot, BLOCK_M, SEGMENTS, False)
+        found, q0, k0, first, length, num_keys, tile = _find_segment(
+            p_row, num_segments, slot, BLOCK_M, SEGMENTS, GAP, False
+        )
     else:
         found, q0, k0, length = slot >= 0, 0 * slot, 0 * slot, S + 0 * slot
+        num_keys = length
         first = length - T
         tile = first // BLOCK_M + num_slots - 1 - slot
-    return found, i_batch, i_pack, q0, k0, first, length, tile * BLOCK_M
+    return found, i_batch, i_pack, q0, k0, first, length, num_keys, tile * BLOCK_M
 
 
 @triton.jit
@@ -198,6 +202,7 @@ def _fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    GAP: tl.constexpr,
     HAS_SINK: tl.constexpr,
     HAS_STRIPE: tl.constexpr,
     HAS_RATIO: tl.constexpr,
@@ -206,8 +211,8 @@ def _fwd_kernel(
     FIXED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    found, i_batch, i_pack, q0, k0, first, length, i0 = _query_tile(
-        p_bounds, stride_bounds, num_segments, num_slots, num_packs, T, S, BLOCK_M, SEGMENTS
+    found, i_batch, i_pack, q0, k0, first, length, num_keys, i0 = _query_tile(
+        p_bounds, stride_bounds, num_segments, num_slots, num_packs, T, S, BLOCK_M, SEGMENTS, GAP
     )
     if not found:
         return
@@ -227,7 +232,7 @@ def _fwd_kernel(
     p_v += i_batch * stride_vb + i_kv * stride_vh + k0.to(tl.int64) * stride_vs
 
     i_first, i_last = tl.maximum(i0, first), tl.minimum(i0 + BLOCK_M, length) - 1
-    steps = _steps(rule, i_first, i_last, length, BLOCK_N, BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
+    steps = _steps(rule, i_first, i_last, num_keys, BLOCK_N, BLOCK_SIZE, HAS_SINK, HAS_STRIPE, GAP)
     fits = 0
     if FIXED:
         own = _load(p_k, i_m.to(tl.int64) * stride_ks, real, D, BLOCK_D, True, UPCAST)
@@ -252,6 +257,9 @@ def _fwd_kernel(
             HAS_SINK, HAS_STRIPE, HAS_SOFTCAP, TMA, True, UPCAST,
         )  # fmt: skip
 
+    if GAP:  # a row may see nothing
+        top = tl.where(total > 0, top, float("-inf"))
+        total = tl.where(total > 0, total, 1.0)
     lse = (top + tl.log2(total)) * 0.6931471805599453
     o_out = head_m * stride_oh + row_m.to(tl.int64) * stride_ot
     _store(p_out + i_batch * stride_ob, o_out, real, acc / total[:, None], D, BLOCK_D)

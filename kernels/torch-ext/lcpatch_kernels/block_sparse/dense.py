@@ -23,7 +23,7 @@ def mask_mod(
         bounds = torch.tensor([[[0, num_queries, 0, num_keys]]], device=device)
     q_seg, q_pos = _positions(bounds, num_queries, queries=True)
     k_seg, k_pos = _positions(bounds, num_keys, queries=False)
-    length = (bounds[..., 3] - bounds[..., 2]).long()  # [B, N]
+    length = _lengths(bounds)  # [B, N]
     rules = _rule_table(spec, str(device)).unbind()  # one by one: FlexAttention's tracer takes [:, h] for a read-back
     rows = bounds.shape[0]
 
@@ -99,14 +99,21 @@ def flex(
 
 def _positions(bounds: Tensor, num_tokens: int, *, queries: bool) -> tuple[Tensor, Tensor]:
     """For every token its segment (-1: none) and its position from the segment's first key, both [B, tokens]."""
-    q0, q1, k0, k1 = (x[..., None].long() for x in bounds.unbind(-1))  # [B, N, 1]
+    q0, q1, k0, k1 = (x[..., None].long() for x in bounds[..., :4].unbind(-1))  # [B, N, 1]
     start, end = (q0, q1) if queries else (k0, k1)
     token = torch.arange(num_tokens, device=bounds.device)
     inside = (token >= start) & (token < end)  # [B, N, tokens]
     segment = torch.where(inside.any(1), inside.int().argmax(1), -1)
-    zero = q1 - (k1 - k0) if queries else k0  # the token index at which position 0 lies (queries align at the end)
+    # The token index at which position 0 lies: queries align at the end.
+    zero = q1 - _lengths(bounds)[..., None] if queries else k0
     start_of = zero[..., 0].gather(1, segment.clamp(min=0))
     return segment, token - start_of
+
+
+def _lengths(bounds: Tensor) -> Tensor:
+    """Positions of each segment [B, N]: its keys, and the gap after them."""
+    keys = bounds[..., 3] - bounds[..., 2]
+    return (keys + bounds[..., 4] if bounds.shape[-1] == 5 else keys).long()
 
 
 @lru_cache(maxsize=64)

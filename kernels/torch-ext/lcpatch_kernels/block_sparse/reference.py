@@ -28,18 +28,24 @@ TILE = 128  # query rows a tile: below, Python's overhead shows; above, tiles ga
 
 
 class Segment(NamedTuple):
-    """A run of real tokens of one batch row: queries [q0, q1) and keys [k0, k1), aligned at their ends."""
+    """A run of real tokens of one batch row: queries [q0, q1) end `gap` positions after keys [k0, k1)."""
 
     row: int
     q0: int
     q1: int
     k0: int
     k1: int
+    gap: int = 0
+
+    @property
+    def length(self) -> int:
+        """Positions, of which the last `gap` have no key."""
+        return self.k1 - self.k0 + self.gap
 
     @property
     def first(self) -> int:
         """Position of query q0, counted from key k0."""
-        return (self.k1 - self.k0) - (self.q1 - self.q0)
+        return self.length - (self.q1 - self.q0)
 
 
 class Tile(NamedTuple):
@@ -54,7 +60,7 @@ class Tile(NamedTuple):
 
 
 def segments(bounds: Tensor | None, batch: int, num_queries: int, num_keys: int) -> list[Segment]:
-    """The segments of `bounds` [B, N, 4] = (q0, q1, k0, k1) that hold queries; without bounds one per batch row."""
+    """The segments of `bounds` [B, N, 4 or 5] that hold queries; without bounds one per batch row."""
     if bounds is None:
         return [Segment(b, 0, num_queries, 0, num_keys) for b in range(batch)]
     rows = bounds.tolist()
@@ -90,14 +96,15 @@ def tiles(q: Tensor, k: Tensor, spec: BlockSparseSpec, bounds: Tensor | None) ->
         raise ValueError("cyclic rules are not intervals: use impl='sdpa' or impl='flex'")
     packs = spec.packs(k.shape[1])
     for seg in segments(bounds, q.shape[0], q.shape[2], k.shape[2]):
-        length = seg.k1 - seg.k0
-        for p0 in range(seg.first // TILE * TILE, length, TILE):  # tiles sit on the position grid, like the blocks
-            p0, p1 = max(p0, seg.first), min(p0 + TILE, length)
+        for p0 in range(seg.first // TILE * TILE, seg.length, TILE):  # tiles sit on the position grid, like the blocks
+            p0, p1 = max(p0, seg.first), min(p0 + TILE, seg.length)
             rows = slice(seg.q0 + p0 - seg.first, seg.q0 + p1 - seg.first)
             by_rule = {}
             for pack in packs:
                 if pack.rule not in by_rule:
                     by_rule[pack.rule] = _keys_and_mask(spec, pack, seg, p0, p1, q.device)
+                if not by_rule[pack.rule][1].shape[1]:
+                    continue  # every key lies before a gap that these rows do not look across
                 heads = slice(pack.first_head, pack.first_head + pack.num_heads)
                 yield Tile(seg.row, heads, pack.kv_head, rows, *by_rule[pack.rule])
 
@@ -105,19 +112,21 @@ def tiles(q: Tensor, k: Tensor, spec: BlockSparseSpec, bounds: Tensor | None) ->
 def _keys_and_mask(
     spec: BlockSparseSpec, pack: Pack, seg: Segment, p0: int, p1: int, device: torch.device
 ) -> tuple[slice | Tensor, Tensor]:
-    rule, length = spec.rules[pack.rule], seg.k1 - seg.k0
-    j = keys_of(rule, spec.block_size, p0, p1, length, device)
+    rule = spec.rules[pack.rule]
+    j = keys_of(rule, spec.block_size, p0, p1, seg.length, device)
+    if seg.gap:
+        j = j[j < seg.k1 - seg.k0]
     i = torch.arange(p0, p1, device=device)
-    mask = allowed(rule, spec.block_size, i[:, None], j, length)
-    start = p1 - len(j)  # ascending and ending at p1 - 1: contiguous iff it starts here
-    contiguous = start == int(j[0])
-    return (slice(seg.k0 + start, seg.k0 + p1) if contiguous else j + seg.k0), mask
+    mask = allowed(rule, spec.block_size, i[:, None], j, seg.length)
+    ends = (int(j[0]), int(j[-1]) + 1) if len(j) else (0, 0)
+    contiguous = ends[1] - ends[0] == len(j)  # they ascend
+    return (slice(seg.k0 + ends[0], seg.k0 + ends[1]) if contiguous else j + seg.k0), mask
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: BlockSparseSpec, bounds: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """`(out [B, H, T, D], lse [B, H, T])`; rows in no segment are 0 and -inf."""
+    """`(out [B, H, T, D], lse [B, H, T])`; rows that see nothing are 0 and -inf."""
     dtype = _math_dtype(q)
     out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)  # Hugging Face wants [B, T, H, D]
     lse = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
@@ -127,7 +136,7 @@ def forward(
         scores, _ = _scores(q_t, k_t, t.allowed, scale, softcap)
         lse_t = scores.logsumexp(-1)
         lse[t.row, t.heads, t.rows] = lse_t
-        out[t.row, t.heads, t.rows] = ((scores - lse_t[..., None]).exp() @ v_t).to(q.dtype)
+        out[t.row, t.heads, t.rows] = (_probabilities(scores, lse_t) @ v_t).to(q.dtype)
     return out, lse
 
 
@@ -154,7 +163,7 @@ def backward(
         q_t, do_t = (x[t.row, t.heads, t.rows].to(dtype) for x in (q, grad_out))
         k_t, v_t = (x[t.row, t.kv_head, t.keys].to(dtype) for x in (k, v))
         scores, slope = _scores(q_t, k_t, t.allowed, scale, softcap)
-        p = (scores - lse[t.row, t.heads, t.rows, None]).exp()
+        p = _probabilities(scores, lse[t.row, t.heads, t.rows])
         ds = p * (do_t @ v_t.mT - delta[t.row, t.heads, t.rows, None]) * slope
         dq[t.row, t.heads, t.rows] = ds @ k_t
         # One KV head serves all of the pack's query heads: fold them into the rows, so that one product sums them.
@@ -172,6 +181,11 @@ def _scores(q: Tensor, k: Tensor, keep: Tensor, scale: float, softcap: float) ->
         tanh = (scores / softcap).tanh()
         scores, slope = softcap * tanh, scale * (1 - tanh * tanh)
     return scores.masked_fill(~keep, -torch.inf), slope
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    # A row that sees nothing has lse = -inf, and -inf - -inf is NaN.
+    return (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
 
 
 def _math_dtype(x: Tensor) -> torch.dtype:

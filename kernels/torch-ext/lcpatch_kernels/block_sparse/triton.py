@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -21,7 +20,7 @@ from ._triton_bwd import _bwd_dkdv_kernel, _bwd_dq_kernel, _delta_kernel
 from ._triton_common import INTERPRETED, LOG2E, PackTable, pack_table
 from ._triton_fwd import _fwd_kernel
 from ._triton_sink import _bwd_sink_kernel, _sum_sinks_kernel
-from .spec import BlockSparseSpec
+from .spec import BlockSparseSpec, cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def config(
 
     Nothing is tuned at run time: a new length, pattern or model finds its tiles here and compiles once for each.
     """
-    padded = max(64, triton.next_power_of_2(head_dim))
+    padded = max(64, next_power_of_2(head_dim))
     has_stripe = any(rule.stride > 1 for rule in spec.rules)
     heads = max(pack.num_heads for pack in spec.packs(num_kv_heads))
     pack = 2 if heads % 2 == 0 else 1  # two heads of 64 rows read K and V as often as one of 128, and mask less
@@ -89,14 +88,14 @@ def config(
             elif kernel == "fwd" and spec.block_size >= 128 and num_keys > _LONG:
                 rows, pack = 64, 1
             elif kernel == "fwd":
-                rows, pack = 64, min(4, triton.next_power_of_2(heads))
+                rows, pack = 64, min(4, next_power_of_2(heads))
             elif kernel == "dkdv" and (not has_stripe or (spec.block_size >= 128 and num_keys > _LONG)):
                 rest = [128, 8, 4]
     if kernel == "dkdv":
         return Config(min(rows, 32) if arch is None else rows, 1, *rest)
     if num_queries <= 16:  # decoding: fill the rows with heads; a dot wants 16 of them
         block_m = 1 if num_queries == 1 else 16
-        pack = max(16 // block_m, min(triton.next_power_of_2(heads), rows // block_m))
+        pack = max(16 // block_m, min(next_power_of_2(heads), rows // block_m))
     else:
         block_m = rows // pack
     return Config(block_m, pack, *rest)
@@ -104,7 +103,7 @@ def config(
 
 def sink_tiles(dtype: torch.dtype | None, head_dim: int, sinks: int) -> Config:
     """The tiles of the sinks' own kernel, `sinks` keys wide; dtype None is the interpreter."""
-    padded = max(64, triton.next_power_of_2(head_dim))
+    padded = max(64, next_power_of_2(head_dim))
     if dtype is None or dtype == torch.float32:
         return Config(32 if padded <= 128 else 16, 1, sinks, 4, 1)
     return Config(64, 1, sinks, 4, 2) if padded <= 128 else Config(32, 1, sinks, 4, 1)
@@ -113,7 +112,7 @@ def sink_tiles(dtype: torch.dtype | None, head_dim: int, sinks: int) -> Config:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: BlockSparseSpec, bounds: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """`(out [B, H, T, D], lse [B, H, T])`; rows in no segment are 0 and -inf."""
+    """`(out [B, H, T, D], lse [B, H, T])`; rows that see nothing are 0 and -inf."""
     return launch_forward(q, k, v, spec, bounds, scale, softcap)
 
 
@@ -161,6 +160,7 @@ def launch_forward(
     if not out.numel():
         return out, lse
     tiles = tiles or _config("fwd", q, k, spec)
+    has_gap = bounds is not None and bounds.shape[2] == 5  # then a row need not have a key of its own
     table = pack_table(spec, k.shape[1], tiles.pack, q.device)
     num_slots = _query_slots(bounds, num_queries, num_keys, tiles.block_m)
     boxes = _key_boxes(k, v, spec, table, tiles, scale)
@@ -170,7 +170,7 @@ def launch_forward(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             *_segment_args(bounds), num_slots, table.num_packs, heads, num_queries, num_keys,
             *_scales(scale, softcap),
-            PACK=tiles.pack, TMA=boxes[0] is not None, FIXED=q.dtype != torch.float16,
+            PACK=tiles.pack, TMA=boxes[0] is not None, FIXED=q.dtype != torch.float16 and not has_gap,
             **_constants(q, spec, bounds, softcap, table, tiles),
         )  # fmt: skip
     return out, lse
@@ -188,14 +188,14 @@ def launch_terms(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Te
     reads 16 bytes from a multiple of 16 bytes on, so to start at any row takes four copies.
     """
     batch, heads, num_queries, head_dim = out.shape
-    line = triton.cdiv(num_queries, 4) * 4
+    line = cdiv(num_queries, 4) * 4
     terms = torch.empty((2, copies, batch, heads, line), dtype=torch.float32, device=out.device)
     if not terms.numel():
         return terms
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, next_power_of_2(head_dim))
     block_m = 4096 // block_d
     with _on(out):
-        _delta_kernel[(triton.cdiv(num_queries, block_m) * heads * batch,)](
+        _delta_kernel[(cdiv(num_queries, block_m) * heads * batch,)](
             grad_out, out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous(), *terms,
             *grad_out.stride()[:3], *out.stride()[:3], line, heads * batch, heads, num_queries,
             D=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, HAS_DLSE=grad_lse is not None, SHIFTS=copies,
@@ -261,7 +261,7 @@ def launch_dkdv(
     table = pack_table(spec, num_kv_heads, None, q.device)
     unit = max(spec.block_size, tiles.block_n) if table.flags["HAS_STRIPE"] else tiles.block_n
     num_segments = 0 if bounds is None else bounds.shape[1]
-    num_slots = (triton.cdiv(num_keys, unit) + num_segments) * (unit // tiles.block_n)
+    num_slots = (cdiv(num_keys, unit) + num_segments) * (unit // tiles.block_n)
     num_rows = num_kv_heads * batch
     num_long, team = (0, 1) if bounds is not None else _teams(spec, num_rows, num_keys, tiles, q.device)
     constants = _constants(q, spec, bounds, softcap, table, tiles)
@@ -298,9 +298,9 @@ def _sinks_apart(spec: BlockSparseSpec, bounds: Tensor | None, table: PackTable)
     """Whether the sink keys' dk and dv come from kernels of their own.
 
     Not with more sinks than a tile of them; with a stripe, whose tiles are as long as the sinks'; and in packed rows,
-    whose documents have sinks of their own each.
+    whose documents have sinks of their own each, and rows beyond a gap.
     """
-    one_segment = bounds is None or bounds.shape[1] == 1
+    one_segment = bounds is None or bounds.shape[1:] == (1, 4)
     most = max(rule.sinks for rule in spec.rules)
     return table.flags["HAS_SINK"] and not table.flags["HAS_STRIPE"] and most <= _MOST_SINKS and one_segment
 
@@ -322,16 +322,16 @@ def _launch_sinks(
     """Write dk and dv of the sink keys."""
     (batch, heads, num_queries, head_dim), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
     most, num_rows = max(rule.sinks for rule in spec.rules), batch * num_kv_heads
-    sinks = max(16, triton.next_power_of_2(most))
+    sinks = max(16, next_power_of_2(most))
     tiles = sink_tiles(None if INTERPRETED else q.dtype, head_dim, sinks)
     # About four programs a processor, none with less work than it takes to start one.
-    chunk = max(triton.cdiv(num_queries * num_rows, 4 * _num_processors(q.device)), 256) if q.is_cuda else 1
-    chunk = triton.cdiv(chunk, tiles.block_m) * tiles.block_m
-    num_slots = triton.cdiv(num_queries, chunk)
+    chunk = max(cdiv(num_queries * num_rows, 4 * _num_processors(q.device)), 256) if q.is_cuda else 1
+    chunk = cdiv(chunk, tiles.block_m) * tiles.block_m
+    num_slots = cdiv(num_queries, chunk)
     sums = torch.empty((num_slots, batch, num_kv_heads, 2, sinks, head_dim), dtype=torch.float32, device=q.device)
     delta, lse = (x[0] for x in terms)
     constants = _constants(q, spec, bounds, softcap, table, tiles)
-    for name in ("BLOCK_N", "BLOCK_SIZE", "HAS_SINK", "HAS_STRIPE"):
+    for name in ("BLOCK_N", "BLOCK_SIZE", "GAP", "HAS_SINK", "HAS_STRIPE"):
         del constants[name]
     stride_bounds = _segment_args(bounds)[0]
     with _on(q):
@@ -352,8 +352,8 @@ def _teams(spec: BlockSparseSpec, num_rows: int, num_keys: int, tiles: Config, d
     stride = max(rule.stride for rule in spec.rules)
     if stride < 2:
         return 0, 1
-    stripe = triton.cdiv(num_keys, spec.block_size * stride) * spec.block_size
-    num_long = triton.cdiv(stripe, tiles.block_n)
+    stripe = cdiv(num_keys, spec.block_size * stride) * spec.block_size
+    num_long = cdiv(stripe, tiles.block_n)
     at_once = _num_processors(device) * max(1, 8 // tiles.num_warps) if device.type == "cuda" else 4
     fits = [n for n in range(1, num_rows + 1) if num_rows % n == 0 and n * num_long <= at_once * 1.1]
     return num_long, max(fits, default=1)
@@ -383,7 +383,7 @@ def _takes_descriptors(*tensors: Tensor) -> bool:
 def _box(x: Tensor, rows: int) -> TensorDescriptor:
     # The stride of a dimension of size 1 says nothing and may be odd.
     strides = [stride if size > 1 else 1024 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, max(16, triton.next_power_of_2(x.shape[-1]))])
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, max(16, next_power_of_2(x.shape[-1]))])
 
 
 def _line(x: Tensor, rows: int) -> TensorDescriptor:
@@ -396,11 +396,12 @@ def _constants(
     """What a kernel is compiled for. Lengths are not among it: a new one compiles nothing."""
     return {
         "D": q.shape[-1],
-        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[-1])),
+        "BLOCK_D": max(16, next_power_of_2(q.shape[-1])),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_SIZE": spec.block_size if table.flags["HAS_STRIPE"] else 1,
-        "SEGMENTS": 0 if bounds is None else max(2, triton.next_power_of_2(bounds.shape[1])),
+        "SEGMENTS": 0 if bounds is None else max(2, next_power_of_2(bounds.shape[1])),
+        "GAP": bounds is not None and bounds.shape[2] == 5,
         "HAS_SOFTCAP": softcap != 0,
         "UPCAST": INTERPRETED and q.dtype != torch.float32,
         "num_warps": tiles.num_warps,
@@ -419,7 +420,7 @@ def _query_slots(bounds: Tensor | None, num_queries: int, num_keys: int, block_m
     """Tiles of a batch row. Tiles sit on the grid of positions: a segment may cut one at either end."""
     if bounds is not None:
         return num_queries // block_m + 2 * bounds.shape[1]
-    return triton.cdiv(num_keys, block_m) - (num_keys - num_queries) // block_m
+    return cdiv(num_keys, block_m) - (num_keys - num_queries) // block_m
 
 
 def _segment_args(bounds: Tensor | None) -> tuple[int, int]:
@@ -427,7 +428,7 @@ def _segment_args(bounds: Tensor | None) -> tuple[int, int]:
 
 
 def _bounds(bounds: Tensor | None) -> Tensor | None:
-    if bounds is None or bounds.stride()[1:] == (4, 1):
+    if bounds is None or bounds.stride()[1:] == (bounds.shape[2], 1):
         return bounds
     return bounds.contiguous()
 

@@ -1,0 +1,231 @@
+"""Caches of a whole model: prefill, peak memory, decoding, beside transformers' own; and what H2O's scores cost.
+
+Random weights with the geometry of Llama-3.1-8B. Each arm reads a prompt of `length` tokens and then generates. Rows of
+a batch beyond the first are copies of the first, made after the prefill: decoding costs the same whatever they say.
+Nothing is timed before every cache gave the logits of a full one where it must.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+from lcpatch_kernels import attn_mass
+
+from ..caches.h2o import H2OCache
+from ..caches.layer import bytes_held
+from ..core.errors import BenchmarkError
+from ..patching import remove
+from . import measure
+from .geometry import LLAMA_8B, random_llama
+
+CHUNK = 8192
+NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A cache, how it is made for (model, batch, most tokens), and in what chunks a prompt is read (None: at once)."""
+
+    name: str
+    make: Callable[[nn.Module, int, int], Any]
+    chunk: int | None = None
+    static: bool = False
+
+
+ARMS = (
+    Arm("DynamicCache", lambda model, batch, most: DynamicCache(config=model.config)),
+    Arm("StaticCache, compiled", lambda model, batch, most: StaticCache(model.config, max_cache_len=most), static=True),
+    Arm("H2O 0.2", lambda model, batch, most: H2OCache(model, budget=0.2), CHUNK),
+    Arm("H2O 0.2, at once", lambda model, batch, most: H2OCache(model, budget=0.2)),
+    Arm("H2O 0.2, int8", lambda model, batch, most: H2OCache(model, budget=0.2, codec="int8"), CHUNK),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm at one length and batch.
+
+    Args:
+        prefill_s: seconds to read one row's prompt.
+        peak_gib: the most memory held while reading it, weights included.
+        cache_gib: what the cache holds afterwards, all rows.
+        decode_ms: milliseconds a generated token.
+        floor_ms: what reading the weights and the cache once would take at the bandwidth of a copy.
+    """
+
+    arm: str
+    batch: int
+    length: int
+    prefill_s: float | None = None
+    peak_gib: float | None = None
+    cache_gib: float | None = None
+    decode_ms: float | None = None
+    floor_ms: float | None = None
+    why: str | None = None
+
+
+def run(
+    tasks: tuple[tuple[int, int], ...],
+    geometry: dict[str, Any] | None = None,
+    device: str = "cuda",
+    arms: tuple[str, ...] | None = None,
+    chunk: int = CHUNK,
+    commit: str | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measure every (batch, length) of `tasks` in every arm.
+
+    Args:
+        geometry: of the model; None: Llama-3.1-8B. A small one runs on a CPU too, where times say nothing.
+        arms: names out of `ARMS`; None: all.
+        chunk: tokens that an arm with chunks reads at a time.
+
+    Raises:
+        BenchmarkError: no GPU, or a cache that does not compute what it should.
+        ValueError: an unknown arm.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError("this benchmark needs a CUDA GPU; torch.cuda.is_available() is False")
+    known = {arm.name: arm for arm in ARMS}
+    if unknown := [name for name in arms or () if name not in known]:
+        raise ValueError(f"arm {unknown[0]!r} is not one of {', '.join(map(repr, known))}")
+    geometry = geometry or LLAMA_8B
+    model = random_llama(geometry, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    result = {**measure.environment(commit), "geometry": geometry, "chunk": chunk}
+    result["checks"] = [check(model, chunk)]
+    say(f"check: H2O with room for everything against DynamicCache, logits {result['checks'][0]}")
+    if not result["checks"][0]["passed"]:
+        raise BenchmarkError(
+            "a cache with room for everything does not give the logits of a full one: nothing is timed"
+        )
+    rate = None
+    if device == "cuda":
+        result["copy_gb_per_s"] = rate = measure.copy_gb_per_s()
+        result["scores"] = [score_cost(length, geometry) for length in sorted({length for _, length in tasks})]
+        for cost in result["scores"]:
+            say(f"H2O's scores of {cost['length']} tokens: {cost['ms']:.2f} ms, {cost['share']:.2f} of an FA2 forward")
+    rows = []
+    for batch, length in tasks:
+        for arm in (known[name] for name in arms or known):
+            rows.append(_measured(model, arm, batch, length, chunk, rate))
+            say(format_row(rows[-1]))
+    return {**result, "rows": [asdict(row) for row in rows]}
+
+
+def format_row(row: Row) -> str:
+    """One line of the table."""
+    start = f"{row.arm:22s} batch {row.batch:2d} {row.length:7d} "
+    if row.why is not None:
+        return start + row.why
+    peak = "" if row.peak_gib is None else f"  peak {row.peak_gib:5.1f} GiB"
+    floor = "" if row.floor_ms is None else f" (floor {row.floor_ms:5.2f})"
+    cache = f"  cache {row.cache_gib:6.3f} GiB"
+    return start + f"prefill {row.prefill_s:7.3f} s{peak}{cache}  decode {row.decode_ms:7.2f} ms/token{floor}"
+
+
+@torch.no_grad()
+def check(model: nn.Module, chunk: int) -> dict[str, Any]:
+    """The logits of a prompt in chunks and of single tokens, through H2O with room for all and through DynamicCache.
+
+    The budget is twice the distance between two dense backends of torch, which round differently too.
+    """
+    length = min(3 * chunk // 2, 1500)
+    ids = _ids(model, 1, length + 8)
+
+    def logits(cache: Any) -> torch.Tensor:
+        parts = [model(part, past_key_values=cache).logits for part in ids[:, :length].split(-(-length // 2), 1)]
+        parts += [model(part, past_key_values=cache).logits for part in ids[:, length:].split(1, 1)]
+        return torch.cat(parts, 1).float()
+
+    dense = logits(DynamicCache(config=model.config))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        other = model(ids, use_cache=False).logits.float()
+    ours = logits(H2OCache(model, budget=2 * length))
+    remove(model)
+    error, budget = ((x - dense).norm().item() / dense.norm().item() for x in (ours, other))
+    return {"error": error, "budget": 2 * budget, "passed": error <= 2 * budget}
+
+
+def score_cost(length: int, geometry: dict[str, Any]) -> dict[str, Any]:
+    """Time of H2O's column sums of one layer beside a forward of FlashAttention-2 over the same tokens."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    heads, kv_heads = geometry["num_attention_heads"], geometry["num_key_value_heads"]
+    head_dim = geometry["hidden_size"] // heads
+    q, k, v = (torch.randn(1, h, length, head_dim, device="cuda").bfloat16() for h in (heads, kv_heads, kv_heads))
+    lse = torch.full((1, heads, length), head_dim**0.5, device="cuda")  # any: the time does not depend on it
+
+    def forward() -> None:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    fa2, ms = measure.device_ms(forward), measure.device_ms(lambda: attn_mass(q, k, lse))
+    return {"length": length, "fa2_ms": fa2, "ms": ms, "share": ms / fa2}
+
+
+def _measured(model: nn.Module, arm: Arm, batch: int, length: int, chunk: int, rate: float | None) -> Row:
+    on_gpu = next(model.parameters()).is_cuda
+    gc.collect()
+    try:
+        rows, most = batch if arm.static else 1, length + 4 * NEW_TOKENS
+        step = chunk if arm.chunk else length if rows == 1 else max(chunk // rows, 1)
+        warm = min(length, 2 * chunk)
+        _prefill(model, arm.make(model, batch, most), warm, min(step, chunk), rows)  # compiles
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        cache = arm.make(model, batch, most)
+        prefill = _prefill(model, cache, length, step, rows)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+        if batch > 1 and not arm.static:
+            cache.batch_repeat_interleave(batch)
+        held = bytes_held(cache.layers)["device"]
+        token_s = _decode(model, cache, batch, length)
+    except torch.OutOfMemoryError:
+        return Row(arm.name, batch, length, why="out of memory")
+    finally:
+        remove(model)
+    weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    floor = None if rate is None else (weights + held) / rate / 1e6
+    return Row(arm.name, batch, length, prefill, peak, held / 2**30, token_s * 1e3, floor)
+
+
+@torch.no_grad()
+def _prefill(model: nn.Module, cache: Any, length: int, chunk: int, batch: int) -> float:
+    ids = _ids(model, batch, length)
+    start = _now(model)
+    for part in ids.split(chunk, 1):
+        model(part, past_key_values=cache, logits_to_keep=1)
+    return _now(model) - start
+
+
+def _decode(model: nn.Module, cache: Any, batch: int, length: int) -> float:
+    """Seconds a token of `generate`, which goes on with the cache; median of two runs after one that compiles."""
+    ids = _ids(model, 1, length + 1).expand(batch, -1)
+    times = []
+    for _ in range(3):
+        start = _now(model)
+        ids = model.generate(ids, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False)
+        times.append((_now(model) - start) / NEW_TOKENS)
+    return statistics.median(times[1:])
+
+
+def _now(model: nn.Module) -> float:
+    if next(model.parameters()).is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _ids(model: nn.Module, batch: int, length: int) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (1, length), generator=rng)
+    return ids.expand(batch, -1).to(next(model.parameters()).device)

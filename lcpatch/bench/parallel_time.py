@@ -1,0 +1,223 @@
+"""`torchrun … -m lcpatch.cli bench parallel --time`: every strategy's attention on real GPUs, beside torch's own ring.
+
+First each strategy on each layer is checked: output and gradients of every rank's tokens against float64. Then one
+layer's attention is timed, forward and backward, as the slowest rank sees it; the bytes sent must be the planned ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from lcpatch_kernels import block_sparse
+
+from ..core.errors import BenchmarkError
+from ..hf.watch import Call
+from ..training.parallel.cost import Rates, choose
+from ..training.parallel.layout import Shard, make_layout
+from ..training.parallel.link import Link
+from ..training.parallel.strategy import Strategy, Work, strategies
+from . import measure
+from .attention import Shape, relative_error
+from .parallel import ITEM, layers, spec_for, strategies_for
+
+CHECK_LENGTH = 2055
+WARMUP, REPEAT = 3, 10
+FACTOR = (
+    3  # times one GPU's error: partial results are rounded before they are merged, gradients before they are summed
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer under one strategy; milliseconds of the slowest rank, MiB that the rank sends that sends most."""
+
+    layer: str
+    strategy: str
+    layout: str
+    length: int
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    sent_mib: float | None = None
+    chosen: bool | None = None
+    why: str | None = None
+
+
+def run(lengths: tuple[int, ...], shape: Shape, commit: str | None = None) -> dict[str, Any]:
+    """Check, then time; on rank 0 what `measure.write` takes, elsewhere {}.
+
+    Raises:
+        BenchmarkError: no torchrun, no GPUs, or a wrong result: nothing is timed then.
+    """
+    if "RANK" not in os.environ or not torch.cuda.is_available():
+        raise BenchmarkError(
+            "--time needs a GPU for each rank: torchrun --nproc-per-node gpu -m lcpatch.cli bench parallel --time"
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    try:
+        return _run(lengths, shape, Link(), commit)
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(lengths: tuple[int, ...], shape: Shape, link: Link, commit: str | None) -> dict[str, Any]:
+    link.gather([link.rank])  # NCCL's communicator must not come about in a pairwise transfer
+    first = link.rank == 0
+    wrong = []
+    for layer, pattern in layers().items():
+        for name, layout in strategies_for(pattern):
+            errors, budget = _check(pattern, name, layout, shape, link)
+            if first:
+                print(f"check {layer:26s} {name:10s} {max(errors):.1e} <= {budget:.1e}", flush=True)
+            if not max(errors) <= budget:
+                wrong.append(f"{name} on {layer}")
+    if wrong:
+        raise BenchmarkError(f"wrong results for {', '.join(wrong)}: nothing is timed")
+    rates = Rates(bandwidth=_bandwidth(link))
+    if first:
+        print(f"bandwidth {rates.bandwidth / 1e9:.0f} GB/s sent by a rank in an all-to-all", flush=True)
+    rows = []
+    for length in lengths:
+        for layer, pattern in layers().items():
+            for name, layout in strategies_for(pattern):
+                rows.append(_time(layer, pattern, name, layout, length, shape, link, rates))
+                _say(rows[-1], first)
+        rows.append(_time_torch(length, shape, link))
+        _say(rows[-1], first)
+    if not first:
+        return {}
+    found = {**measure.environment(commit), "ranks": link.size, "shape": asdict(shape), "bandwidth": rates.bandwidth}
+    return {**found, "rows": [asdict(row) for row in rows]}
+
+
+def _say(row: Row, first: bool) -> None:
+    if not first:
+        return
+    start = f"{row.layer:26s} {row.strategy:10s} {row.layout:11s} {row.length:7d} "
+    if row.why:
+        print(start + row.why, flush=True)
+    else:
+        mark = " chosen" if row.chosen else ""
+        sent = "" if row.sent_mib is None else f" {row.sent_mib:8.1f} MiB"
+        print(f"{start}{row.forward_ms:9.3f} + {row.backward_ms:9.3f} ms{sent}{mark}", flush=True)
+
+
+def _inputs(shape: Shape, length: int, device: torch.device) -> list[Tensor]:
+    """q, k, v and the output's gradient, the same on every rank."""
+    g = torch.Generator().manual_seed(length)
+    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads, shape.num_heads)
+    made = (torch.randn(shape.batch, length, h, shape.head_dim, generator=g, dtype=torch.bfloat16) for h in heads)
+    return [x.transpose(1, 2).to(device) for x in made]
+
+
+def _work(pattern: Any, layout: str, length: int, ranks: int, shape: Shape) -> Work:
+    documents = (((0, length),),) * shape.batch
+    cut = make_layout(layout, length, ranks, documents)
+    return Work(spec_for(pattern, shape), shape.num_kv_heads, shape.head_dim, cut, documents, ITEM)
+
+
+def _check(pattern: Any, name: str, layout: str, shape: Shape, link: Link) -> tuple[list[float], float]:
+    """Relative errors of out, dq, dk, dv on the worst rank, and what one GPU's kernel in bf16 allows for."""
+    small = Shape(1, shape.num_heads, shape.num_kv_heads, shape.head_dim)
+    work = _work(pattern, layout, CHECK_LENGTH, link.size, small)
+    *x, grad = _inputs(small, CHECK_LENGTH, torch.device("cuda", torch.cuda.current_device()))
+    exact = _results(
+        lambda *t: block_sparse(*t, work.spec, impl="reference")[0], [t.double() for t in x], grad.double()
+    )
+    alone = _results(lambda *t: block_sparse(*t, work.spec, impl="triton")[0], x, grad)
+    mine = work.layout.tokens(link.rank).to(grad.device)
+    attend = _attend(strategies.get(name)(), work, link)
+    got = _results(attend, [t[:, :, mine] for t in x], grad[:, :, mine])
+    errors = torch.tensor([relative_error(a, b[:, :, mine]) for a, b in zip(got, exact, strict=True)], device="cuda")
+    dist.all_reduce(errors, dist.ReduceOp.MAX)
+    return errors.tolist(), FACTOR * max(relative_error(a, b) for a, b in zip(alone, exact, strict=True))
+
+
+def _results(attend: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    x = [t.detach().requires_grad_() for t in inputs]
+    out = attend(*x)
+    return [out.detach(), *torch.autograd.grad(out, x, grad)]
+
+
+def _attend(strategy: Strategy, work: Work, link: Link) -> Callable[..., Tensor]:
+    shard = Shard(work.layout, work.documents, link.rank)
+    return lambda q, k, v: strategy.attend(Call(q, k, v, work.spec, None, None, None, "auto"), shard, link)[0]
+
+
+def _bandwidth(link: Link, size: int = 1 << 28) -> float:
+    """Bytes that a rank sends to the others in a second of a large all-to-all."""
+    send = torch.zeros(size, dtype=torch.uint8, device="cuda")
+    receive = torch.empty_like(send)
+    ms = _slowest_ms(lambda: dist.all_to_all_single(receive, send, group=link.group))
+    return size * (link.size - 1) / link.size / ms * 1e3
+
+
+def _slowest_ms(run: Callable[[], Any]) -> float:
+    """Milliseconds of `run` on the slowest rank, all starting together."""
+    for _ in range(WARMUP):
+        run()
+    dist.barrier()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(REPEAT):
+        run()
+    end.record()
+    end.synchronize()
+    ms = torch.tensor([start.elapsed_time(end) / REPEAT], device="cuda")
+    dist.all_reduce(ms, dist.ReduceOp.MAX)
+    return float(ms)
+
+
+def _time(layer: str, pattern: Any, name: str, layout: str, length: int, shape: Shape, link: Link, rates: Rates) -> Row:
+    work = _work(pattern, layout, length, link.size, shape)
+    mine = work.layout.tokens(link.rank)
+    *x, grad = (t[:, :, mine].to("cuda").requires_grad_() for t in _inputs(shape, length, torch.device("cpu")))
+    strategy = strategies.get(name)()
+    attend = _attend(strategy, work, link)
+    link.sent = 0
+    out = attend(*x)
+    torch.autograd.grad(out, x, grad)
+    volume = strategy.volume(work)
+    if link.sent != volume.forward[link.rank] + volume.backward[link.rank]:
+        raise BenchmarkError(f"{name} on {layer}: rank {link.rank} sent {link.sent} bytes, planned {volume}")
+    with torch.no_grad():
+        forward = _slowest_ms(lambda: attend(*x))
+    both = _slowest_ms(lambda: torch.autograd.grad(attend(*x), x, grad))
+    sent = max(f + b for f, b in zip(volume.forward, volume.backward, strict=True)) / 2**20
+    return Row(layer, name, layout, length, forward, both - forward, sent, choose(work, rates).name == name)
+
+
+def _time_torch(length: int, shape: Shape, link: Link) -> Row:
+    """torch's ring over FlashAttention-2, head and tail; it takes no GQA, so K and V are repeated."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    row = Row("dense", "torch ring", "head_tail", length)
+    try:
+        from torch.distributed.tensor.experimental import context_parallel
+
+        mesh = init_device_mesh("cuda", (link.size,))
+        q, k, v, grad = _inputs(shape, length, torch.device("cuda", torch.cuda.current_device()))
+        k, v = (t.repeat_interleave(shape.num_heads // shape.num_kv_heads, 1) for t in (k, v))
+        x = [t.contiguous() for t in (q, k, v, grad)]
+        with (
+            sdpa_kernel(SDPBackend.FLASH_ATTENTION),
+            context_parallel(mesh, buffers=x, buffer_seq_dims=[2] * 4, no_restore_buffers=set(x)),
+        ):
+            q, k, v = (t.requires_grad_() for t in x[:3])
+            with torch.no_grad():
+                forward = _slowest_ms(lambda: sdpa(q, k, v, is_causal=True))
+            both = _slowest_ms(lambda: torch.autograd.grad(sdpa(q, k, v, is_causal=True), (q, k, v), x[3]))
+    except (ImportError, RuntimeError, ValueError) as error:  # a peer that cannot run is part of the result
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+        return Row(row.layer, row.strategy, row.layout, row.length, why=reason)
+    return Row(row.layer, row.strategy, row.layout, row.length, forward, both - forward)

@@ -1,0 +1,288 @@
+"""Chelsea's cache, now CentroidKV: similar keys are merged into centroids instead of being dropped.
+
+Source: arXiv 2506.11418: chunked soft matching with an alternating partition, many to one, no training. One pass at
+most halves what it is given, so 80 % compression takes three. What the paper leaves open, and what is done here:
+
+    weights     a centroid is the mean over its tokens, so sizes are carried through repeated passes
+    log size    its score gets the log of its size: softmax then sees one key for each of its tokens, which is exact
+                where they were equal; without it a cluster of 8 would have the mass of one token
+    trigger     as for every budgeted cache: after a step that leaves more than the budget, or, while generating, every
+                `evict_every` tokens
+    shares      every stretch of text keeps slots in proportion to its tokens: new tokens are merged down to the ratio
+                that holds for all, older centroids only as far as that ratio falls. Giving the same share at every
+                merge would halve the oldest text again and again
+
+Keys are merged as they are stored, rotated: within a chunk mostly neighbours join. Sinks and recent tokens are never
+merged, and a centroid stands at the position of one of its tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from lcpatch_kernels import cluster_merge
+
+from ..hf.watch import Call, attend
+from . import scattered
+from .budget import Budget
+from .evicting import EvictingLayer
+from .layer import LongCache, caches, routed_layers, to_list
+from .slots import Slots
+from .state import wholes
+
+
+@caches.register("cluster")
+class ClusterCache(LongCache):
+    """`model.generate(**inputs, past_key_values=ClusterCache(model, budget=0.25))`: centroids instead of tokens.
+
+    Args:
+        model: a causal language model of transformers, patched or not.
+        budget: slots kept per KV head, sinks and recent tokens included; a float is a share of the row's tokens.
+        num_sinks: the row's first real tokens, never merged; at least one.
+        recent: the newest tokens, never merged: how many, or as a float which share of what the sinks leave.
+        chunk: slots among which a key looks for its likes, even. Larger finds better ones, at chunk / 2 products a key.
+        passes: the least number of passes of a compaction; each gives up the same share, at most half. More than
+            needed (the default, 1, takes what is needed) match anew more often, on centroids.
+        weighted: False: plain means, which forget how many tokens a centroid stands for (an ablation).
+        log_size: False: no correction of a centroid's score (an ablation).
+        evict_every: while generating, tokens between two compactions; default: a 32nd of the budget, at most 64.
+        codec: how keys and values are stored: None (as they are), "bf16", "int8", "int4" or "fp8".
+        impl: of `lcpatch_kernels.cluster_merge`.
+
+    Raises:
+        UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.
+        ValueError: options out of range.
+    """
+
+    chunks_differ = "a chunk sees the centroids of what came before it, and texts are merged where chunks end"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: int | float = 0.25,
+        *,
+        num_sinks: int = 4,
+        recent: int | float = 0.25,
+        chunk: int = 128,
+        passes: int = 1,
+        weighted: bool = True,
+        log_size: bool = True,
+        evict_every: int | None = None,
+        codec: str | None = None,
+        impl: str = "auto",
+    ) -> None:
+        if not isinstance(chunk, int) or chunk < 2 or chunk % 2:
+            raise ValueError(f"chunk={chunk!r} must be an even integer >= 2: its slots take turns in two halves")
+        if not isinstance(passes, int) or passes < 1:
+            raise ValueError(f"passes={passes!r} must be an integer >= 1")
+        if num_sinks == 0:
+            raise ValueError("num_sinks=0: ClusterCache needs at least one sink, where attention rests")
+        kept = Budget(budget, num_sinks, recent, evict_every)
+        if isinstance(budget, int) and sum(kept.protected(budget)) >= budget:
+            raise ValueError(f"budget={budget} leaves no slot for a centroid; give more, or a smaller recent={recent}")
+        options = Merging(chunk, passes, weighted, impl)
+
+        def make(index: int, module: nn.Module) -> ClusterLayer:
+            return ClusterLayer(kept, options, log_size, codec)
+
+        super().__init__(layers=routed_layers(model, "ClusterCache", make))
+
+
+class Merging(NamedTuple):
+    """How slots are merged; see `ClusterCache`."""
+
+    chunk: int = 128
+    passes: int = 1
+    weighted: bool = True
+    impl: str = "auto"
+
+
+class Clusters(NamedTuple):
+    """Slots of some rows: keys and values [B, K, S, D], sizes fp32 and positions int32 [B, K, S]."""
+
+    keys: Tensor
+    values: Tensor
+    size: Tensor
+    position: Tensor
+
+    def part(self, begin: int, end: int) -> Clusters:
+        return Clusters(*(x[:, :, begin:end] for x in self))
+
+
+class ClusterLayer(EvictingLayer):
+    """One layer: what is over the budget is merged."""
+
+    owner = "ClusterCache"
+    fields: ClassVar = {"joined": torch.float32, "log_size": torch.float32}  # a slot's tokens but one; log(1 + joined)
+
+    def __init__(self, budget: Budget, merging: Merging, log_size: bool, codec: str | None, **kwargs: Any) -> None:
+        self.merging = merging
+        self.log_size = log_size
+        super().__init__(budget, codec, **kwargs)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.centroids: list[int] = []  # per row: slots behind its sinks that have been through a merge
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.centroids = [0] * key_states.shape[0]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.centroids = [self.centroids[r] for r in to_list(indices)] if self.is_initialized else []
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, numbers = super().state()
+        return tensors, numbers | {"centroids": self.centroids}
+
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
+        super().load_state(tensors, numbers, like)
+        self.centroids = wholes(numbers, "centroids", len(self.pads), max(self.counts))
+
+    def bias(self) -> Tensor | None:
+        return self.slots.tensors["log_size"] if self.log_size and any(self.centroids) else None
+
+    def attention(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        bias, num = self.bias(), keys.shape[2]
+        if bias is None or num == 1 or call.softcap or not scattered.is_dense(call.spec) or not self.codec.lossless:
+            return super().attention(call, keys, values)
+        every = self.slots["keys"], self.slots["values"], self.slots["log_size"]
+        out, lse = attend(with_bias(call, *every)._replace(bounds=self.bounds(num)))
+        return out[..., : call.query.shape[3]], lse
+
+    def evict(self, targets: list[int]) -> None:
+        length, most = self.slots.length, max(targets)
+        out = self._empty(most)
+        for rows, count, target in self._alike(targets):
+            row = rows[0]
+            sinks, recent = self.budget.protected(self.budgets[row])
+            sinks = max(min(sinks, target - recent - 1), 0)  # a share of very few tokens may leave no centroid
+            begin, end, new = length - count + sinks, length - recent, most - target
+            if target < count:
+                middle = self._clusters(rows, begin, end)
+                tokens = self.seen - self.pads[row] - sinks - recent
+                merged = shrink(middle, self.centroids[row], target - sinks - recent, tokens, self.merging)
+            else:
+                merged = self._clusters(rows, begin, end)
+            for name, x in self._parts(merged).items():
+                out[name][rows, :, new + sinks : most - recent] = x
+            for name, x in self.slots.tensors.items():
+                out[name][rows, :, new : new + sinks] = x[rows, :, begin - sinks : begin]
+                out[name][rows, :, most - recent : most] = x[rows, :, end:length]
+            for row in rows:
+                self.centroids[row] = target - sinks - recent if target < count else self.centroids[row]
+        self.slots = Slots(out, most)
+
+    def _alike(self, targets: list[int]) -> list[tuple[list[int], int, int]]:
+        """`(rows, count, target)`, rows grouped by state: without padding, one group."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row, target in enumerate(targets):
+            state = (self.counts[row], target, self.budgets[row], self.centroids[row], self.pads[row])
+            groups.setdefault(state, []).append(row)
+        return [(rows, state[0], state[1]) for state, rows in groups.items()]
+
+    def _empty(self, most: int) -> dict[str, Tensor]:
+        """Buffers for `most` slots: those from before the step, if they fit."""
+        capacity = max(self._capacity(most), most)
+        old = self._buffers
+        if old is not None and old is not self.slots and not old.borrowed and most <= old.capacity <= capacity:
+            return old.tensors
+        return {n: x.new_zeros(*x.shape[:2], capacity, *x.shape[3:]) for n, x in self.slots.tensors.items()}
+
+    def _clusters(self, rows: list[int], begin: int, end: int) -> Clusters:
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        tensors = {name: x[rows, :, begin:end] for name, x in self.slots.tensors.items()}
+        keys, values = (self._decoded(Slots(tensors, end - begin), name, like) for name in ("keys", "values"))
+        return Clusters(keys, values, tensors["joined"] + 1, tensors["position"])
+
+    def _parts(self, clusters: Clusters) -> dict[str, Tensor]:
+        """Clusters as the tensors that are stored."""
+        parts = {"position": clusters.position, "joined": clusters.size - 1, "log_size": clusters.size.log()}
+        for name, x in (("keys", clusters.keys), ("values", clusters.values)):
+            parts |= {name + suffix: part for suffix, part in self.codec.encode(x).items()}
+        return parts
+
+
+def shrink(middle: Clusters, old: int, to: int, tokens: int, merging: Merging) -> Clusters:
+    """Merge `middle`, which stands for `tokens` tokens, down to `to` slots.
+
+    Its first `old` slots are centroids, the others new tokens; both parts keep slots in proportion to their tokens.
+    """
+    slots = middle.size.shape[2]
+    old = min(old, slots)
+    new = slots - old
+    share = min(max(round(new * to / tokens), 1), new) if new else 0
+    keep_old = min(max(to - share, min(old, 1)), old)
+    older, newer = middle.part(0, old), middle.part(old, slots)
+    if to - keep_old < min(new, 1):  # one slot for both
+        return reduce(middle, to, merging)
+    parts = reduce(older, keep_old, merging), reduce(newer, to - keep_old, merging)
+    return Clusters(*(torch.cat(x, 2) for x in zip(*parts, strict=True)))
+
+
+def reduce(clusters: Clusters, to: int, merging: Merging) -> Clusters:
+    """Exactly `to` slots, in as many passes as that takes or `merging.passes`, each giving up the same share."""
+    left = clusters.size.shape[2]
+    passes = max(merging.passes, math.ceil(math.log2(left / to))) if to < left else 0
+    for done in range(passes):
+        wanted = left - round(left * (to / left) ** (1 / (passes - done)))
+        clusters = one_pass(clusters, min(max(wanted, 0), left // 2), merging)
+        left = clusters.size.shape[2]
+    while left > to:  # shares were rounded
+        clusters = one_pass(clusters, min(left - to, left // 2), merging)
+        left = clusters.size.shape[2]
+    return clusters
+
+
+def one_pass(clusters: Clusters, gives: int, merging: Merging) -> Clusters:
+    """Give up exactly `gives` slots, at most half: all chunks alike, earlier ones one more where it does not divide."""
+    if gives == 0:
+        return clusters
+    chunk, slots = merging.chunk, clusters.size.shape[2]
+    whole, rest = divmod(slots, chunk)
+    last = max(gives * rest // slots, gives - whole * (chunk // 2))
+    each, more = divmod(gives - last, whole) if whole else (0, 0)
+    parts = [
+        _merged(clusters.part(0, more * chunk), chunk, each + 1, merging),
+        _merged(clusters.part(more * chunk, whole * chunk), chunk, each, merging),
+        _merged(clusters.part(whole * chunk, slots), rest // 2 * 2, last, merging),
+    ]
+    parts = [part for part in parts if part.size.shape[2]]
+    return parts[0] if len(parts) == 1 else Clusters(*(torch.cat(x, 2) for x in zip(*parts, strict=True)))
+
+
+def _merged(clusters: Clusters, chunk: int, merges: int, merging: Merging) -> Clusters:
+    """A pass over whole chunks (a slot behind them stays as it is)."""
+    keys, values, size, position = clusters
+    if merges == 0 or size.shape[2] == 0:
+        return clusters
+    keys, values, size, target = cluster_merge(
+        keys, values, size, chunk=chunk, merges=merges, weighted=merging.weighted, impl=merging.impl
+    )
+    place = torch.empty_like(position[:, :, : size.shape[2]])
+    for turn in (0, 1):  # every second slot may have joined another; then that one's position is the last to be written
+        place.scatter_(2, target[:, :, turn::2].long(), position[:, :, turn::2])
+    return Clusters(keys, values, size, place)
+
+
+def with_bias(call: Call, keys: Tensor, values: Tensor, bias: Tensor) -> Call:
+    """`call` over keys whose scores get `bias` [B, K, S] added: eight more dimensions carry it, so any kernel can.
+
+    q' = [q, c, c, 0 …] and k' = [k, high, low, 0 …] with high + low = bias / (scale c): in two parts it has twice the
+    digits of the keys' dtype, and c, a power of two, is exact.
+    """
+    scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
+    c = 2.0 ** round(-math.log2(scale))
+    bias = bias.to(torch.promote_types(torch.float32, keys.dtype)) / (scale * c)
+    high = bias.to(keys.dtype)
+    low = (bias - high).to(keys.dtype)
+    query, keys, values = (pad(x, (0, 8)) for x in (call.query, keys, values))
+    query[..., -8:-6] = c
+    keys[..., -8], keys[..., -7] = high, low
+    return call._replace(query=query, key=keys, value=values, scale=scale)

@@ -1,0 +1,266 @@
+"""A layer that keeps every page of its past and reads, for each generated token, those that an index picks.
+
+Several tokens at a time (a prompt, its chunks, a later turn) attend to everything. The pages may lie on the device
+(`Pages`) or mostly elsewhere (`TieredPages`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..hf.watch import Call, attend
+from .budget import Budget
+from .layer import AttendingLayer, decode, negative, to_list
+from .pages import Pages, alike
+from .scattered import is_dense
+from .state import fitting, whole, wholes
+from .tiers import TieredPages
+
+
+class Index(Protocol):
+    """What is known of a layer's full pages without reading them."""
+
+    nbytes: int
+
+    def append(self, keys: Tensor, rows: list[int], begin: int, room: int) -> None:
+        """Take the keys [rows, K, tokens, D] of the pages from `begin` on; `room` pages are reserved in all."""
+
+    def scores(self, query: Tensor, marks: Marks) -> Tensor:
+        """How well the pages before each row's newest fit, fp32 [B, K, most of a row]; -inf: not at all."""
+
+    def cut(self, row: int, pages: int) -> None:
+        """Forget the pages of a row from `pages` on."""
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Keep these batch rows, in that order."""
+
+
+class Reads:
+    """How many pages a token of a row reads, and which of them always.
+
+    Raises:
+        ValueError: options out of range, or a budget that the pages always read fill.
+    """
+
+    def __init__(self, budget: int | float, page: int, num_sinks: int, recent: int) -> None:
+        if not isinstance(page, int) or page < 1 or page & (page - 1):
+            raise ValueError(f"page={page!r} must be a power of two")
+        if not isinstance(recent, int) or recent < 1:
+            raise ValueError(f"recent={recent!r} must be tokens (an integer >= 1)")
+        self.budget = Budget(budget, num_sinks, recent)
+        self.page, self.recent = page, recent
+        self.sink_pages = -(-num_sinks // page)
+        # Recent tokens may begin within a page, and there is one page to choose at least.
+        self.least = self.sink_pages + -(-recent // page) + 2
+        if isinstance(budget, int) and budget < self.least * page:
+            raise ValueError(
+                f"budget={budget} must hold the pages of {num_sinks} sinks and {recent} recent tokens and one more: at "
+                f"least {self.least * page} with page={page}, or smaller pages"
+            )
+
+    def of(self, real: int) -> int:
+        """The pages that a row of `real` tokens reads."""
+        return max(self.budget.of(real) // self.page, self.least)
+
+
+class PagedLayer(AttendingLayer):
+    """One layer.
+
+    Args:
+        reads: how many pages a token reads.
+        make_index, make_pages: an empty index for so many rows, and an empty store of pages.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        reads: Reads,
+        make_index: Callable[[Reads, int], Index],
+        make_pages: Callable[[], Pages | TieredPages],
+        **kwargs: Any,
+    ) -> None:
+        self.owner, self.reads = owner, reads
+        self.make_index, self.make_pages = make_index, make_pages
+        self.next: Callable[[], PagedLayer | None] | None = None
+        super().__init__(**kwargs)
+
+    def follow(self, layer: PagedLayer) -> None:
+        """Fetch ahead by the query of `layer`, the one before."""
+        layer.next = weakref.ref(self)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.pages = self.make_pages()
+        self.budgets: list[int] = []  # per row: pages to read, as they were after the last step of several tokens
+        self.read = 0  # tokens that the last generated token attended to, the most of a row
+        self.index = self.make_index(self.reads, 0)
+        self._marks: Marks | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.index = self.make_index(self.reads, key_states.shape[0])
+        self.pages.lengths = [0] * key_states.shape[0]
+
+    def attend(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Attention of the step's queries: one token's over the pages that fit, several tokens' over everything."""
+        keys, values = self._begin(call)
+        num = keys.shape[2]
+        skip = [min(max(pads - self.seen, 0), num) for pads in self.pads]
+        if num > 1 or not self.budgets:
+            self.budgets = [self.reads.of(n + num - s) for n, s in zip(self.pages.lengths, skip, strict=True)]
+            self._marks = None
+        self.pages.allow(max(self.budgets))
+        for rows, begin, end in self.pages.append(keys, values, skip):
+            self.index.append(self.pages.tokens(rows, begin, end), rows, begin, self.pages.room)
+        self.seen += num
+        lengths = self.pages.lengths
+        if num == 1 and is_dense(call.spec) and (self.pages.apart or self._over()):
+            return self._retrieve(call)
+        self.read = max(lengths)
+        everything = self.pages.whole()
+        spans = [[num - min(num, n), num, 0, n] for n in lengths]
+        bounds = torch.tensor(spans, dtype=torch.int32).to(self.device)
+        if num == 1:
+            return decode(call, *everything, spec=call.spec, bounds=bounds[:, 2:].contiguous())
+        return attend(call._replace(key=everything[0], value=everything[1], bounds=bounds[:, None]))
+
+    def look_ahead(self, query: Tensor) -> None:
+        """Begin to fetch what `query`, the one of the layer before, would choose here."""
+        if self._marks is not None and self.pages.apart and self._over():
+            self.pages.prefetch(self.choose(query, self._marks))
+
+    def choose(self, query: Tensor, marks: Marks) -> Tensor:
+        """The pages [B, K, M] that `query` reads, int64, -1 for none; each row's newest page comes last."""
+        place = torch.arange(marks.most, device=self.device)
+        if self._over():
+            scores = self.index.scores(query, marks)
+            scores = scores.masked_fill(marks.newest < marks.budgets, 0)  # rows that read everything
+        else:
+            scores = torch.zeros(len(self.pads), self.pages.num_heads, marks.most, device=self.device)
+        always = (place < self.reads.sink_pages) | (place >= marks.recent)
+        scores = scores.masked_fill(always, torch.inf).masked_fill(place >= marks.newest, -torch.inf)
+        scores, pages = scores.topk(marks.chosen, -1)
+        rank = torch.arange(marks.chosen, device=self.device)
+        pages = pages.masked_fill((scores == -torch.inf) | (rank >= marks.budgets - 1), -1)
+        return torch.cat([pages, marks.newest.expand(*pages.shape[:2], 1)], -1)
+
+    def _over(self) -> bool:
+        """Whether a row has more pages than it may read."""
+        page = self.reads.page
+        return any(-(-n // page) > most for n, most in zip(self.pages.lengths, self.budgets, strict=True))
+
+    def _retrieve(self, call: Call) -> tuple[Tensor, Tensor]:
+        marks = self._mark()
+        keys, values, slots = self.pages.fetch(self.choose(call.query, marks))
+        if self.next is not None and (layer := self.next()) is not None:
+            layer.look_ahead(call.query)
+        self.read = min(self.reads.page * slots.shape[2], max(self.pages.lengths))
+        which = {"slots": slots, "num_keys": marks.num_keys, "page_size": self.reads.page}
+        return decode(call, keys, values, **which)
+
+    def _mark(self) -> Marks:
+        """What the choice needs of the rows' lengths, on the device; rebuilt when a page begins, else counted on."""
+        page, lengths = self.reads.page, self.pages.lengths
+        state = [((n - 1) // page, (n - self.reads.recent) // page) for n in lengths]
+        marks = self._marks
+        if marks is not None and marks.state == state and marks.lengths == [n - 1 for n in lengths]:
+            marks.num_keys.add_(1)
+            marks.lengths = list(lengths)
+            return marks
+        self._marks = Marks(lengths, state, self.budgets, page, self.pages.num_heads, self.device)
+        return self._marks
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `load_state` takes: tensors, and numbers as JSON."""
+        tensors, numbers = self.pages.state()
+        return tensors, {**numbers, "seen": self.seen, "pads": self.pads, "budgets": self.budgets}
+
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
+        """Hold what `state` of such a layer gave; `like` is an empty tensor [1, K, 0, D] as the model's keys.
+
+        Raises:
+            ValueError: tensors or numbers that do not fit.
+        """
+        pads, seen = wholes(numbers, "pads"), whole(numbers, "seen")
+        lengths = [max(seen - n, 0) for n in pads]
+        found = fitting(tensors, {"keys": like, "values": like}, len(pads), max(lengths))
+        self.lazy_initialization(like.expand(len(pads), -1, -1, -1), like)
+        self.pages.allow(self.reads.of(max(lengths)))
+        self.pages.load(found["keys"], found["values"], lengths, numbers)
+        self.seen, self.pads = seen, pads
+        self.budgets = wholes(numbers, "budgets", len(pads), self.reads.of(max(lengths)))
+        for rows in alike(lengths):
+            if (full := lengths[rows[0]] // self.reads.page) > 0:
+                keys = found["keys"][rows, :, : full * self.reads.page]
+                self.index.append(keys, rows, 0, self.pages.room)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens."""
+        num = min(-negative(tokens_to_remove), self.seen)
+        if not self.is_initialized or not num:
+            return
+        self.seen -= num
+        lengths = [max(self.seen - pads, 0) for pads in self.pads]
+        self.pages.cut(lengths)
+        for row, length in enumerate(lengths):
+            self.index.cut(row, length // self.reads.page)
+        if self.seen == 0:
+            self.pads, self.budgets = [0] * len(self.pads), []
+        self._marks = None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if not self.is_initialized:
+            return
+        rows = to_list(indices)
+        self.pads = [self.pads[r] for r in rows]
+        self.budgets = [self.budgets[r] for r in rows] if self.budgets else []
+        self.pages.select_rows(rows)
+        self.index.select_rows(rows)
+        self._marks = None
+
+    def tiers(self) -> dict[str, int]:
+        """Bytes per tier."""
+        held = self.pages.nbytes()
+        return {**held, "device": held["device"] + self.index.nbytes}
+
+    def memory(self) -> int:
+        """Bytes of all tiers."""
+        return sum(self.tiers().values())
+
+    def kept(self) -> int:
+        """Tokens of the longest row: all."""
+        return max(self.pages.lengths, default=0)
+
+
+class Marks:
+    """Where each row's newest page is, and what else the choice of pages needs of it, as tensors [B, 1, 1].
+
+    Args:
+        lengths: tokens of each row.
+        state: of each row its newest page and the first of its recent ones, -1 or less: none.
+        budgets: pages that each row reads.
+        page, num_heads, device: of the pages.
+    """
+
+    def __init__(
+        self,
+        lengths: list[int],
+        state: list[tuple[int, int]],
+        budgets: list[int],
+        page: int,
+        num_heads: int,
+        device: torch.device,
+    ) -> None:
+        self.lengths, self.state = list(lengths), state
+        self.most = max(0, *(newest for newest, _ in state))  # pages to choose from
+        self.chosen = min(max(budgets) - 1, self.most)
+        counts = [self.chosen * page + n - newest * page for n, (newest, _) in zip(lengths, state, strict=True)]
+        rows = [[newest, recent, most, n] for (newest, recent), most, n in zip(state, budgets, counts, strict=True)]
+        table = torch.tensor(rows).to(device)
+        self.newest, self.recent, self.budgets = (table[:, n, None, None] for n in range(3))
+        self.num_keys = table[:, 3:].expand(-1, num_heads).to(torch.int32).contiguous()

@@ -1,0 +1,129 @@
+"""Every token of every row, in pages that are counted from the row's first real token: page n of a row holds its tokens
+[n page, (n + 1) page). Pads are never stored, so a page means the same whoever stands beside the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from .slots import GROWTH
+from .state import whole
+
+
+class Pages:
+    """Pages on the device that computes: [B, K, capacity, D], each row filled from the left.
+
+    `TieredPages` has the same methods and keeps most of them elsewhere.
+
+    Args:
+        page: tokens a page, a power of two.
+    """
+
+    apart = False  # whether most pages may lie elsewhere
+
+    def __init__(self, page: int) -> None:
+        self.page = page
+        self.lengths: list[int] = []  # tokens of each row
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def allow(self, pages: int) -> None:
+        """So many full pages may be on the device: here all are."""
+
+    def append(self, keys: Tensor, values: Tensor, skip: list[int]) -> Iterator[tuple[list[int], int, int]]:
+        """Store new tokens [B, K, T, D], of each row but the first `skip[row]`.
+
+        Yields:
+            `(rows, begin, end)`, once these are stored: rows that are alike, and the pages which they have now filled.
+        """
+        if self.keys is None:
+            self.keys, self.values = (x.new_zeros(*x.shape[:2], 0, x.shape[3]) for x in (keys, values))
+        most = max(n + keys.shape[2] - s for n, s in zip(self.lengths, skip, strict=True))
+        self._reserve(most)
+        for rows in alike(zip(self.lengths, skip, strict=True)):
+            length, first = self.lengths[rows[0]], skip[rows[0]]
+            end = length + keys.shape[2] - first
+            every = len(rows) == len(self.lengths)
+            for own, new in ((self.keys, keys), (self.values, values)):
+                if every:
+                    own[:, :, length:end] = new[:, :, first:]
+                else:
+                    own[rows, :, length:end] = new[rows, :, first:]
+            for row in rows:
+                self.lengths[row] = end
+            if end // self.page > length // self.page:
+                yield rows, length // self.page, end // self.page
+
+    @property
+    def room(self) -> int:
+        """Pages that are reserved."""
+        return self.keys.shape[2] // self.page
+
+    @property
+    def num_heads(self) -> int:
+        return self.keys.shape[1]
+
+    def tokens(self, rows: list[int], begin: int, end: int) -> Tensor:
+        """Keys of the pages [begin, end) of `rows`: [rows, K, tokens, D]."""
+        which = self.keys if len(rows) == len(self.lengths) else self.keys[rows]
+        return which[:, :, begin * self.page : end * self.page]
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """All keys and values, [B, K, tokens, D], as views."""
+        most = max(self.lengths)
+        return self.keys[:, :, :most], self.values[:, :, :most]
+
+    def fetch(self, pages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(keys, values, slots)`: where `sparse_decode` finds the pages [B, K, M], -1 for none; their newest page is
+        the one that tokens are being added to."""
+        return self.keys, self.values, pages.int()
+
+    def cut(self, lengths: list[int]) -> None:
+        """Forget the tokens of each row from its new length on."""
+        self.lengths = lengths
+
+    def select_rows(self, rows: list[int]) -> None:
+        self.lengths = [self.lengths[r] for r in rows]
+        if self.keys is not None:
+            self.keys, self.values = (x[rows] for x in (self.keys, self.values))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """All tokens, and what `load` takes beside them."""
+        return dict(zip(("keys", "values"), self.whole(), strict=True)), {"capacity": self.keys.shape[2]}
+
+    def load(self, keys: Tensor, values: Tensor, lengths: list[int], numbers: dict[str, Any]) -> None:
+        """Hold the tokens [B, K, T, D] of rows that are filled from the left."""
+        most = max(lengths)
+        capacity = whole(numbers, "capacity", int(most * GROWTH) + 2 * self.page) // self.page * self.page
+        self.lengths, self.keys, self.values = lengths, keys[:, :, :0], values[:, :, :0]
+        self._reserve(most, capacity)
+        for own, x in ((self.keys, keys), (self.values, values)):
+            own[:, :, :most] = x
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes per tier."""
+        return {
+            "device": 0 if self.keys is None else sum(x.untyped_storage().nbytes() for x in (self.keys, self.values))
+        }
+
+    def _reserve(self, tokens: int, capacity: int = 0) -> None:
+        held = self.keys.shape[2]
+        if tokens <= held:
+            return
+        capacity = -(-max(tokens, capacity, int(held * GROWTH)) // self.page) * self.page
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+            new[:, :, :held] = old
+            setattr(self, name, new)
+
+
+def alike(states: Iterable[object]) -> list[list[int]]:
+    """Rows grouped by their state: without padding, one group."""
+    groups: dict[object, list[int]] = {}
+    for row, state in enumerate(states):
+        groups.setdefault(state, []).append(row)
+    return list(groups.values())

@@ -1,0 +1,132 @@
+"""RetroLM's cache: nothing is forgotten, and every new token looks up the pages of the past that fit its query.
+
+Source: arXiv 2502.11444 (pages of 128 tokens, retrieval per layer, the rest may live on the CPU). Departures:
+
+- The paper retrieves once for every user query; here each generated token retrieves for itself, per KV head.
+- Its prompt streams through retrieved pages; here several tokens at a time (a prompt, its chunks, a later turn) attend
+  to everything, so that nothing is lost while reading.
+- Scores are trained there ("bookmark"); "quest" and "mean" need no training, and "bookmark" begins as "mean".
+
+Scores of the query heads that share a KV head are put together by their maximum, or by the sum of their softmaxes;
+averaging the queries first would lose what one head alone looks for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .codec import Plain
+from .layer import DenseLayer, LongCache, caches, routed_layers
+from .paged import Marks, PagedLayer, Reads
+from .pages import Pages
+from .scorers import Scorer, make_scorers
+from .tiers import TieredPages
+
+GROUPS = ("max", "softmax")
+
+
+@caches.register("retrieval")
+class RetrievalCache(LongCache):
+    """`model.generate(**inputs, past_key_values=RetrievalCache(model, budget=2048))`: a token reads the pages that fit.
+
+    Args:
+        model: a causal language model of transformers, patched or not.
+        budget: tokens that a generated token attends to per KV head, in whole pages; a float is a share of the row's.
+        scorer: "quest", "mean", "bookmark", a scorer's class, or `caches.scorers.Bookmarks` that were trained.
+        page: tokens a page, a power of two.
+        num_sinks, recent: tokens at the row's begin and end whose pages are always read.
+        group: how the scores of a KV head's query heads are put together: "max", or "softmax" (their sum).
+        dense_layers: so many of the first layers read everything (Quest's choice is 2).
+        offload: keep the pages in host memory, and on the device those read last, within the budget.
+
+    Raises:
+        UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.
+        UnknownNameError: no such scorer.
+        ValueError: options out of range, or a budget that the pages always read fill.
+    """
+
+    chunks_differ = "one token attends to its pages only, several at a time to everything"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: int | float = 2048,
+        *,
+        scorer: Any = "quest",
+        page: int = 128,
+        num_sinks: int = 4,
+        recent: int = 128,
+        group: str = "max",
+        dense_layers: int = 0,
+        offload: bool = False,
+    ) -> None:
+        reads = Reads(budget, page, num_sinks, recent)
+        if group not in GROUPS:
+            raise ValueError(f"group={group!r} is not one of {', '.join(map(repr, GROUPS))}")
+        by_layer = make_scorers(scorer, model.config.get_text_config().num_hidden_layers)
+
+        def make(index: int, module: nn.Module) -> Any:
+            if index < dense_layers:
+                return DenseLayer()
+            return PagedLayer(
+                "RetrievalCache",
+                reads,
+                lambda reads, rows: ScorerIndex(by_layer[index], page, group, rows),
+                lambda: TieredPages(page, Plain()) if offload else Pages(page),
+            )
+
+        super().__init__(layers=routed_layers(model, "RetrievalCache", make))
+
+    def stats(self) -> dict[str, Any]:
+        """Besides what every cache says: tokens that the last generated token attended to, the most of a layer."""
+        read = [layer.read for layer in self.layers if hasattr(layer, "read")]
+        return {**super().stats(), "attended": max(read, default=0)}
+
+
+class ScorerIndex:
+    """What a scorer remembers of every page, [B, K, pages, …].
+
+    Args:
+        scorer: of this layer.
+        page: tokens a page.
+        group: how the query heads of a KV head are put together.
+        num_rows: batch rows.
+    """
+
+    def __init__(self, scorer: Scorer, page: int, group: str, num_rows: int) -> None:
+        self.scorer, self.page, self.group, self.num_rows = scorer, page, group, num_rows
+        self.summary: tuple[Tensor, ...] = ()
+
+    def append(self, keys: Tensor, rows: list[int], begin: int, room: int) -> None:
+        new = self.scorer.summarise(keys, self.page)
+        if not self.summary:
+            self.summary = tuple(x.new_zeros(self.num_rows, x.shape[1], 0, *x.shape[3:]) for x in new)
+        if (missing := room - self.summary[0].shape[2]) > 0:
+            self.summary = tuple(
+                torch.cat([x, x.new_zeros(*x.shape[:2], missing, *x.shape[3:])], 2) for x in self.summary
+            )
+        for own, x in zip(self.summary, new, strict=True):
+            own[rows, :, begin : begin + x.shape[2]] = x
+
+    def scores(self, query: Tensor, marks: Marks) -> Tensor:
+        scores = self.scorer.score(query, tuple(x[:, :, : marks.most] for x in self.summary))
+        scores = scores.unflatten(1, (self.summary[0].shape[1], -1))  # [B, K, H // K, pages]
+        if self.group == "max":
+            return scores.amax(2)
+        # A row's shares are its own: pages that it has not must not get any.
+        none = torch.arange(marks.most, device=scores.device) >= marks.newest[:, None]
+        return (scores * query.shape[-1] ** -0.5).masked_fill(none, -torch.inf).softmax(-1).sum(2).nan_to_num()
+
+    def cut(self, row: int, pages: int) -> None:
+        """Nothing to do: a page that is not full is not looked at, and written anew when it is."""
+
+    def select_rows(self, rows: list[int]) -> None:
+        self.num_rows = len(rows)
+        self.summary = tuple(x[rows] for x in self.summary)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.untyped_storage().nbytes() for x in self.summary)

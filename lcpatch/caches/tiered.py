@@ -1,0 +1,232 @@
+"""LeoAM's cache: a budget on the fast tier, the rest in host memory and on disk, and bounds that say what comes back.
+
+Source: arXiv 2506.20187. The fast tier (the GPU; on a machine without one, main memory beside a disk) holds the pages
+used last and, of every page, the bounds of its keys. A generated token searches the tree of those bounds (`tree.py`)
+for the pages that may hold one of its best keys; what is not on the fast tier is fetched, and while a layer attends,
+the next one begins to fetch what this one's query would ask for there. Departures:
+
+- The paper's rule takes twice the pages it wants by their upper bound and scores those exactly. Here pages are kept by
+  a rule that proves what it drops, and where more are left than fit the budget, the best upper bounds win.
+- Its pages are as long as each layer's measured skew allows; here `page` is the same for all.
+- Bounds stay on the fast tier (1 / page of the keys and values together) instead of on every tier.
+- Several tokens at a time attend to everything, brought in for one layer at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import TierError
+from ..hf.models import attention_modules, full_attention_layers, unwrap
+from ..hf.watch import Call
+from .codec import codec_named
+from .layer import LongCache, caches, routed_layers
+from .paged import Marks, PagedLayer, Reads
+from .tiers import TieredPages
+from .tree import BoundTree
+
+
+@caches.register("tiered")
+class TieredCache(LongCache):
+    """`model.generate(**inputs, past_key_values=TieredCache(model, budget=8192, disk="/scratch"))`: nothing is lost.
+
+    Args:
+        model: a causal language model of transformers, patched or not.
+        budget: tokens per KV head on the fast tier, in whole pages, and the most that a generated token attends to; a
+            float is a share of the row's.
+        gpu_bytes: instead of `budget`: bytes of keys and values on the fast tier, for all layers and rows together.
+        top: best keys of every query head that are read for certain, where their pages fit the budget; default: as many
+            as a quarter of the budget.
+        page: tokens a page, a power of two: what is fetched at a time, and a leaf of the tree of bounds.
+        num_sinks, recent: tokens at the row's begin and end whose pages are always read.
+        codec: how a page is stored off the fast tier: "int8", "int4", "fp8", "bf16", or None (as it is).
+        disk: folder of the slowest tier, which then holds every page; None: host memory does.
+        host_bytes: with a disk, what host memory holds of the pages used last, for all layers together.
+        ahead: fetch for the next layer by this layer's query.
+
+    Raises:
+        UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.
+        ValueError: options out of range, or a budget that the pages always read fill.
+        TierError: (also later) a folder that cannot be written, a full disk.
+    """
+
+    chunks_differ = "one token attends to its pages only, several at a time to everything"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: int | float | None = None,
+        *,
+        gpu_bytes: int | None = None,
+        top: int | None = None,
+        page: int = 32,
+        num_sinks: int = 4,
+        recent: int = 64,
+        codec: str | None = "int8",
+        disk: str | Path | None = None,
+        host_bytes: int = 1 << 30,
+        ahead: bool = True,
+    ) -> None:
+        if budget is not None and gpu_bytes is not None:
+            raise ValueError("give budget (tokens of the fast tier) or gpu_bytes, not both")
+        if top is not None and (not isinstance(top, int) or top < 1):
+            raise ValueError(f"top={top!r} must be an integer >= 1")
+        if host_bytes < 0:
+            raise ValueError(f"host_bytes={host_bytes!r} must be a number of bytes >= 0")
+        if gpu_bytes is not None and (not isinstance(gpu_bytes, int) or gpu_bytes < 1):
+            raise ValueError(f"gpu_bytes={gpu_bytes!r} must be a number of bytes >= 1")
+        reads = Reads(4096 if budget is None else budget, page, num_sinks, recent)
+        stored = codec_named(codec)
+        base = unwrap(model)
+        num = max(1, len(full_attention_layers(base.config, attention_modules(base))))
+
+        def make(index: int, module: nn.Module) -> TieredLayer:
+            pages = partial(TieredPages, page, stored, disk, host_bytes // num)
+            return TieredLayer(reads, top, pages, None if gpu_bytes is None else gpu_bytes // num)
+
+        super().__init__(layers=routed_layers(model, "TieredCache", make))
+        self.ahead = ahead
+        self._chain()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TieredCache:
+        """A copy goes its own way; what both have at home stays where it is, since it never changes."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        new._chain()
+        return new
+
+    def _chain(self) -> None:
+        mine = [layer for layer in self.layers if isinstance(layer, TieredLayer)]
+        for before, layer in pairwise(mine if self.ahead else []):
+            layer.follow(before)
+
+    def stats(self) -> dict[str, Any]:
+        """Besides what every cache says:
+
+        `attended`: tokens that the last generated token attended to. `hit_rate`: which share of the pages asked for was
+        on the fast tier, or on its way there. `fetched_ahead`, `from_host`, `from_disk`: pages. `proven`: in which
+        share of the searches all pages that may hold one of the `top` best keys fitted the budget.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, TieredLayer)]
+        wanted = sum(x.pages.wanted for x in layers)
+        homes = [x.pages.home for x in layers if x.pages.keys is not None]
+        searches = sum(x.searches for x in layers)
+        return {
+            **super().stats(),
+            "attended": max((x.read for x in layers), default=0),
+            "hit_rate": sum(x.pages.found for x in layers) / wanted if wanted else 1.0,
+            "fetched_ahead": sum(x.pages.ahead for x in layers),
+            "from_host": sum(x.from_host for x in homes),
+            "from_disk": sum(x.from_disk for x in homes),
+            "proven": float(sum(x.proven for x in layers)) / searches if searches else 1.0,
+        }
+
+
+class TieredLayer(PagedLayer):
+    """One layer.
+
+    Args:
+        reads: how many pages a token reads, which is what the fast tier holds.
+        top: best keys to read for certain; None: a quarter of what is read.
+        make_pages: an empty store.
+        fast_bytes: of keys and values on the fast tier, instead of what `reads` says; None: what it says.
+    """
+
+    def __init__(
+        self,
+        reads: Reads,
+        top: int | None,
+        make_pages: Callable[[], TieredPages],
+        fast_bytes: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.fast_bytes = fast_bytes
+        super().__init__("TieredCache", reads, lambda reads, rows: TreeIndex(reads, top, rows), make_pages, **kwargs)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.failed = False
+        self.searches = 0
+        self.proven: Tensor | int = 0  # of these, those whose proven pages fitted
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        if self.fast_bytes is not None:
+            batch, heads, _, head_dim = key_states.shape
+            page, sinks, recent = self.reads.page, self.reads.budget.num_sinks, self.reads.recent
+            held = 2 * batch * heads * page * head_dim * key_states.element_size()
+            pages = self.fast_bytes // held - 1  # and the open one
+            if pages < self.reads.least:
+                raise ValueError(
+                    f"gpu_bytes leaves {self.fast_bytes} bytes a layer, {max(pages, 0)} pages of {page} tokens for "
+                    f"{batch} rows; {self.reads.least} are wanted at least: {held * (self.reads.least + 1)} bytes"
+                )
+            self.reads = Reads(pages * page, page, sinks, recent)
+        super().lazy_initialization(key_states, value_states)
+
+    def attend(self, call: Call) -> tuple[Tensor, Tensor]:
+        """As every paged layer; once a tier has failed, layers disagree, and every later step says so."""
+        if self.failed:
+            raise TierError(
+                "TieredCache: a tier failed in an earlier step, so layers disagree; cache.reset() and prefill"
+            )
+        try:
+            return super().attend(call)
+        except TierError:
+            self.failed = True
+            raise
+
+    def _retrieve(self, call: Call) -> tuple[Tensor, Tensor]:
+        out = super()._retrieve(call)
+        if self._over():
+            self.searches += self.index.fits.numel()
+            self.proven = self.proven + self.index.fits.sum()
+        return out
+
+
+class TreeIndex:
+    """The tree of bounds of a layer's pages, and what it proves.
+
+    Args:
+        reads: which pages are read anyway.
+        top: best keys to find; None: a quarter of the tokens read.
+        num_rows: batch rows.
+    """
+
+    def __init__(self, reads: Reads, top: int | None, num_rows: int) -> None:
+        self.reads, self.top = reads, top
+        self.tree = BoundTree(reads.page, num_rows)
+        self.fits: Tensor | None = None  # bool [B, K]: whether all that the last search could not drop may be read
+
+    def append(self, keys: Tensor, rows: list[int], begin: int, room: int) -> None:
+        self.tree.append(keys, rows)
+
+    def scores(self, query: Tensor, marks: Marks) -> Tensor:
+        """The upper bounds of the pages that may hold one of the best keys; -inf for those that provably do not."""
+        top = self.top or max(marks.chosen * self.reads.page // 4, 1)
+        pages, upper = self.tree.search(query, top)
+        scores = upper.new_full((*upper.shape[:2], marks.most + 1), -torch.inf)
+        scores.scatter_(2, torch.where((pages >= 0) & (pages < marks.most), pages, marks.most), upper)
+        scores = scores[..., : marks.most]
+        place = torch.arange(marks.most, device=scores.device)
+        read = (scores > -torch.inf) | (place < self.reads.sink_pages) | (place >= marks.recent)
+        self.fits = (read & (place < marks.newest)).sum(-1) < marks.budgets[..., 0]
+        return scores
+
+    def cut(self, row: int, pages: int) -> None:
+        self.tree.cut(row, pages)
+
+    def select_rows(self, rows: list[int]) -> None:
+        self.tree.select_rows(rows)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tree.nbytes

@@ -1,0 +1,111 @@
+"""Checkpoints that are whole or absent, and the record of what run a folder belongs to."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..core.errors import TrainingError
+from ..hf.models import attention_modules, unwrap
+from ..hf.state import SINK_LOGIT
+
+RUN_FILE = "run.json"
+LOGITS_FILE = "sink_logits.safetensors"
+STAGING = ".incomplete"
+MAY_CHANGE = ("save_every", "keep", "resume", "evaluate_every", "log_every", "report_to", "workers", "merged", "output")
+"""Settings that change no weight, so that a resumed run may have others."""
+
+
+def claim(folder: Path, run: dict[str, Any], resume: str) -> Path | None:
+    """Make `folder` the place of this run, and return the checkpoint to go on from, if there is one.
+
+    Args:
+        folder: of the run.
+        run: its settings and what its data is.
+        resume: "auto", or "never" to refuse a folder that holds a run.
+
+    Raises:
+        ValueError: the folder holds another run; the message says in what they differ.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    file = folder / RUN_FILE
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.glob("checkpoint-*")):
+            raise ValueError(f"{folder} holds checkpoints of another program; take another --output")
+        with arriving(file) as new:
+            new.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        return None
+    if resume == "never":
+        raise ValueError(f"{folder} holds a run already; take another --output, delete it, or leave --resume out")
+    known = json.loads(file.read_text(encoding="utf-8"))
+    for name in sorted(known.keys() | run.keys()):
+        if name not in MAY_CHANGE and known.get(name) != run.get(name):
+            raise ValueError(
+                f"{folder} holds a run with {name}={known.get(name)!r}, this one has {run.get(name)!r}: take another "
+                "--output, or the same settings to go on with that run"
+            )
+    last = get_last_checkpoint(str(folder))
+    return None if last is None else Path(last)
+
+
+@contextmanager
+def arriving(target: Path) -> Iterator[Path]:
+    """A path beside `target` that becomes it in one step when the block ends well, and vanishes when it does not."""
+    staging = target.parent / STAGING
+    new = staging / target.name
+    discard(staging)
+    staging.mkdir(parents=True)
+    try:
+        yield new
+        if target.is_dir():
+            os.replace(target, staging / ".old")
+        os.replace(new, target)
+    finally:
+        discard(staging)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder and what is in it, if it is there."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def disk_full(error: OSError, folder: Path, step: int) -> TrainingError:
+    """What to tell a user whose checkpoint could not be written."""
+    kept = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    has = f"the last whole one is {kept[-1]}" if kept else "there is none yet"
+    return TrainingError(
+        f"the checkpoint of step {step} could not be written ({error.strerror or error}); nothing half-written was "
+        f"left, {has}. Make room, and run the same command to go on"
+    )
+
+
+def save_logits(model: nn.Module, folder: Path) -> None:
+    """Write the learnable sink logits, which no adapter holds."""
+    logits = {str(n): p.detach().cpu().contiguous() for n, p in _logits(model).items()}
+    if logits:
+        save_file(logits, folder / LOGITS_FILE)
+
+
+def load_logits(model: nn.Module, folder: Path) -> None:
+    """Read them back, as exactly as they were."""
+    wanted = _logits(model)
+    if not wanted:
+        return
+    found = load_file(folder / LOGITS_FILE)
+    for index, parameter in wanted.items():
+        parameter.data.copy_(found[str(index)])
+
+
+def _logits(model: nn.Module) -> dict[int, nn.Parameter]:
+    modules = attention_modules(unwrap(model))
+    return {n: m._parameters[SINK_LOGIT] for n, m in modules.items() if SINK_LOGIT in m._parameters}

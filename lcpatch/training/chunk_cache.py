@@ -1,0 +1,157 @@
+"""The cache, in transformers' form, that a model is run through in chunks: it hands the layers what `buffers` keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from lcpatch_kernels import BlockSparseSpec
+from lcpatch_kernels.block_sparse import choose
+
+from ..core.errors import UnsupportedModelError
+from ..hf.watch import Call, attend
+from .buffers import Attend, Now, Pair, Split, Store
+
+
+class ChunkLayer(CacheLayerMixin):
+    """One layer of a `ChunkCache`: it says it holds the tokens before the chunk at hand.
+
+    Args:
+        index: the layer's number.
+        store: where keys, values and gradients lie.
+        now: what is being run.
+        attending: attention asks this layer (see `hf.watch`), and it goes through our op. That one is bottom-right
+            causal: it needs no mask of a chunk against its prefix, repeats no KV head, and can take a few at a time.
+        plain: one unpadded document a row, so that causality is all there is to say.
+    """
+
+    def __init__(self, index: int, store: Store, now: Now, attending: bool, plain: bool) -> None:
+        super().__init__()
+        self.index, self.store, self.now = index, store, now
+        self.attending, self.plain = attending, plain
+        self.expected = False
+        self.num_calls = 0
+        self._own: Pair | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
+        """The chunk's keys and values [B, K, C, D] in, those of all tokens up to its end out, [B, K, end, D].
+
+        For a layer that attends what comes out has only the shape; `attend` takes the keys from the store.
+        """
+        now, new = self.now, (key_states, value_states)
+        if key_states.shape[2] != now.end - now.start:
+            raise UnsupportedModelError(
+                f"layer {self.index} gave its cache {key_states.shape[2]} tokens of a chunk of {now.end - now.start}: "
+                "chunkwise backward needs one key and value per token"
+            )
+        self.num_calls += 1
+        if not self.is_initialized:
+            self.lazy_initialization(*new)
+        if self.attending:
+            if not self.expected:
+                raise UnsupportedModelError(
+                    f"layer {self.index} does not ask its cache to attend; use attention='own' for this model"
+                )
+            self._own, self.expected = new, False
+            return tuple(x.detach()[:, :, :1].expand(-1, -1, now.end, -1) for x in new)
+        unit = (self.index, 0)
+        if not now.recording:
+            return Split.apply(*new, self.store, unit, now)
+        self.store.write(unit, new, now.start)
+        return self.store.read(unit, now)
+
+    def get_seq_length(self) -> int:
+        return self.now.start
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.now.start + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def wants_dense(self, query: Tensor) -> bool:
+        """Whether to attend also where no pattern governs."""
+        return self.attending
+
+    def attend(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Attention over all tokens up to the chunk's end, KV heads by units."""
+        if not self.attending:  # its keys are all in the call
+            return attend(call)
+        (query, keys, values), self._own = _as_the_op_casts(call.query, *self._own), None
+        if self.plain:
+            call = call._replace(bounds=None)
+        num_kv_heads, num_heads = keys.shape[1], query.shape[1]
+        units = self.store.num_units(num_kv_heads)
+        parts = []
+        for n in range(units):
+            kv, q = (slice(n * h // units, (n + 1) * h // units) for h in (num_kv_heads, num_heads))
+            some = call if units == 1 else call._replace(spec=_some_heads(call.spec, q.start, q.stop))
+            parts.append(self._attend(n, query[:, q], (keys[:, kv], values[:, kv]), some))
+        return parts[0] if units == 1 else tuple(torch.cat(x, 1) for x in zip(*parts, strict=True))
+
+    def _attend(self, part: int, query: Tensor, new: Pair, call: Call) -> tuple[Tensor, Tensor]:
+        now, unit = self.now, (self.index, part)
+        if now.recording:
+            self.store.write(unit, new, now.start)
+        if now.recording or choose(call.impl, query, call.spec) in ("triton", "reference"):
+            return Attend.apply(query, *new, call, self.store, unit, now)
+        keys, values = Split.apply(*new, self.store, unit, now)
+        return attend(call._replace(query=query, key=keys, value=values))
+
+
+class ChunkCache(Cache):
+    """The cache of one sequence that is run in chunks.
+
+    Args:
+        num_layers: layers of the model.
+        store: where keys, values and gradients lie.
+        attending: the layers that attend by themselves (see `ChunkLayer`).
+        plain: one unpadded document a row.
+    """
+
+    def __init__(self, num_layers: int, store: Store, attending: Collection[int], plain: bool) -> None:
+        self.now, self.store, self.attends = Now(), store, bool(attending)
+        super().__init__(layers=[ChunkLayer(n, store, self.now, n in attending, plain) for n in range(num_layers)])
+
+    def set(self, start: int, end: int, recording: bool, hop: float = 1.0) -> None:
+        """Before a forward of tokens [start, end) and its backward."""
+        now = self.now
+        now.start, now.end, now.recording, now.backward, now.hop = start, end, recording, False, hop
+        for layer in self.layers:
+            layer.num_calls = 0
+
+    def check(self) -> None:
+        """After a forward: every layer must have taken its keys from here, or its gradient would be another one's.
+
+        Raises:
+            UnsupportedModelError: a layer that did not, or did so twice.
+        """
+        for layer in self.layers:
+            if layer.num_calls != 1:
+                raise UnsupportedModelError(
+                    f"layer {layer.index} of {len(self.layers)} went through the cache {layer.num_calls} times in a "
+                    "forward, not once: chunkwise backward needs a decoder of transformers whose every layer is causal "
+                    "self-attention with keys and values of its own; use loss.backward() for this model"
+                )
+
+
+def _as_the_op_casts(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast our op computes in its dtype, so that is what is kept too."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
+
+
+@lru_cache(maxsize=256)
+def _some_heads(spec: BlockSparseSpec, first: int, end: int) -> BlockSparseSpec:
+    return BlockSparseSpec.of([spec.rules[n] for n in spec.head_rules[first:end]], spec.block_size)

@@ -1,0 +1,265 @@
+"""SeCO: the gradient of a long sequence, exactly, with one chunk's activations in memory at a time.
+
+The first pass runs the chunks in order without gradients and keeps their keys and values. The second runs them again in
+reverse: a chunk's graph ends at the keys and values of the chunks before it, whose gradient is kept; when their turn
+comes it enters as the gradient of their own keys and values. Every path of the full graph is walked once, so `.grad` is
+what `loss.backward()` leaves, for one more forward than it takes, as with checkpointing.
+
+Source: SeCO and SpaCO, arXiv 2505.16710. Departures: any decoder of transformers, unmodified; keys, values and
+gradients in place (buffers.py); labels shifted before the chunks are cut; what follows the last label is not run;
+dropout is replayed; SpaCO without its bias (spaco.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from . import spaco
+from .buffers import DeviceStore, exact_gradients
+from .chunk_cache import ChunkCache
+from .loss import summed_cross_entropy
+from .offload import POOL, HostStore
+from .packing import chunk_mask
+from .support import RandomState, check_model, checkpointing, is_patched, routed, without_wrapper
+from .text import Text, check_kwargs, make_text
+
+
+def backward(
+    model: nn.Module,
+    *,
+    input_ids: Tensor,
+    labels: Tensor,
+    chunk_size: int,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    grad_scale: float | Tensor = 1.0,
+    estimator: str | Callable[[int], spaco.Plan] = "seco",
+    keep: float | Sequence[float] = 1.0,
+    generator: torch.Generator | None = None,
+    offload: bool = False,
+    attention: str = "auto",
+    **model_kwargs: Any,
+) -> Tensor:
+    """Add to `.grad` what `model(input_ids, labels=labels, use_cache=False).loss.backward()` would, chunk by chunk.
+
+    For a decoder of transformers, a PEFT model around one, patched by `lcpatch.apply` or not, also inside
+    DistributedDataParallel (gradients are averaged once, in the last chunk). With dropout the masks are others than a
+    plain forward's, but the same in both passes. Gradient checkpointing applies inside a chunk.
+
+    Args:
+        model: in the mode it is to train in.
+        input_ids: [B, T].
+        labels: [B, T], as transformers takes them: not shifted, -100 counts for nothing.
+        chunk_size: tokens a chunk; the last may be shorter. Memory grows with it; 2,048 or more keep a GPU busy.
+        attention_mask: [B, T], 1 = token and 0 = pad (left or right).
+        position_ids: [1 or B, T]; restarts mark packed documents.
+        num_items_in_batch: divides the summed loss, as transformers' Trainer passes it; default: the valid labels.
+        grad_scale: factor of every gradient, not of the returned loss: a GradScaler's scale, 1 / accumulation steps.
+        estimator: "seco"; SpaCO by "bernoulli" or "paper"; or a function of the number of chunks that returns a
+            `spaco.Plan`. Under SpaCO the returned loss is that estimate too.
+        keep: what SpaCO keeps of the chunks (see `spaco.draw`).
+        generator: CPU generator of SpaCO's draw.
+        offload: keep keys, values and their gradients in pinned host memory (see `offload`), for layers whose attention
+            is ours; "auto" then means "lcpatch". The memory is kept for the next call.
+        attention: "own": the model's attention as it is. "lcpatch": full-attention layers without a pattern run through
+            `lcpatch_kernels.block_sparse`, which needs no mask of a chunk against its prefix and repeats no KV head.
+            "auto": the latter on CUDA where it computes the same, else the former.
+        **model_kwargs: passed on to the model as they are; none may hold something per token.
+
+    Returns:
+        The loss, 0-dim and detached.
+
+    Raises:
+        ValueError: inputs that do not fit, or without a label.
+        UnsupportedModelError: a model for which this would not be exact; the message says why.
+    """
+    if offload and attention == "own":
+        raise ValueError("offload=True needs attention='lcpatch' or 'auto': the model's own reads all keys at once")
+    isolates = is_patched(without_wrapper(model))
+    text = make_text(input_ids, labels, attention_mask, position_ids, num_items_in_batch, chunk_size, isolates)
+    kwargs = check_kwargs(model_kwargs, input_ids.shape[1], position_ids)
+    chunks = text.chunks(chunk_size)
+    base = check_model(model, text, len(chunks))
+    plan = estimator(len(chunks)) if callable(estimator) else spaco.draw(estimator, len(chunks), keep, generator)
+    if len(plan.kept) != len(chunks):
+        raise ValueError(f"the plan speaks of {len(plan.kept)} chunks, but the text has {len(chunks)}")
+    with _running(model, base, text, chunk_size, attention, offload, kwargs) as run:
+        states = [run.record(*chunk) for chunk in chunks]
+        return run.replay(chunks, states, plan, grad_scale)
+
+
+def rehearse(
+    model: nn.Module,
+    *,
+    length: int,
+    chunk_size: int,
+    batch: int = 1,
+    offload: bool = False,
+    attention: str = "auto",
+    **model_kwargs: Any,
+) -> None:
+    """Run the first chunk of a text of `length` tokens, then both passes over the last: there memory is at its peak.
+
+    So a text that is too long fails in seconds, with the device's out-of-memory error, and not after an hour. What lies
+    between is only allocated; offloaded, not even that, and host memory is not tried. The model's `.grad` is left as it
+    was found.
+
+    Args:
+        model, chunk_size, offload, attention, **model_kwargs: as for `backward`.
+        length, batch: of the text; all of the last chunk has labels.
+    """
+    before = {p: p.grad for p in model.parameters()}
+    ids = torch.zeros(batch, length + 1, dtype=torch.long, device=next(model.parameters()).device)
+    text = make_text(ids, ids, None, None, None, chunk_size, False)
+    chunks = text.chunks(chunk_size)
+    base = check_model(model, text, len(chunks))
+    last = spaco.Plan((False,) * (len(chunks) - 1) + (True,), (1.0,) * len(chunks), (1.0,) * len(chunks))
+    try:
+        for p in before:
+            p.grad = None
+        with _running(model, base, text, chunk_size, attention, offload, model_kwargs) as run:
+            states = [run.record(*chunks[0])] * len(chunks)
+            if len(chunks) > 1:
+                run.cache.store.skip(len(chunks) - 2)
+                states[-1] = run.record(*chunks[-1])
+            run.replay(chunks, states, last, 1.0)
+    finally:
+        for p, grad in before.items():
+            p.grad = grad
+
+
+@contextmanager
+def _running(
+    model: nn.Module, base: Any, text: Text, chunk_size: int, attention: str, offload: bool, kwargs: dict[str, Any]
+) -> Iterator[_Run]:
+    """A model made ready for both passes over a text, and afterwards as it was."""
+    attention = "lcpatch" if offload and attention == "auto" else attention
+    with routed(without_wrapper(model), base, attention) as attending:
+        length = text.ids.shape[1]
+        store = HostStore(length, chunk_size, attending, POOL) if offload else DeviceStore(length)
+        cache = ChunkCache(
+            base.config.num_hidden_layers, store, attending, plain=text.mask is None and text.documents is None
+        )
+        try:
+            yield _Run(model, base, text, cache, kwargs)
+        finally:
+            store.close()
+
+
+class _Run:
+    """The two passes over one text."""
+
+    def __init__(self, model: nn.Module, base: Any, text: Text, cache: ChunkCache, kwargs: dict[str, Any]) -> None:
+        self.model, self.base, self.text, self.cache, self.kwargs = model, base, text, cache, kwargs
+        self.inner = without_wrapper(model)
+        self.decoder = base.base_model
+        self.devices = list({p.device for p in base.parameters()})
+        behind = [child for child in base.children() if child is not self.decoder]
+        self.head_parameters = list({p: None for child in behind for p in child.parameters()})
+
+    def record(self, start: int, end: int) -> RandomState:
+        """The first pass over tokens [start, end); returns where its random numbers began."""
+        state = RandomState(self.devices)
+        self.cache.set(start, end, recording=True)
+        with torch.no_grad(), checkpointing(self.base, recording=True):
+            self._decode(self.inner, start, end)
+        return state
+
+    def replay(
+        self, chunks: list[tuple[int, int]], states: list[RandomState], plan: spaco.Plan, grad_scale: float | Tensor
+    ) -> Tensor:
+        """The second pass; returns the loss."""
+        after = RandomState(self.devices)
+        order = [n for n in reversed(range(len(chunks))) if plan.kept[n]]
+        loss_scales = dict(enumerate(plan.loss))
+        replicas = self.model if isinstance(self.model, DistributedDataParallel) else None
+        if not order and replicas is not None:  # the other processes wait for this one's gradients
+            order, loss_scales = [0], {0: 0.0}
+        total = torch.zeros((), device=self.text.ids.device)
+        for n in order:
+            states[n].restore()
+            self.cache.set(*chunks[n], recording=False, hop=plan.hop[n])
+            alone = replicas is not None and n != order[-1]
+            with replicas.no_sync() if alone else nullcontext(), checkpointing(self.base, recording=False):
+                loss = self._loss(*chunks[n]) * loss_scales[n] / self.text.denominator
+                self.cache.now.backward = True
+                with exact_gradients(loss.device.type):
+                    (loss * grad_scale).backward()
+            total = total + loss.detach()
+        after.restore()
+        return total
+
+    def _loss(self, start: int, end: int) -> Tensor:
+        """The summed loss of a chunk's rows, part of the chunk's graph also where it has no label."""
+        output, hidden = self._decode(self.model, start, end)
+        with _headed(self.decoder, output) as replace:
+
+            def head(rows: Tensor) -> Tensor:
+                replace(rows)
+                return self.inner(input_ids=self.text.ids[:1, :1], use_cache=False, return_dict=True).logits
+
+            targets = self.text.targets[:, start:end]
+            return summed_cross_entropy(head, hidden, targets, self.head_parameters, self.base.config.vocab_size)
+
+    def _decode(self, model: nn.Module, start: int, end: int) -> tuple[Any, Tensor]:
+        """What the decoder returns for a chunk, and its hidden states [B, C, H]; the head sees one token of them."""
+        seen: list[tuple[Any, Tensor]] = []
+
+        def shorten(module: nn.Module, args: Any, output: Any) -> Any:
+            seen.append((output, output.last_hidden_state))
+            return _with_hidden(output, output.last_hidden_state[:, :1])
+
+        if torch.is_autocast_enabled(self.text.ids.device.type):
+            torch.clear_autocast_cache()  # weights that were cast without gradients would be taken for constants
+        handle = self.decoder.register_forward_hook(shorten)
+        try:
+            model(
+                input_ids=self.text.ids[:, start:end],
+                past_key_values=self.cache,
+                use_cache=False,
+                return_dict=True,
+                **self._where(start, end),
+                **self.kwargs,
+            )
+        finally:
+            handle.remove()
+        self.cache.check()
+        return seen[0]
+
+    def _where(self, start: int, end: int) -> dict[str, Any]:
+        """A chunk's positions, and the mask that says what it may see."""
+        text, mask = self.text, None
+        if text.documents is not None:
+            mask = chunk_mask(self.base.config, text.documents, start, end, next(self.base.parameters()).dtype)
+        elif text.mask is not None:
+            mask = text.mask[:, :end]
+        positions = None if text.positions is None else text.positions[:, start:end]
+        return {"attention_mask": mask, "position_ids": positions}
+
+
+@contextmanager
+def _headed(decoder: nn.Module, output: Any) -> Iterator[Callable[[Tensor], None]]:
+    """For a while the decoder returns, whatever it is given, `output` with other hidden states.
+
+    So a model is its own head, with all that it puts behind its decoder, for a few rows at a time.
+    """
+    rows: list[Tensor] = []
+    before = decoder.__dict__.get("forward")
+    decoder.forward = lambda *args, **kwargs: _with_hidden(output, rows[-1])
+    try:
+        yield lambda hidden: rows.__setitem__(slice(None), [hidden])
+    finally:
+        del decoder.forward
+        if before is not None:
+            decoder.forward = before
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    return type(output)(**{**output, "last_hidden_state": hidden})

@@ -1,0 +1,111 @@
+"""From records to tokens: running text for context extension, chats with their prompts masked for SFT."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .sources import Record
+from .tokens import Document, Encoder, fingerprint
+
+
+def texts(tokenizer: Any, text_field: str = "text") -> Encoder:
+    """Every record's text as a document, with what the tokenizer puts in front, and the end-of-text token behind it."""
+    eos = tokenizer.eos_token_id
+
+    def encode(records: list[Record]) -> list[Document | None]:
+        words = [_text(record, text_field) for record in records]
+        found = tokenizer(words, verbose=False).input_ids
+        made: list[Document | None] = []
+        for text, ids in zip(words, found, strict=True):
+            ends = [] if eos is None or (ids and ids[-1] == eos) else [eos]
+            made.append(Document([*ids, *ends]) if text.strip() else None)
+        return made
+
+    return Encoder(encode, f"text/{text_field}/{fingerprint(tokenizer)}")
+
+
+def chats(tokenizer: Any, length: int) -> Encoder:
+    """Every record's conversation through the chat template; only what the assistant says is predicted.
+
+    A record has `messages`; or `prompt` and `completion`, which take no template; or `instruction`, `output` and
+    perhaps `input` (LongAlpaca's form), which become one message of the user and one of the assistant. A conversation
+    that is longer than `length` is left out: cut short, it would lose its answer.
+
+    Raises:
+        ValueError: (when records are encoded) another form, or a tokenizer without a template that can be used.
+    """
+
+    def encode(records: list[Record]) -> list[Document | None]:
+        made: list[Document | None] = []
+        for record in records:
+            tokens: list[int] = []
+            learn: list[bool] = []
+            for text, answer in _pieces(tokenizer, record):
+                ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+                tokens += ids
+                learn += [answer] * len(ids)
+            made.append(Document(tokens, learn) if len(tokens) <= length and any(learn[1:]) else None)
+        return made
+
+    key = hashlib.sha256(fingerprint(tokenizer).encode()).hexdigest()
+    return Encoder(encode, f"chat/{length}/{key}")
+
+
+def _text(record: Record, field: str) -> str:
+    value = record.get(field)
+    if not isinstance(value, str):
+        have = ", ".join(map(str, record)) or "none"
+        raise ValueError(f"a record has no text in {field!r}; its fields: {have}. Name the right one with --text-field")
+    return value
+
+
+def _pieces(tokenizer: Any, record: Record) -> Iterator[tuple[str, bool]]:
+    """The conversation in pieces, each with whether the assistant says it.
+
+    Each piece is tokenized for itself, so that a prompt's tokens are those that inference will see.
+    """
+    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+        yield record["prompt"], False
+        yield record["completion"] + (tokenizer.eos_token or ""), True
+        return
+    messages = _messages(record)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "this tokenizer has no chat template: take an instruction-tuned model's, or records with `prompt` and "
+            "`completion`"
+        )
+    done = ""
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+        if not (prompt.startswith(done) and whole.startswith(prompt)):
+            raise ValueError(
+                "this chat template changes earlier turns when one is added, so that answers cannot be told from "
+                "prompts; give records with `prompt` and `completion` instead"
+            )
+        yield prompt[len(done) :], False
+        yield whole[len(prompt) :], True
+        done = whole
+
+
+def _messages(record: Record) -> list[dict[str, str]]:
+    messages = record.get("messages")
+    if messages is None and isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str):
+        more = record.get("input")
+        asked = record["instruction"] + (f"\n\n{more}" if more else "")
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
+    good = isinstance(messages, list) and all(
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
+    )
+    if not good or not any(m["role"] == "assistant" for m in messages):
+        raise ValueError(
+            f"a record is no conversation with an answer; its fields: {', '.join(map(str, record)) or 'none'}. Wanted: "
+            "`messages` (role and content, one of them the assistant's), `prompt` and `completion`, or `instruction`, "
+            "`input` and `output`"
+        )
+    return list(messages)

@@ -1,0 +1,137 @@
+"""Which strategy a layer should take: bytes from the strategies' own plans, pairs from the pattern, two measured rates.
+
+Pure functions of numbers: nothing is measured here, no group is needed, every rank comes to the same answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from lcpatch_kernels import BlockSparseSpec
+
+from .halo import PARTS
+from .layout import sees
+from .pairs import Pairwise
+from .strategy import Strategy, Work, strategies
+
+BACKWARD = 2.5  # products of a backward over those of its forward: five to two
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine does in a second; measure both for a choice that is worth its name.
+
+    Args:
+        bandwidth: bytes that a rank sends to others. Default: a 400 Gbit/s port per GPU, an assumption.
+        flops: of the attention kernels, on the pairs that they keep. Default: what our kernels reach in a forward on
+            an H100 (kernels/results).
+        latency: seconds of a transfer of nothing.
+    """
+
+    bandwidth: float = 50e9
+    flops: float = 4.5e14
+    latency: float = 2e-5
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One strategy's forward and backward of one layer.
+
+    Args:
+        name: the strategy.
+        problem: why it cannot serve the layer; the rest is then zero.
+        seconds: of the slowest rank.
+        compute, transfer: the two parts it is made of, before one hides behind the other.
+        sent: bytes of the rank that sends most.
+    """
+
+    name: str
+    problem: str | None
+    seconds: float = 0.0
+    compute: float = 0.0
+    transfer: float = 0.0
+    sent: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest strategy, why, and every estimate."""
+
+    name: str
+    why: str
+    estimates: tuple[Estimate, ...] = field(repr=False)
+
+
+@lru_cache(maxsize=1024)
+def choose(work: Work, rates: Rates = Rates()) -> Choice:
+    """The strategy that should finish the layer first.
+
+    Raises:
+        ValueError: none can serve it.
+    """
+    estimates = tuple(estimate(cls(), work, rates) for cls in strategies.all().values())
+    able = sorted((e for e in estimates if e.problem is None), key=lambda e: (e.seconds, e.sent))
+    if not able:
+        raise ValueError("no strategy fits: " + "; ".join(f"{e.name}: {e.problem}" for e in estimates))
+    best, *others = able
+    told = [f"{e.name} {e.seconds * 1e3:.2f} ms" for e in others]
+    why = (
+        f"{best.seconds * 1e3:.2f} ms a forward and backward ({best.compute * 1e3:.2f} to compute, "
+        f"{best.sent / 2**20:.1f} MiB sent in {best.transfer * 1e3:.2f})"
+    )
+    return Choice(best.name, why + (f"; {', '.join(told)}" if told else ""), estimates)
+
+
+def estimate(strategy: Strategy, work: Work, rates: Rates) -> Estimate:
+    """Forward and backward of `work` under `strategy`."""
+    if problem := strategy.problem(work):
+        return Estimate(strategy.name, problem)
+    volume = strategy.volume(work)
+    sent = max(f + b for f, b in zip(volume.forward, volume.backward, strict=True))
+    transfer = sent / rates.bandwidth
+    # Forward 2 products of 2 D operations a pair, and a backward.
+    compute = _steps(strategy, work) * 4 * work.head_dim * (1 + BACKWARD) / rates.flops
+    if isinstance(strategy, Pairwise):
+        seconds = max(compute, transfer) + 4 * rates.latency * len(strategy.schedule(work.layout.num_ranks))
+    elif strategy.name == "halo":  # the first part's keys travel before anything is computed
+        first, rest = transfer / PARTS, transfer * (1 - 1 / PARTS)
+        seconds = first + max(compute, rest) + (2 * PARTS * rates.latency if sent else 0)
+    else:
+        seconds = compute + transfer + 6 * rates.latency
+    return Estimate(strategy.name, None, seconds, compute, transfer, sent)
+
+
+def _steps(strategy: Strategy, work: Work) -> float:
+    """Pairs of (query, key), over all heads, that pass while the busiest rank of each step works."""
+    ranks = range(work.layout.num_ranks)
+    if isinstance(strategy, Pairwise):
+        steps = strategy.plan(work.layout, work.documents)
+        return sum(max(_area(work, pair.q, pair.kv) for pair in step) for step in steps if step) * work.num_heads
+    if strategy.name == "halo":
+        return max(_pairs_of_rank(work, rank) for rank in ranks)
+    heads = work.num_heads // work.layout.num_ranks
+    return max(_pairs_of_heads(work, rank * heads, heads) for rank in ranks)
+
+
+def _area(work: Work, queries: int, keys: int) -> int:
+    area = 0
+    for row in work.documents:
+        for call in sees(work.layout, row, queries, keys):
+            for q0, q1, k0, k1, gap in call:
+                area += (q1 - q0) * (k1 - k0) if gap else (q1 - q0) * (q1 - q0 + 1) // 2
+    return area
+
+
+def _pairs_of_rank(work: Work, rank: int) -> int:
+    pairs = 0
+    for row in work.documents:
+        for piece in work.layout.pieces(rank, row):
+            start, end = piece.document
+            pairs += work.spec.num_pairs(piece.start - start, piece.end - start, end - start)
+    return pairs
+
+
+def _pairs_of_heads(work: Work, first: int, count: int) -> int:
+    spec = BlockSparseSpec(work.spec.block_size, work.spec.rules, work.spec.head_rules[first : first + count])
+    return sum(spec.num_pairs(0, end - start, end - start) for row in work.documents for start, end in row)

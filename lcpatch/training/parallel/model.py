@@ -1,0 +1,213 @@
+"""Run a model on a group of ranks that each hold a part of every row."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lcpatch_kernels import DENSE
+
+from ...core.errors import ParallelError
+from ...hf.attention import SHARD
+from ...hf.layers import state_of
+from ...hf.models import attention_modules, unwrap
+from ...hf.registration import NAME
+from ...hf.route import route, unroute
+from ...hf.state import ON_REMOVE
+from ...hf.watch import Call
+from .alive import pulse_of
+from .batch import documents_of, shard_batch
+from .cost import Rates, choose
+from .layout import Shard
+from .link import Link
+from .strategy import Strategy, Work, strategies
+
+logger = logging.getLogger(__name__)
+BUCKET = 1 << 26  # numbers that are summed over the ranks at once
+
+
+def parallelize(
+    model: nn.Module,
+    group: dist.ProcessGroup | None = None,
+    strategy: str | Sequence[str] = "auto",
+    layout: str = "auto",
+    rates: Rates | None = None,
+) -> Parallel:
+    """Let `model`'s attention reach over all ranks of `group`, each of which runs it on its part of every row.
+
+    Weights, modules and what is saved stay as they are. A model is patched first and parallelized then; leaving the
+    returned context, or `lcpatch.remove(model)`, takes this off again. A collective: all ranks of the group call it.
+
+        with parallelize(model, group) as ranks:
+            loss = model(**ranks.shard(batch)).loss     # `batch` is the whole one, on every rank
+            loss.backward()
+            ranks.sum_gradients(model.parameters())
+
+    Args:
+        model: a causal LM of transformers, patched or not, or a PEFT model around one.
+        group: the ranks; None: all.
+        strategy: "auto" (per layer the one that the cost model finds fastest), a name, or names in order of preference:
+            a layer takes the first that can serve it.
+        layout: which rank holds which tokens: "contiguous", "head_tail", "per_document"; "auto": contiguous where a
+            layer has a pattern, else what balances dense attention.
+        rates: bandwidth and arithmetic that "auto" reckons with; equal on all ranks.
+
+    Raises:
+        ParallelError: torch.distributed is not initialised, or the model is parallelized already.
+        UnknownNameError: no such strategy.
+        UnsupportedModelError: a model whose attention cannot be exchanged.
+    """
+    return Parallel(model, group, strategy, layout, rates or Rates())
+
+
+class Parallel:
+    """A parallelized model's group; see `parallelize`.
+
+    Attributes:
+        link: this process's end of the group; `link.sent` counts the bytes sent.
+        rank, size: of the group.
+        chosen: what each layer's attention runs and why, by layer index; filled by the first forward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        group: dist.ProcessGroup | None,
+        strategy: str | Sequence[str],
+        layout: str,
+        rates: Rates,
+    ) -> None:
+        base = unwrap(model)
+        if ON_REMOVE in base.__dict__:
+            raise ParallelError("this model is parallelized already; leave that context or lcpatch.remove(model) first")
+        names = [strategy] if isinstance(strategy, str) else list(strategy)
+        self._wanted = None if names == ["auto"] else [strategies.get(name)() for name in names]
+        self._layout, self._rates = layout, rates
+        self.link = Link(group)
+        self.rank, self.size = self.link.rank, self.link.size
+        self.chosen: dict[int, str] = {}
+        self._choices: dict[Work, tuple[Strategy, str]] = {}
+        self._model, self._routed = model, base.config._attn_implementation != NAME
+        self._modules = route(model) if self._routed else attention_modules(base)
+        for module in self._modules.values():
+            state_of(module).parallel = self
+        self._hook = base.base_model.register_forward_pre_hook(self._check, with_kwargs=True)
+        setattr(base, ON_REMOVE, self.close)
+        self.link.pulse = pulse_of(self.link.group)
+        # Also makes NCCL's communicator, which may not come about in a pairwise transfer that only some take part in.
+        self.link.gather([self.rank])
+
+    def __enter__(self) -> Parallel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        base = unwrap(self._model)
+        if base.__dict__.pop(ON_REMOVE, None) is None:
+            return
+        self._hook.remove()
+        for module in self._modules.values():
+            if (state := state_of(module)) is not None:
+                state.parallel = None
+        if self._routed:
+            unroute(self._model)
+        if self.link.pulse is not None:
+            self.link.pulse.stop()
+
+    def shard(
+        self, batch: Mapping[str, Any], num_items: int | Tensor | None = None, data_ranks: int = 1
+    ) -> dict[str, Any]:
+        """This rank's part of a whole batch, as arguments of the model; see `batch.shard_batch`."""
+        return shard_batch(batch, self.rank, self.size, self._layout_of(batch), num_items, data_ranks)
+
+    def total(self, loss: Tensor) -> Tensor:
+        """The whole batch's loss from this rank's, detached; a collective."""
+        loss = loss.detach().clone().to(self.link.device)
+        self.link.add(loss)
+        return loss
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace the gradients by their sums over the ranks; a collective, unless a host such as DDP does it."""
+        held = [p for p in parameters if p.requires_grad]
+        for p in held:
+            if p.grad is None:  # an expert that no token of this rank chose
+                p.grad = torch.zeros_like(p)
+        while held:
+            bucket, size = [], 0
+            while held and held[-1].dtype == (bucket or held)[-1].dtype and (not bucket or size < BUCKET):
+                size += held[-1].numel()
+                bucket.append(held.pop())
+            together = torch.cat([p.grad.flatten() for p in bucket])
+            self.link.add(together)
+            for p, grad in zip(bucket, together.split([p.numel() for p in bucket]), strict=True):
+                p.grad.copy_(grad.view_as(p))
+
+    def attend(self, layer: int, call: Call, shard: Shard | None) -> tuple[Tensor, Tensor]:
+        """Attention of one layer; called by `hf.attention`."""
+        if shard is None:
+            raise ParallelError(
+                "this model is parallelized, but its attention got no shard: call it with **ranks.shard(batch); if you "
+                "do, the model does not pass its keyword arguments on to its attention and cannot be parallelized"
+            )
+        work = Work.of(call, shard)
+        if work not in self._choices:
+            self._choices[work] = self._choose(layer, work)
+        strategy, why = self._choices[work]
+        if layer not in self.chosen:
+            self.chosen[layer] = f"{strategy.name}: {why}"
+            logger.info("layer %d: %s", layer, self.chosen[layer])
+        return strategy.attend(call, shard, self.link)
+
+    def _choose(self, layer: int, work: Work) -> tuple[Strategy, str]:
+        if len(self._choices) > 4096:  # packed batches differ every time
+            self._choices.clear()
+        if self._wanted is None:
+            choice = choose(work, self._rates)
+            return strategies.get(choice.name)(), choice.why
+        problems = {s.name: s.problem(work) for s in self._wanted}
+        for s in self._wanted:
+            if problems[s.name] is None:
+                return s, "as asked"
+        told = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+        raise ParallelError(f"layer {layer} cannot run under strategy={list(problems)}: {told}")
+
+    def _layout_of(self, batch: Mapping[str, Any]) -> str:
+        if self._layout != "auto":
+            return self._layout
+        takes = [s.name for s in self._wanted or []]
+        dense = all(state_of(m).spec is None and set(state_of(m).own.rules) == {DENSE} for m in self._modules.values())
+        if takes[:1] in (["halo"], ["lightseq"]) or (not dense and not takes):
+            return "contiguous"
+        return "per_document" if len(set(documents_of(batch))) == 1 else "contiguous"
+
+    def _check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before anything is computed, and on every rank alike: are these the parts of one batch?"""
+        shard: Shard | None = kwargs.get(SHARD)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = kwargs.get("inputs_embeds") if ids is None else ids
+        shape = (0, 0) if shard is None or ids is None else ids.shape[:2]
+        whole = shard is not None and kwargs.get("attention_mask") is None
+        mine = [whole, *shape, 0 if shard is None else shard.digest()]
+        found = self.link.gather([int(x) for x in mine])
+        for rank, (whole, rows, tokens, digest) in enumerate(found):
+            if not whole:
+                raise ParallelError(
+                    f"rank {rank} called the model without a shard, or with an attention_mask beside it; every rank "
+                    "calls it with **ranks.shard(batch) and nothing else that has tokens"
+                )
+            if digest != found[0][3]:
+                raise ParallelError(f"rank {rank} holds a part of another batch than rank 0; shard one batch on all")
+            layout = shard.layout
+            if tokens != layout.num_tokens(rank) or rows != len(shard.documents):
+                raise ParallelError(
+                    f"rank {rank} was given {rows} rows of {tokens} tokens; its part of the batch is "
+                    f"{len(shard.documents)} of {layout.num_tokens(rank)}"
+                )

@@ -1,0 +1,57 @@
+"""What every recipe does: read its settings, train, say what came out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..core.errors import LcpatchError
+from .config import load
+
+STOPPED = 143
+"""Exit status of a run that SIGTERM stopped, as a shell reports it: its checkpoint waits for the same command."""
+
+
+def main(argv: Sequence[str] | None, defaults: Mapping[str, Any], save: Callable[..., None], says: str = "") -> int:
+    """Run one recipe and return its exit status.
+
+    Args:
+        argv: the command line's words; None: the process's own.
+        defaults: the recipe's settings.
+        save: `lcpatch.save_pretrained`.
+        says: the recipe's docstring, for `--help`.
+    """
+    config = load(argv, defaults, says)
+    from accelerate import PartialState
+
+    from .run import train
+
+    result = train(config, save)
+    if PartialState().is_main_process:
+        print(summary(result, config.output))
+    return 0 if result.finished else STOPPED
+
+
+def script(run: Callable[[], int]) -> None:
+    """Run a recipe as a program: a user's error is one sentence."""
+    try:
+        status = run()
+    except (LcpatchError, ValueError, OSError, ImportError) as error:
+        print(f"{sys.argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
+
+
+def summary(result: Any, output: str) -> str:
+    """What a run came to, in a few lines."""
+    if not result.finished:
+        return f"stopped at step {result.step}; the same command goes on from the checkpoint in {output}"
+    lines = [
+        f"evaluation, {name}: loss {loss:.4f}"
+        for name in ("dense", "patched")
+        if (loss := result.metrics.get(f"eval_{name}_loss")) is not None
+    ]
+    if result.losses:
+        lines.insert(0, f"{result.step} steps, loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}")
+    return "\n".join([*lines, f"model: {output}/model   (lcpatch.from_pretrained loads it)"])

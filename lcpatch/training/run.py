@@ -1,0 +1,202 @@
+"""One training run, from a config to a model on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from ..hf.demo_model import cache_folder
+from . import encode, lora, rows, tokens
+from .checkpoints import arriving, claim
+from .config import TrainConfig
+from .model import checkpointing_settings, enable_inputs, load_model, load_tokenizer
+from .sources import sources
+
+LOG_FILE = "log.json"
+Save = Callable[..., None]
+
+
+@dataclass
+class Result:
+    """What a run came to.
+
+    Args:
+        model: as it was trained, patched.
+        losses: of every step that this process ran.
+        metrics: of the last evaluation.
+        finished: False if it was asked to stop before its last step.
+        step: the last step.
+    """
+
+    model: nn.Module
+    losses: list[float]
+    metrics: dict[str, float] = field(default_factory=dict)
+    finished: bool = True
+    step: int = 0
+
+
+def train(config: TrainConfig, save: Save | None) -> Result:
+    """Train, evaluate, and save the model in `config.output`/model.
+
+    Args:
+        config: what to do.
+        save: `lcpatch.save_pretrained`, or what takes the same arguments; None: the model is only returned.
+
+    Raises:
+        ValueError: a setting, model or data that do not fit; before anything is trained.
+        TrainingError: the loss was not a number, or a checkpoint could not be written.
+    """
+    from accelerate import PartialState
+    from transformers import set_seed
+
+    from .trainer import LongTrainer, StopOnSignal
+
+    _accelerate_is_there()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    tokenizer = load_tokenizer(config)
+    with state.main_process_first():
+        train_rows, eval_rows = datasets(config, tokenizer)
+    output = Path(config.output).expanduser()
+    with state.main_process_first():
+        checkpoint = claim(output, _record(config, train_rows), config.resume if state.is_main_process else "auto")
+    set_seed(config.seed)
+    model = load_model(config)
+    stop = StopOnSignal()
+    with ExitStack() as stack:
+        for hook in [*lora.keep_dtype(model), enable_inputs(model)]:
+            stack.callback(hook.remove)
+        stack.enter_context(stop.listening())
+        trainer = LongTrainer(
+            model=model,
+            args=arguments(config, output),
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            data_collator=rows.stack,
+            processing_class=tokenizer,
+            callbacks=[stop],
+            offload=config.offload and not config.chunk_size,  # by chunks it is keys, values and their gradients
+            chunkwise=chunks(config),
+        )
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finished = trainer.state.global_step >= config.steps
+        metrics = trainer.evaluate() if finished and eval_rows is not None else {}
+    result = Result(model, trainer.losses, metrics, finished, trainer.state.global_step)
+    if state.is_main_process:
+        with arriving(output / LOG_FILE) as new:
+            new.write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
+    if finished and save is not None and state.is_main_process:
+        write(result, config, output, tokenizer, save)
+    state.wait_for_everyone()
+    return result
+
+
+def datasets(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
+    """The rows to train and to evaluate on.
+
+    Raises:
+        FileNotFoundError, ValueError: data that is missing, empty, broken or too short.
+    """
+    train_rows = _rows(config, tokenizer, config.data)
+    if config.eval_data and config.eval_rows:
+        held_out = _rows(config, tokenizer, config.eval_data)
+        count = min(config.eval_rows, len(held_out))  # type: ignore[arg-type]
+        return train_rows, torch.utils.data.Subset(held_out, range(count))
+    return rows.split(train_rows, config.eval_rows)
+
+
+def arguments(config: TrainConfig, output: Path) -> Any:
+    """transformers' own arguments."""
+    from transformers import TrainingArguments
+
+    gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(output),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        adam_beta2=config.beta2,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        bf16=gpu and config.dtype != "float32",
+        use_cpu=not gpu,
+        **checkpointing_settings(config.checkpointing),
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 500,
+        save_total_limit=config.keep,
+        eval_strategy="steps" if config.evaluate_every else "no",
+        eval_steps=config.evaluate_every or None,
+        prediction_loss_only=True,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        report_to=config.report_to,
+        dataloader_num_workers=config.workers,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def chunks(config: TrainConfig) -> dict[str, Any] | None:
+    """What `chunkwise.backward` is told; None: rows go through the model whole."""
+    if not config.chunk_size:
+        return None
+    told: dict[str, Any] = {"chunk_size": config.chunk_size, "offload": config.offload}
+    if config.keep_chunks < 1:
+        generator = torch.Generator().manual_seed(config.seed)
+        told |= {"estimator": "bernoulli", "keep": config.keep_chunks, "generator": generator}
+    return told
+
+
+def write(result: Result, config: TrainConfig, output: Path, tokenizer: Any, save: Save) -> None:
+    """The model, whole or not at all; with `config.merged` also the one that needs no adapter."""
+    with arriving(output / "model") as folder:
+        save(result.model, folder, tokenizer=tokenizer)
+    if config.merged:
+        result.model = lora.merge(result.model)
+        with arriving(output / "merged") as folder:
+            save(result.model, folder, tokenizer=tokenizer)
+
+
+def _rows(config: TrainConfig, tokenizer: Any, names: tuple[str, ...]) -> Dataset:
+    cache = cache_folder() / "tokens"
+    if config.task == "sft":
+        store = tokens.build(sources(names), encode.chats(tokenizer, config.length), cache)
+        if left_out := store.index["left_out"]:
+            warnings.warn(
+                f"{left_out} of {store.index['records']} records were left out: longer than {config.length} tokens, or "
+                "without an answer",
+                stacklevel=2,
+            )
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        return rows.ChatRows(store, config.length, pad)
+    encoder = encode.texts(tokenizer, config.text_field)
+    store = tokens.build(sources(names), encoder, cache, text_field=config.text_field)
+    return rows.TextRows(store, config.length, config.documents == "masked")
+
+
+def _record(config: TrainConfig, train_rows: Dataset) -> dict[str, Any]:
+    """What a checkpoint's run must have in common with the one that goes on with it."""
+    first = train_rows[0]["input_ids"].numpy().tobytes()
+    data = {"rows": len(train_rows), "first_row": hashlib.sha256(first).hexdigest()[:16]}  # type: ignore[arg-type]
+    return json.loads(json.dumps({**config.to_dict(), **data}))
+
+
+def _accelerate_is_there() -> None:
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"training needs accelerate: pip install 'lcpatch[train]' ({error})") from error

@@ -1,0 +1,213 @@
+"""What a model is prepared with for a chunkwise backward, and which models are refused because it would be inexact."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lcpatch_kernels.block_sparse import TRITON_DTYPES, TRITON_MAX_HEAD_DIM, has_triton
+
+from ..core.errors import UnsupportedModelError
+from ..hf import NAME
+from ..hf.layers import state_of
+from ..hf.models import attention_modules, full_attention_layers, unwrap
+from ..hf.state import dense_name
+from ..hf.watch import WATCH, unwatch, watch
+from ..patching import patched
+from .text import Text
+
+logger = logging.getLogger(__name__)
+
+ATTENTION = ("auto", "own", "lcpatch")
+KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+"""Kinds of layers whose state is nothing but keys and values."""
+INSTEAD = "use loss.backward() with gradient checkpointing for this model"
+
+
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel.
+
+    Raises:
+        UnsupportedModelError: inside a wrapper that shards or replicates in a way that chunks would upset.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if other := kinds & {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "DataParallel"}:
+        raise UnsupportedModelError(
+            f"chunkwise backward runs a model as it is or in DistributedDataParallel, not in {other.pop()}, whose "
+            "hooks expect one forward and one backward a step"
+        )
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether the model's attention is ours."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME
+
+
+def check_model(model: nn.Module, text: Text, num_chunks: int) -> Any:
+    """The transformers model inside `model`, if chunks of it give the exact gradient.
+
+    Raises:
+        UnsupportedModelError: they would not; the message says why.
+        ValueError: a pattern that needs the whole sequence, or nothing to train.
+    """
+    inner = without_wrapper(model)
+    base = unwrap(inner)
+    config = getattr(base, "config", None)
+    if config is None or getattr(base, "base_model", base) is base:
+        raise UnsupportedModelError(f"{type(base).__name__} is not a causal language model of transformers with a head")
+    if reason := _inexact(inner, config, text.ids.shape[1]):
+        raise UnsupportedModelError(f"{config.model_type}: {reason}; {INSTEAD}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
+    if num_chunks > 1:
+        for module in base.modules():
+            state = state_of(module) if hasattr(module, "layer_idx") else None
+            if state is not None and state.follows_length and state.active_spec(module) is state.spec:
+                raise ValueError(
+                    f"{state.method}: a group_ratio is a share of the whole sequence, which a chunk does not see; give "
+                    f"a fixed group_size, as in lcpatch.apply(model, {state.method!r}, group_size=1024)"
+                )
+    return base
+
+
+def _inexact(model: nn.Module, config: Any, length: int) -> str | None:
+    """Why chunks would not give this model's gradient; None: they do."""
+    if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
+        return "only a decoder alone can be run in chunks; load the text-only class"
+    if any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values()):
+        return "an adapter of learnt virtual tokens puts them before every chunk, not before the text"
+    if getattr(config, "output_router_logits", False):
+        return "the routers' auxiliary loss is not a sum over tokens; set config.output_router_logits = False"
+    if other := set(getattr(config, "layer_types", None) or ()) - set(KINDS):
+        return f"layers of kind {', '.join(sorted(other))} carry a state that is not keys and values"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return f"its last {config.num_kv_shared_layers} layers read other layers' keys"
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        return "its attention is not causal"
+    return _changing_rope(config, length)
+
+
+def _changing_rope(config: Any, length: int) -> str | None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in rope.values() if rope and all(isinstance(x, dict) for x in rope.values()) else (rope,):
+        kind = one.get("rope_type", "default")
+        trained = one.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        trained = trained or config.max_position_embeddings
+        if kind in ("dynamic", "longrope") and length > trained:
+            return (
+                f"rope_type={kind!r} rotates by the length of the text at hand, so a chunk beyond {trained} tokens "
+                "would disagree with one before; use linear or yarn"
+            )
+    return None
+
+
+@contextmanager
+def checkpointing(base: nn.Module, recording: bool) -> Iterator[None]:
+    """Gradient checkpointing as a chunk needs it: off where there are no gradients, with the cache where there are.
+
+    transformers takes the cache away from a checkpointed layer, as most caches would be written twice. Ours may.
+    """
+    name, value = ("gradient_checkpointing", False) if recording else ("_can_checkpoint_with_cache", True)
+    layers = [
+        m
+        for m in base.modules()
+        if hasattr(m, "_can_checkpoint_with_cache") and getattr(m, "gradient_checkpointing", 0)
+    ]
+    before = [m.__dict__.get(name) for m in layers]
+    for module in layers:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, old in zip(layers, before, strict=True):
+            if old is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, old)
+
+
+@contextmanager
+def routed(model: nn.Module, base: Any, attention: str) -> Iterator[frozenset[int]]:
+    """For a while, lead full-attention layers through our op; yields the layers that then ask their cache to attend.
+
+    Args:
+        model: the model or what PEFT made of it.
+        base: the transformers model inside.
+        attention: "auto", "own" or "lcpatch" (see `chunkwise.backward`).
+
+    Raises:
+        ValueError: an unknown choice, or "lcpatch" where it would not compute the same.
+        UnsupportedModelError: "lcpatch" for a model whose attention transformers cannot exchange.
+    """
+    if attention not in ATTENTION:
+        raise ValueError(f"attention={attention!r} is not one of {', '.join(ATTENTION)}")
+    reason = None if attention == "own" else _not_ours(base)
+    if attention == "lcpatch" and reason:
+        raise ValueError(f"attention='lcpatch' would not compute what this model does: {reason}; use 'own'")
+    if attention == "own" or reason or (attention == "auto" and not _has_kernel(base)):
+        if reason:
+            logger.info("chunkwise: attention stays the model's own: %s", reason)
+        yield frozenset()
+        return
+    modules = attention_modules(base)
+    full = frozenset(full_attention_layers(base.config, modules))
+    if base.config._attn_implementation != NAME:
+        with patched(model, "sink", mode="never"):
+            watch(modules)
+            yield full
+        return
+    new = {n: m for n, m in modules.items() if WATCH not in m.__dict__}
+    watch(new)
+    try:
+        yield full
+    finally:
+        for module in new.values():
+            unwatch(module)
+
+
+def _not_ours(base: Any) -> str | None:
+    """Why our op would not do what the model's full-attention layers do; None: it does."""
+    try:
+        modules = attention_modules(base)
+    except UnsupportedModelError as error:
+        return str(error)
+    if not full_attention_layers(base.config, modules):
+        return "it has no full-attention layer"
+    for module in modules.values():
+        dropout = getattr(module, "attention_dropout", 0.0)
+        if getattr(dropout, "p", dropout) and module.training:
+            return "it has attention dropout, which a kernel does not apply"
+    name = base.config._attn_implementation
+    name = dense_name(base.config) if name == NAME else name
+    return None if name in ("sdpa", "eager") else f"attn_implementation={name!r} may mean more than causal attention"
+
+
+def _has_kernel(base: Any) -> bool:
+    weight = next(base.parameters())
+    head_dim = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
+    return weight.is_cuda and has_triton() and weight.dtype in TRITON_DTYPES and head_dim <= TRITON_MAX_HEAD_DIM
+
+
+class RandomState:
+    """Where torch's random numbers stand, on the CPU and on the devices in use."""
+
+    def __init__(self, devices: list[torch.device]) -> None:
+        self.cpu = torch.get_rng_state()
+        self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
+
+    def restore(self) -> None:
+        """Go back there."""
+        torch.set_rng_state(self.cpu)
+        for device, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, device)

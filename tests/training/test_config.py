@@ -1,0 +1,145 @@
+"""Settings: where they come from, what goes before what, and what is refused."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lcpatch.cli import main
+from lcpatch.cli.train import recipe_module
+from lcpatch.core.errors import UnknownNameError
+from lcpatch.training.arms import patch_for
+from lcpatch.training.config import TrainConfig, load
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ["sinklora", "longlora", "s2", "chunkwise"]
+CONFIGS = sorted(p for p in (ROOT / "recipes" / "configs").glob("*.yaml"))
+
+
+def test_command_line_before_yaml_before_recipe_before_default(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("steps: 7\nlearning_rate: 2e-5\nlayers: [0, 3]\noptions: {num_sinks: 8}\n")
+    made = load(["--config", str(file), "--steps", "9", "--group-size", "64"], {"steps": 5, "seed": 4, "rope": "yarn"})
+    assert (made.steps, made.seed, made.rope, made.batch_size) == (9, 4, "yarn", 1)
+    assert made.learning_rate == 2e-5  # which YAML reads as text
+    assert made.layers == (0, 3)
+    assert made.options == {"num_sinks": 8, "group_size": 64}
+    assert load(["--layers", "1,2"]).layers == (1, 2)
+    assert load(["--layers", "every_2", "--data", "a", "b", "--no-merged"]).data == ("a", "b")
+    assert TrainConfig.from_dict(made.to_dict()) == made
+
+
+def test_a_recipes_options_do_not_follow_to_another_arm():
+    defaults = {"attention": "s2", "options": {"stride": 8}}
+    assert load([], defaults).options == {"stride": 8}
+    assert load(["--attention", "sf"], defaults).options == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--steps", "0"], "steps=0 must be at least 1"),
+        (["--steps", "many"], "steps='many' must be a whole number"),
+        (["--steps", "1.5"], "steps='1.5' must be a whole number"),
+        (["--learning-rate", "-1"], "learning_rate=-1.0 must be above 0"),
+        (["--tune", "qlora"], r"tune='qlora' is not one of lora\+, lora, full"),
+        (["--keep-chunks", "0.5"], "keep_chunks=0.5 needs chunks: say chunk_size"),
+        (["--config", "nothing.yaml"], "nothing.yaml"),
+    ],
+)
+def test_wrong_values(words, says):
+    with pytest.raises((ValueError, OSError), match=says):
+        load(words)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("stepps: 3", "unknown key 'stepps'; keys: accumulate, "),
+        ("- a", "must hold `key: value` lines, not list"),
+        ("a: [", "is not valid YAML"),
+        ("steps: true", "steps=True must be a whole number"),
+        ("offload: 1", "offload=1 must be true or false"),
+        ("options: 3", "options=3 must be a mapping"),
+        ("layers: {a: 1}", "must be a list or text or none"),
+        ("model: null", "model=None must be text"),
+    ],
+)
+def test_wrong_files(tmp_path, content, says):
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(ValueError, match=says):
+        load(["--config", str(tmp_path / "c.yaml")])
+
+
+def test_every_setting_says_what_it_is(capsys):
+    with pytest.raises(SystemExit):
+        load(["--help"])
+    shown = capsys.readouterr().out
+    for f in fields(TrainConfig):
+        assert f.metadata["help"]
+        assert f"--{f.name.replace('_', '-')}" in shown or f.name == "options"
+
+
+# Arms
+
+
+def test_arms():
+    assert patch_for("full").mode == "never"
+    assert patch_for("short").options == {"returned_fraction": 1.0, "num_sinks": 0}
+    assert patch_for("s2", {"stride": 8}, layers="every_2").layers == "every_2"
+    assert patch_for("sink").method == "sink"  # any registered method
+    for words, says in [
+        (("full", {"group_size": 4}), "attention='full' is dense: it takes no layers and no options"),
+        (("short", {"num_sinks": 4}), "attention='short' sets num_sinks itself; take attention='sf'"),
+        (("sf", {"nothing": 4}), "sf has no option 'nothing'; options: group_size"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            patch_for(*words)
+    with pytest.raises(UnknownNameError, match=r"longlora.* is ambiguous.*Beside them: full, short"):
+        patch_for("longlora")
+
+
+# Recipes and the command line
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_short_and_valid(name: str):
+    module = recipe_module(name)
+    made = load([], module.DEFAULTS, module.__doc__)
+    patch_for(made.attention, made.options, made.layers, made.sinks)
+    assert made.model == "demo"
+    assert len((ROOT / "recipes" / f"{name}.py").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
+def test_configs_are_valid(file: Path):
+    data = yaml.safe_load(file.read_text())
+    if "compute_environment" in data:  # accelerate's own
+        from accelerate.commands.config.config_args import load_config_from_file
+
+        assert load_config_from_file(str(file)).num_processes == 8
+        return
+    made = load(["--config", str(file)])
+    patch_for(made.attention, made.options, made.layers, made.sinks)
+
+
+def test_the_verb_knows_recipes_and_files(tmp_path, capsys):
+    assert main(["train", "nope"]) == 2
+    assert "'nope' is no recipe and no .yaml file; recipes: " in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text("stepps: 3")
+    assert main(["train", str(tmp_path / "c.yaml")]) == 2
+    assert "unknown key 'stepps'" in capsys.readouterr().err
+    assert main(["train", "sinklora", "--steps", "x"]) == 2
+    assert "lcpatch train: the config: steps='x' must be a whole number" in capsys.readouterr().err
+
+
+def test_a_recipe_tells_a_users_error_in_a_sentence():
+    command = [sys.executable, str(ROOT / "recipes" / "sinklora.py"), "--config", "nothing.yaml"]
+    paths = f"{ROOT}:{ROOT / 'kernels' / 'torch-ext'}"
+    done = subprocess.run(command, env={"PYTHONPATH": paths, "PATH": ""}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "nothing.yaml" in done.stderr
+    assert "Traceback" not in done.stderr

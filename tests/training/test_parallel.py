@@ -1,0 +1,91 @@
+"""Context parallelism on real gloo processes: what ranks compute together is what one process computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import SHORT
+from parallel_cases import dying_rank, other_batch, run_all, wrong_shard
+from world import run_world
+
+SF = {"method": "sf", **SHORT["sf"]}
+S2 = {"method": "s2", "layers": "every_2", **SHORT["s2"]}
+SHIFT = {"method": "shift"}
+SINK = {"method": "sink", **SHORT["sink"], "sinks": "logit:-1"}
+
+CASES = [
+    {"batch": "packed", "patch": SF, "strategy": "halo", "lora": True, "checkpoint": True},
+    {"batch": "left", "patch": S2, "strategy": "auto"},
+    {"batch": "whole", "patch": SF, "strategy": "halo", "dtype": torch.float32},
+    {"batch": "whole", "strategy": "ring", "lora": True, "checkpoint": True},
+    {"batch": "packed", "strategy": "tokenring"},
+    {"batch": "right", "strategy": "lightseq", "layout": "contiguous"},
+]
+MORE = [
+    {"batch": "flattened", "patch": SHIFT, "strategy": "halo", "checkpoint": True},
+    {"batch": "packed", "patch": SINK, "strategy": "halo"},
+    {"batch": "left", "patch": S2, "strategy": ["lightseq", "halo"], "lora": True},
+    {"batch": "right", "patch": S2, "strategy": ["ulysses", "halo"], "family": "mistral"},
+    {"batch": "packed", "strategy": "auto", "layout": "contiguous"},
+    # Gemma sums the gradients of its norms in fp32 whatever the model is.
+    {"batch": "packed", "family": "gemma2", "strategy": "auto", "dtype": torch.float32},
+    {
+        "batch": "whole",
+        "family": "gemma3_text",
+        "strategy": ["ring", "halo"],
+        "layout": "head_tail",
+        "dtype": torch.float32,
+    },
+    {"batch": "packed", "family": "gpt_oss", "strategy": "auto"},
+    {"batch": "left", "family": "qwen3", "patch": SF, "strategy": "halo", "layout": "head_tail"},
+    {"batch": "whole", "family": "qwen2", "strategy": "tokenring", "dtype": torch.float32, "checkpoint": True},
+]
+
+
+def assert_right(answers: list) -> None:
+    for answer in answers:
+        assert isinstance(answer, dict), answer
+        count, failures = answer["attention"]
+        assert count > 100
+        assert not failures, "\n".join(failures[:5])
+        assert not answer["training"], "\n".join(answer["training"])
+        assert not answer["unchanged"], answer["unchanged"]
+
+
+def test_two_ranks_compute_what_one_does():
+    assert_right(run_world(2, run_all, [(4, 2)], CASES))
+
+
+@pytest.mark.slow
+def test_two_ranks_on_every_shape():
+    assert_right(run_world(2, run_all, [(8, 1), (4, 4), (9, 3)], CASES + MORE, timeout=900))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [3, 4])
+def test_more_ranks(num_ranks: int):
+    """An odd number, in which lightseq never idles; and four, of which some have no token of some documents."""
+    assert_right(run_world(num_ranks, run_all, [(8, 2), (6, 6)], CASES + MORE, timeout=900))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (wrong_shard, "rank 1 was given 2 rows of 20 tokens; its part of the batch is 2 of 21"),
+        (other_batch, "rank 1 holds a part of another batch than rank 0"),
+    ],
+)
+def test_what_does_not_fit_ends_every_rank(function, message):
+    for answer in run_world(2, function):
+        assert answer.startswith("ParallelError")
+        assert message in answer
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_named():
+    first, second, third = run_world(3, dying_rank, timeout=120)
+    assert second is None
+    for answer in (first, third):
+        assert answer.startswith("ParallelError"), answer
+        assert "rank 1 is gone" in answer or "is gone" in answer

@@ -1,0 +1,256 @@
+"""Whole training runs of a tiny model: the loss falls, what was trained comes back, a stopped run goes on exactly."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import training_cases
+from noise import FACTOR, distance, model_budget
+from training_cases import SETTINGS, STEPS, Interrupt, ids, run
+
+import lcpatch
+from lcpatch.core.errors import TrainingError
+from lcpatch.hf.state import SINK_LOGIT
+from lcpatch.training import lora, trainer
+
+
+def mean(losses: list[float]) -> float:
+    return sum(losses) / len(losses)
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """One finished run of each recipe's settings."""
+    results = {}
+    for name, settings in SETTINGS.items():
+        output = tmp_path_factory.mktemp(name)
+        results[name] = (run(base, output, **settings), output)
+    return results
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_loss_falls(trained, name: str):
+    result, output = trained[name]
+    assert result.finished
+    assert len(result.losses) == STEPS
+    assert mean(result.losses[-5:]) < mean(result.losses[:5]) - 0.2
+    assert sorted(p.name for p in output.iterdir()) == [
+        "checkpoint-16",
+        "checkpoint-20",
+        "log.json",
+        "model",
+        "run.json",
+    ]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_adapter_comes_back(trained, name: str):
+    """From the folder alone: the base by its name, the adapter, the patch, the sink logits."""
+    result, output = trained[name]
+    model = result.model.eval()
+    loaded = lcpatch.from_pretrained(output / "model")
+    assert loaded.config.lcpatch == model.config.lcpatch
+    with torch.no_grad():
+        assert torch.equal(loaded(ids()).logits, model(ids()).logits)
+        assert torch.equal(loaded.train()(ids()).logits, model.train()(ids()).logits)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_merged_equals_adapter(trained, base, name: str):
+    _, output = trained[name]
+    adapter, merged = (lcpatch.from_pretrained(output / "model") for _ in range(2))
+    merged = lora.merge(merged)
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    allowed = model_budget(lcpatch.remove(lora.merge(lcpatch.from_pretrained(output / "model"))), ids())
+    plain = lcpatch.from_pretrained(output / "model").unload()
+    for training in (False, True):
+        with torch.no_grad():
+            want = adapter.train(training)(ids()).logits
+            assert distance(merged.train(training)(ids()).logits, want) <= allowed
+            assert distance(plain.train(training)(ids()).logits, want) > 1000 * allowed
+
+
+def test_sink_logits_train_and_survive(trained, tmp_path: Path):
+    """Through the adapter's folder, and through a merge and the full model's folder."""
+    result, output = trained["sinklora"]
+    logits = [p for n, p in result.model.named_parameters() if n.endswith(SINK_LOGIT)]
+    assert len(logits) == 2
+    assert all((p != -3).all() for p in logits)
+    merged = lora.merge(lcpatch.from_pretrained(output / "model")).eval()
+    lcpatch.save_pretrained(merged, tmp_path)
+    loaded = lcpatch.from_pretrained(tmp_path)
+    found = [p for n, p in loaded.named_parameters() if n.endswith(SINK_LOGIT)]
+    assert all(torch.equal(a, b) for a, b in zip(found, logits, strict=True))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids()).logits, merged(ids()).logits)
+
+
+def test_evaluation_is_dense_and_patched(trained):
+    for name in SETTINGS:
+        metrics = trained[name][0].metrics
+        if name == "chunkwise":  # dense, so there is nothing to tell apart
+            assert "eval_patched_loss" not in metrics
+            continue
+        assert abs(metrics["eval_dense_loss"] - metrics["eval_patched_loss"]) > 1e-4
+    log = json.loads((trained["s2"][1] / "log.json").read_text())
+    assert all(line["tokens_per_second"] > 0 for line in log if "loss" in line)
+
+
+# Stopping, and going on
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Makes the next runs stop by SIGTERM in the step after `step`."""
+
+    def at(step: int) -> None:
+        start = trainer.LongTrainer.__init__
+        monkeypatch.setattr(
+            trainer.LongTrainer,
+            "__init__",
+            lambda self, **kw: start(self, **{**kw, "callbacks": [Interrupt(step), *kw["callbacks"]]}),
+        )
+
+    return at
+
+
+@pytest.mark.parametrize("name", ["sinklora", "s2"])
+def test_a_stopped_run_goes_on_exactly(trained, base, tmp_path: Path, interrupt, monkeypatch, name: str):
+    """Also in the middle of gradient accumulation, with dropout: the same losses and the same weights."""
+    settings = SETTINGS[name] | {"steps": 10, "accumulate": 2, "lora_dropout": 0.2}
+    whole = run(base, tmp_path / "whole", **settings)
+    with monkeypatch.context():
+        interrupt(3)
+        first = run(base, tmp_path / "parts", **settings)
+    assert (first.finished, first.step) == (False, 4)
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["checkpoint-4", "log.json", "run.json"]
+    monkeypatch.undo()
+    monkeypatch.setenv("LCPATCH_CACHE", str(tmp_path / "cache"))
+    rest = run(base, tmp_path / "parts", **settings)
+    assert first.losses + rest.losses == whole.losses
+    a, b = (dict(r.model.named_parameters()) for r in (whole, rest))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert rest.metrics["eval_dense_loss"] == whole.metrics["eval_dense_loss"]
+
+
+def test_a_run_with_another_config_is_refused(trained, base):
+    _, output = trained["longlora"]
+    before = sorted(output.rglob("*"))
+    with pytest.raises(ValueError, match=r"holds a run with learning_rate=0.005, this one has 0.001: take another"):
+        run(base, output, **SETTINGS["longlora"], learning_rate=1e-3)
+    with pytest.raises(ValueError, match=r"holds a run already; take another --output"):
+        run(base, output, **SETTINGS["longlora"], resume="never")
+    assert sorted(output.rglob("*")) == before
+
+
+def test_a_loss_that_is_no_number_stops_the_run(base, tmp_path: Path):
+    """Before it reaches a weight, and with the checkpoints left as they were."""
+    with pytest.raises(TrainingError, match=r"became (nan|inf) at step 2; .* Lower --learning-rate"):
+        run(base, tmp_path, attention="full", learning_rate=1e30, save_every=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "run.json"]
+
+
+def test_a_full_disk_leaves_whole_checkpoints(base, tmp_path: Path, monkeypatch):
+    save = trainer.LongTrainer._save_rng_state
+
+    def full(self, folder: str) -> None:
+        if self.state.global_step == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
+        save(self, folder)
+
+    monkeypatch.setattr(trainer.LongTrainer, "_save_rng_state", full)
+    with pytest.raises(
+        TrainingError, match=r"step 4 could not be written \(No space left.*whole one is .*checkpoint-2"
+    ):
+        run(base, tmp_path, attention="full", save_every=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "run.json"]
+    monkeypatch.undo()
+    monkeypatch.setenv("LCPATCH_CACHE", str(tmp_path / "cache"))
+    assert run(base, tmp_path, attention="full", save_every=2).finished
+
+
+# Longer contexts, and memory
+
+
+def test_chunks_train_as_whole_rows_do(trained, base, tmp_path: Path):
+    """The same losses up to rounding, whose size two other orders of sums tell; SpaCO's differ."""
+    settings = {"attention": "full", "steps": 6, "eval_rows": 0}
+    whole = run(base, tmp_path / "whole", **settings).losses
+
+    def apart(name: str, **more) -> float:
+        return max(
+            abs(a - b) for a, b in zip(run(base, tmp_path / name, **settings, **more).losses, whole, strict=True)
+        )
+
+    ulp = torch.finfo(torch.float32).eps * max(whole)
+    allowed = FACTOR * max(ulp, apart("sdpa", dense="eager"))
+    assert apart("chunks", chunk_size=40) <= allowed
+    assert apart("spaco", chunk_size=40, keep_chunks=0.5) > 1000 * allowed
+
+
+@pytest.mark.parametrize("rope", ["linear", "yarn", "dynamic"])
+def test_an_extended_adapter_comes_back_extended(base, tmp_path: Path, rope: str):
+    """The base's own config knows nothing of it."""
+    result = run(base, tmp_path, attention="full", length=4200, rope=rope, steps=1, eval_rows=0, checkpointing="none")
+    model = result.model.eval()
+    assert model.config.rope_parameters["rope_type"] == rope
+    assert model.config.max_position_embeddings == (4096 if rope == "dynamic" else 8192)
+    loaded = lcpatch.from_pretrained(tmp_path / "model")
+    text = ids(4200)  # as long as a row: transformers' dynamic frequencies depend on the longest text seen so far
+    with torch.no_grad():
+        assert torch.equal(loaded(text).logits, model(text).logits)
+    plain = type(model.get_base_model()).from_pretrained(base)
+    with pytest.raises(ValueError, match=r"was trained with .* but the base has"):
+        lcpatch.from_pretrained(tmp_path / "model", base=plain)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"checkpointing": "none"}, {"checkpointing": "selective"}, {"offload": True}], ids=str
+)
+def test_memory_settings_change_no_loss(base, tmp_path: Path, settings):
+    want = run(base, tmp_path / "full", attention="sf", steps=4, eval_rows=0)
+    got = run(base, tmp_path / "other", attention="sf", steps=4, eval_rows=0, **settings)
+    assert got.losses == want.losses
+
+
+def test_selective_recomputation_runs_attention_once(base, tmp_path: Path):
+    """Counted by the op's own calls."""
+    counts = {}
+    for kind in ("full", "selective"):
+        model = training_cases.run(base, tmp_path / kind, steps=1, eval_rows=0, attention="full").model
+        lcpatch.apply(model, "sf")
+        counts[kind] = _calls(model, kind)
+    assert counts == {"full": 2 * 2, "selective": 2}
+
+
+def _calls(model, kind: str) -> int:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from lcpatch.training.model import checkpointing_settings, enable_inputs
+
+    class Count(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = str(function)
+            Count.number += "flash_attn_block_sparse" in name and "backward" not in name
+            return function(*args, **(kwargs or {}))
+
+    model.train()
+    (settings,) = (v for v in checkpointing_settings(kind).values() if isinstance(v, dict))
+    checkpoint(model.get_base_model(), settings)
+    hook = enable_inputs(model)
+    with Count():
+        model(ids(), labels=ids(), use_cache=False).loss.backward()
+    hook.remove()
+    return Count.number
+
+
+def checkpoint(model, settings) -> None:
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers >= 5.23
+        model.activation_checkpointing_enable(settings)
+    else:
+        model.gradient_checkpointing_enable(settings)
