@@ -71,7 +71,9 @@ def run(lengths: tuple[int, ...], shape: Shape, commit: str | None = None) -> di
 
 
 def _run(lengths: tuple[int, ...], shape: Shape, link: Link, commit: str | None) -> dict[str, Any]:
-    link.gather([link.rank])  # NCCL's communicator must not come about in a pairwise transfer
+    link.gather(
+        [link.rank], torch.device("cuda", torch.cuda.current_device())
+    )  # NCCL's communicator must not come about in a pairwise transfer
     first = link.rank == 0
     wrong = []
     for layer, pattern in layers().items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -90,7 +91,7 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def bounds_tensor(rows: list[list[tuple[int, ...]]], columns: int, device: torch.device) -> Tensor:
+def bounds_tensor(rows: Sequence[Sequence[tuple[int, ...]]], columns: int, device: torch.device) -> Tensor:
     """int32 [B, N, columns] from each row's segments; short rows are filled with empty ones."""
     most = max(1, *(len(row) for row in rows)) if rows else 1
     filled = [[*(s[:columns] for s in row), *[(0,) * columns] * (most - len(row))] for row in rows]
