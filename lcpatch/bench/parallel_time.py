@@ -31,9 +31,7 @@ from .parallel import ITEM, layers, spec_for, strategies_for
 
 CHECK_LENGTH, SHRINK = 2055, 16  # an odd row, and patterns that are sparse on it
 WARMUP, REPEAT = 3, 10
-FACTOR = (
-    3  # times one GPU's error: partial results are rounded before they are merged, gradients before they are summed
-)
+FACTOR = 3  # times one GPU's error: parts of results and of gradients are rounded before they are added up
 
 
 @dataclass(frozen=True)
@@ -71,9 +69,8 @@ def run(lengths: tuple[int, ...], shape: Shape, commit: str | None = None) -> di
 
 
 def _run(lengths: tuple[int, ...], shape: Shape, link: Link, commit: str | None) -> dict[str, Any]:
-    link.gather(
-        [link.rank], torch.device("cuda", torch.cuda.current_device())
-    )  # NCCL's communicator must not come about in a pairwise transfer
+    # NCCL's communicator must not come about in a pairwise transfer.
+    link.gather([link.rank], torch.device("cuda", torch.cuda.current_device()))
     first = link.rank == 0
     wrong = []
     for layer, pattern in layers(SHRINK).items():
@@ -185,9 +182,10 @@ def _time(layer: str, pattern: Any, name: str, layout: str, length: int, shape: 
     *x, grad = (t.requires_grad_() for t in _random(shape, work.layout.num_tokens(link.rank)))
     strategy = strategies.get(name)()
     attend = _attend(strategy, work, link)
+    shard = Shard(work.layout, work.documents, link.rank)
     link.sent = 0
-    out = attend(*x)
-    torch.autograd.grad(out, x, grad)
+    both = strategy.attend(Call(*x, work.spec, None, None, None, "auto"), shard, link)
+    torch.autograd.grad(both, x, (grad, torch.zeros_like(both[1])))
     volume = strategy.volume(work)
     if link.sent != volume.forward[link.rank] + volume.backward[link.rank]:
         raise BenchmarkError(f"{name} on {layer}: rank {link.rank} sent {link.sent} bytes, planned {volume}")

@@ -79,7 +79,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def volume(self, work: Work) -> Volume:
-        """The bytes that `attend` and its backward send, from the same plan that they follow."""
+        """The bytes that `attend` and its backward send, from the same plan that they follow.
+
+        Of the backward of both results: where nothing asks for the LSE's gradient, `ulysses` does not send it.
+        """
 
     def problem(self, work: Work) -> str | None:
         """Why this strategy cannot serve the layer, or None."""
