@@ -328,6 +328,22 @@ class LongCache(Cache):
         return {"seen": self.get_seq_length(), "kept": max(kept.values(), default=0), "kept_by_layer": kept}
 
 
+def stock_layers(config: Any, modules: Iterable[int], owner: str) -> list[Any]:
+    """transformers' own cache layers for a model whose attention layers are `modules`.
+
+    Raises:
+        UnsupportedModelError: some of them read what another layer's update returned, which for a layer of ours is not
+            all that it keeps.
+    """
+    layers = DynamicCache(config=config).layers
+    if shared := [n for n in modules if n >= len(layers) or type(layers[n]).__name__ == "DummyLayer"]:
+        raise UnsupportedModelError(
+            f"{owner}: layers {shared} of {config.model_type} read the keys of other layers, which only transformers' "
+            "own caches can hand on"
+        )
+    return layers
+
+
 def routed_layers(model: nn.Module, owner: str, make: Callable[[int, nn.Module], Any]) -> list[Any]:
     """The layers of a cache for `model`, whose attention will ask them.
 
@@ -345,7 +361,10 @@ def routed_layers(model: nn.Module, owner: str, make: Callable[[int, nn.Module],
             f"{owner}: {base.config.model_type} has no layer that attends to its whole past, so there is nothing to "
             "evict: transformers' own cache keeps its windows already"
         )
-    layers = DynamicCache(config=base.config).layers
+    layers = stock_layers(base.config, modules, owner)
+    if other := [n for n in full if type(layers[n]) is not DynamicLayer]:
+        kind = type(layers[other[0]]).__name__
+        raise UnsupportedModelError(f"{owner}: layer {other[0]} of {base.config.model_type} needs a {kind} of its own")
     if stock := [n for n in range(len(layers)) if n not in full]:
         warnings.warn(
             f"{owner}: layers {stock} do not attend to their whole past and keep transformers' own cache", stacklevel=3

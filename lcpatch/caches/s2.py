@@ -26,8 +26,9 @@ from lcpatch_kernels import BlockSparseSpec, Rule
 
 from ..core.errors import UnsupportedModelError
 from ..hf.layers import state_of
+from ..hf.models import unwrap
 from ..hf.watch import Call, attend, watch
-from .layer import AttendingLayer, DenseLayer, LongCache, caches, decode, negative, to_list
+from .layer import AttendingLayer, DenseLayer, LongCache, caches, decode, negative, stock_layers, to_list
 from .state import fitting, whole, wholes
 
 FAR_GRAIN = 16  # pages by which the far store grows: 1,024 tokens of blocks of 64
@@ -53,6 +54,7 @@ class S2Cache(LongCache):
         modules = {m.layer_idx: m for m in model.modules() if state_of(m) is not None}
         if not any(state_of(m).spec is not None for m in modules.values()):
             raise UnsupportedModelError("S2Cache needs a model patched with s2: lcpatch.apply(model, 's2') first")
+        stock_layers(unwrap(model).config, modules, "S2Cache")
         layers: list[Any] = []
         for index in range(max(modules) + 1):
             state = state_of(modules[index]) if index in modules else None

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from cache_cases import LENGTH, feed, left_padding, make_model
+from fingerprint import fingerprint
 from models import SHORT, build, tokens
 from noise import distance, model_budget
+from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 import lcpatch
 from lcpatch.caches.budget import Budget
@@ -181,6 +183,27 @@ def test_a_model_of_windows_alone_is_refused():
     model = build("mistral", sliding_window=20)
     with pytest.raises(lcpatch.UnsupportedModelError, match="nothing to evict"):
         lcpatch.H2OCache(model)
+
+
+def test_layers_that_read_the_keys_of_others_are_refused():
+    """They would be handed a step's own keys for all there are."""
+    sizes = {"vocab_size": 61, "vocab_size_per_layer_input": 61, "hidden_size": 32, "hidden_size_per_layer_input": 8}
+    sizes |= {"intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    config = Gemma3nTextConfig(
+        **sizes,
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        laurel_rank=4,
+        layer_types=kinds,
+        activation_sparsity_pattern=[0.0] * 4,
+        sliding_window=20,
+    )
+    model = Gemma3nForCausalLM(config)
+    before = fingerprint(model)
+    with pytest.raises(lcpatch.UnsupportedModelError, match=r"layers \[2, 3\] .* read the keys of other layers"):
+        lcpatch.H2OCache(model)
+    assert fingerprint(model) == before
 
 
 @pytest.mark.parametrize(
