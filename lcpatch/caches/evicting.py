@@ -111,6 +111,9 @@ class EvictingLayer(AttendingLayer):
         """Make row r keep `targets[r]` of its `counts[r]` tokens, sorted, its sinks and recent ones among them."""
         self.keep(self.best(targets))
 
+    def before_fixed_attention(self) -> None:
+        """Change `fixed.slots` once the newest token lies in them; nothing here may wait for the device."""
+
     def bias(self) -> Tensor | None:
         """fp32 [B, K, capacity], or None."""
         return None

@@ -12,13 +12,35 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..hf.layers import state_of
 from ..hf.watch import Call
 from .slots import Slots
 
 if TYPE_CHECKING:
     from .evicting import EvictingLayer
+
+
+def check_codec(codec: str | None) -> None:
+    """Refuse a codec whose slots no kernel reads as they lie.
+
+    Raises:
+        ValueError: "int4" or "bf16".
+    """
+    if codec in ("int4", "bf16"):
+        raise ValueError(f"compiled=True reads what is kept as it lies, which codec={codec!r} does not allow")
+
+
+def check_layer(index: int, module: nn.Module) -> None:
+    """Refuse a layer that attends by a pattern.
+
+    Raises:
+        ValueError: it does.
+    """
+    state = state_of(module)
+    if state is not None and state.spec is not None:
+        raise ValueError(f"compiled=True: layer {index} follows the pattern {state.method!r}; leave it out")
 
 
 class FixedSlots:
@@ -82,6 +104,7 @@ class FixedSlots:
     ) -> tuple[Tensor, Tensor]:
         """One token a row through the layer: store, attend, score, choose."""
         self.put(layer._new_slots(*new, self.seen[None]))
+        layer.before_fixed_attention()
         out, lse = layer._decode(call, layer.bias(), self.span)
         finish(lse)
         self.choose(layer.score())

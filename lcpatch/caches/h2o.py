@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from lcpatch_kernels import attn_mass
 
-from ..hf.layers import state_of
 from . import scattered
 from .budget import Budget
 from .evicting import EvictingLayer, Step
+from .fixed import check_codec, check_layer
 from .layer import LongCache, caches, routed_layers
 
 SCORES = ("sum", "mean", "decay")
@@ -83,15 +83,12 @@ class H2OCache(LongCache):
             raise ValueError(f"decay={decay!r} must lie between 0 and 1")
         if grace < 0:
             raise ValueError(f"grace={grace!r} must be a number of tokens >= 0")
-        if compiled and codec in ("int4", "bf16"):
-            raise ValueError(f"compiled=True reads what is kept as it lies, which codec={codec!r} does not allow")
+        if compiled:
+            check_codec(codec)
 
         def make(index: int, module: nn.Module) -> H2OLayer:
-            state = state_of(module)
-            if compiled and state is not None and state.spec is not None:
-                raise ValueError(
-                    f"compiled=True: layer {index} follows the pattern {state.method!r}; leave it out there"
-                )
+            if compiled:
+                check_layer(index, module)
             return H2OLayer(kept, codec, compiled, score=score, decay=decay, group=group, grace=grace)
 
         super().__init__(layers=routed_layers(model, "H2OCache", make))

@@ -13,12 +13,21 @@ LENGTH = 110
 CUTS = {"prompt": [50, *[1] * 60], "turns": [30, *[1] * 30, 20, *[1] * 30], "tokens": [3, *[1] * 107]}
 
 
-@pytest.mark.parametrize("options", [{"budget": 24}, {"budget": 0.4}, {"budget": 24, "score": "mean", "grace": 5}])
+CACHES = {
+    "h2o": (lcpatch.H2OCache, {"budget": 24}),
+    "h2o, a share": (lcpatch.H2OCache, {"budget": 0.4}),
+    "h2o, mean": (lcpatch.H2OCache, {"budget": 24, "score": "mean", "grace": 5}),
+    "sink": (lcpatch.SinkCache, {"budget": 24}),
+    "sink, absolute": (lcpatch.SinkCache, {"budget": 24, "positions": "absolute"}),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
 @pytest.mark.parametrize("cut", CUTS)
-def test_it_keeps_what_eviction_after_every_step_keeps(cut, options):
-    model = build()
+def test_it_keeps_what_eviction_after_every_step_keeps(cut, name):
+    model, (kind, options) = build(), CACHES[name]
     ids, mask = tokens(3, LENGTH), left_padding([0, 37, 11], LENGTH)
-    plain, fixed = lcpatch.H2OCache(model, evict_every=1, **options), lcpatch.H2OCache(model, compiled=True, **options)
+    plain, fixed = kind(model, evict_every=1, **options), kind(model, compiled=True, **options)
     want = feed(model, ids, plain, CUTS[cut], mask)
     got = feed(model, ids, fixed, CUTS[cut], mask)
     assert all(layer.fixed is not None for layer in fixed.layers)
@@ -70,7 +79,8 @@ def test_buffers_do_not_move_and_memory_does_not_grow():
     assert cache.memory() == held
 
 
-def test_the_decode_step_compiles_once():
+@pytest.mark.parametrize("kind", [lcpatch.H2OCache, lcpatch.SinkCache])
+def test_the_decode_step_compiles_once(kind):
     """In `generate`, as on a GPU: no graph break, and nothing compiled anew, whatever the length and the cache."""
     model, ids, graphs = build(), tokens(2, 50), []
 
@@ -82,15 +92,15 @@ def test_the_decode_step_compiles_once():
     how = CompileConfig(backend=backend, mode=None, fullgraph=True)
     how._compile_all_devices = True
     options = {"max_new_tokens": 40, "do_sample": False}
-    want = model.generate(ids, past_key_values=lcpatch.H2OCache(model, 24, evict_every=1), **options)
-    cache = lcpatch.H2OCache(model, 24, compiled=True)
+    want = model.generate(ids, past_key_values=kind(model, 24, evict_every=1), **options)
+    cache = kind(model, 24, compiled=True)
     got = model.generate(ids, past_key_values=cache, compile_config=how, **options)
     assert torch.equal(got, want)
     assert len(graphs) == 1
     turn = torch.cat([got, tokens(2, 13, seed=3)], 1)
     model.generate(turn, past_key_values=cache, compile_config=how, **options)
     assert len(graphs) == 1
-    other = lcpatch.H2OCache(model, 24, compiled=True)
+    other = kind(model, 24, compiled=True)
     again = model.generate(ids, past_key_values=other, compile_config=how, **options)
     assert torch.equal(again, want)
     assert len(graphs) == 1
