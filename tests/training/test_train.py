@@ -10,7 +10,9 @@ import pytest
 import torch
 import training_cases
 from noise import FACTOR, distance, model_budget
+from safetensors.torch import load_file
 from training_cases import SETTINGS, STEPS, Interrupt, ids, run
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lcpatch
 from lcpatch.cli import main
@@ -115,6 +117,25 @@ def test_chats_are_trained_on(base, tmp_path: Path):
     with pytest.warns(UserWarning, match="1 of 41 records were left out: longer than 96 tokens"):
         result = run(folder, tmp_path / "run", task="sft", data=(str(tmp_path / "chats.jsonl"),), attention="sf")
     assert mean(result.losses[-3:]) < mean(result.losses[:3]) - 1  # the same answer every time is soon learned
+
+
+def test_half_precision_weights(base, tmp_path: Path):
+    """bf16 where nothing is trained, fp32 where it is; what comes out runs by itself, and comes back as it is."""
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(base).save_pretrained(half)
+    result = run(half, tmp_path / "run", dtype="bfloat16", attention="sf", sinks="logit:-3", eval_rows=0)
+    assert mean(result.losses[-5:]) < mean(result.losses[:5]) - 0.2
+    trained = {n: p.dtype for n, p in result.model.named_parameters() if p.requires_grad}
+    assert {dtype for n, dtype in trained.items() if "lora_" in n or n.endswith(SINK_LOGIT)} == {torch.float32}
+    assert {dtype for n, dtype in trained.items() if "norm" in n or "embed" in n} == {torch.bfloat16}
+    stored = load_file(tmp_path / "run" / "checkpoint-20" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}  # what an exact resumption needs
+    loaded = lcpatch.from_pretrained(tmp_path / "run" / "model")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids()).logits, result.model.eval()(ids()).logits)
+    merged = lora.merge(loaded)
+    assert {p.dtype for n, p in merged.named_parameters() if not n.endswith(SINK_LOGIT)} == {torch.bfloat16}
 
 
 def test_the_verb_trains(base, tmp_path: Path, capsys):
