@@ -228,6 +228,39 @@ def train_everywhere(rank: int, cases: list[dict[str, Any]]) -> list[str]:
     return failures
 
 
+def balanced(rank: int) -> list[str]:
+    """Sequences of mixed lengths as `balance.plan` spreads them: the gradients of plain data parallelism."""
+    import torch.distributed as dist
+
+    from lcpatch.training.parallel.balance import Costs, plan
+
+    lengths = [75, 61, 27, 29, 5, 19, 35, 34, 28, 22]
+    docs = [tokens(1, n, seed=n)[0] for n in lengths]
+    found = plan(lengths, dist.get_world_size(), 40, Costs(square=1.0, linear=60.0))
+    widths = {len(b.ranks) for b in found.batches}
+    failures = [] if {1, 2} <= widths and len(set(found.counts())) > 1 else [f"dull plan: {found}"]
+    for patch in ({"method": "sf", **SHORT["sf"]}, None):
+        model = make_model("llama", patch, torch.float64, lora=True, checkpoint=True)
+        want = single(model, docs)
+        model.zero_grad(set_to_none=True)
+        with parallelize(model) as ranks:
+            total = torch.zeros((), dtype=torch.float64)
+            for batch in found.of(rank):
+                mine = [docs[n] for n in batch.sequences]
+                ids = torch.cat(mine)[None]
+                positions = torch.cat([torch.arange(len(d)) for d in mine])[None]
+                whole = {"input_ids": ids, "labels": ids, "position_ids": positions}
+                items = sum(n - 1 for n in lengths)
+                loss = loss_of(model, ranks.shard(whole, num_items=items, members=batch.ranks))
+                loss.backward()
+                total += loss.detach()
+            ranks.sum_gradients(model.parameters())
+            error = worst((ranks.total(total), gradients(model)), want)
+        if not error <= EXACT:
+            failures.append(f"{patch}: error {error:.1e}")
+    return failures
+
+
 def wrong_shard(rank: int) -> None:
     """Rank 1 loses a token on the way."""
     model = build()
@@ -283,6 +316,11 @@ def run_all(rank: int, shapes: list[tuple[int, int]], cases: list[dict[str, Any]
 
     attention = attend_everywhere(rank, dist.get_world_size(), shapes)
     return {"attention": attention, "training": train_everywhere(rank, cases), "unchanged": unchanged(rank)}
+
+
+def run_others(rank: int) -> dict[str, Any]:
+    """What needs four ranks, all of them alive."""
+    return {"balanced": balanced(rank), "ring": torchs_ring(rank)}
 
 
 def torchs_ring(rank: int) -> dict[str, Any]:
