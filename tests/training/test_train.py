@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import eval_cases
 import pytest
 import torch
 import training_cases
@@ -16,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lcpatch
 from lcpatch.cli import main
-from lcpatch.core.errors import TrainingError
+from lcpatch.core.errors import TrainingError, UnsupportedModelError
 from lcpatch.hf.state import SINK_LOGIT
 from lcpatch.training import lora, sources, trainer
+from lcpatch.training.model import load_model
 
 
 def mean(losses: list[float]) -> float:
@@ -136,6 +138,27 @@ def test_half_precision_weights(base, tmp_path: Path):
         assert torch.equal(loaded(ids()).logits, result.model.eval()(ids()).logits)
     merged = lora.merge(loaded)
     assert {p.dtype for n, p in merged.named_parameters() if not n.endswith(SINK_LOGIT)} == {torch.bfloat16}
+
+
+def test_four_bit_weights(base, tmp_path: Path):
+    """QLoRA, on the CPU that bitsandbytes serves too; the adapter fits the unquantized base, and only there merges."""
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path / "wide"
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
+    eval_cases.model(tie_word_embeddings=True, initializer_range=0.05, **sizes).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    result = run(folder, tmp_path / "run", quantize="4bit", dtype="bfloat16", attention="sf", eval_rows=0)
+    assert mean(result.losses[-5:]) < mean(result.losses[:5]) - 0.2
+    assert "Linear4bit" in {type(module).__name__ for module in result.model.modules()}
+    with pytest.raises(UnsupportedModelError, match="a merge into 4-bit weights rounds"):
+        lora.merge(result.model)
+    assert lcpatch.from_pretrained(tmp_path / "run" / "model")(ids()).logits.isfinite().all()
+
+
+def test_four_bits_need_bitsandbytes(base, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="quantize='4bit' needs bitsandbytes: pip install bitsandbytes, or leave"):
+        load_model(training_cases.config(base, tmp_path, quantize="4bit"))
 
 
 def test_the_verb_trains(base, tmp_path: Path, capsys):
