@@ -33,10 +33,11 @@ class Arena:
     Args:
         record: bytes.
         pinned: page-locked, so that copies to a GPU need no staging.
+        room: records of the first block; with more, it grows.
     """
 
-    def __init__(self, record: int, pinned: bool) -> None:
-        self.record, self.pinned = record, pinned
+    def __init__(self, record: int, pinned: bool, room: int = FIRST_BLOCK) -> None:
+        self.record, self.pinned, self.first = record, pinned, room
         self.blocks: list[Tensor] = []
         self.starts: list[int] = [0]  # and the end of the last block
         self.count = 0
@@ -51,7 +52,7 @@ class Arena:
 
     def reserve(self, count: int) -> None:
         while self.starts[-1] < count:
-            size = max(FIRST_BLOCK, self.starts[-1] // 4)
+            size = max(self.starts[-1] // 4, FIRST_BLOCK) if self.blocks else self.first
             self.blocks.append(torch.empty(size, self.record, dtype=torch.uint8, pin_memory=self.pinned))
             self.starts.append(self.starts[-1] + size)
 
@@ -176,7 +177,7 @@ class Home:
     """
 
     def __init__(self, record: int, host_records: int, folder: str | Path | None, pinned: bool) -> None:
-        self.arena = Arena(record, pinned)
+        self.arena = Arena(record, pinned, FIRST_BLOCK if folder is None else host_records)
         self.file = None if folder is None else PageFile(record, folder)
         self.resident = None if folder is None else Residents(1, host_records)
         self.from_host = self.from_disk = 0  # records read

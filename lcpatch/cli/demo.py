@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.text import read_texts
 from ._options import describe
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     if args.length < MIN_LENGTH:
         raise ValueError(f"--length {args.length} must be at least {MIN_LENGTH} tokens")
-    text, source = read_text(args.text)
+    (text,), source = read_texts(args.text and [args.text])
     methods = _methods(args.methods)
     from ..hf.demo_model import demo_model
 
@@ -55,29 +56,6 @@ def show(
     print(table(arms))
     draw(arms, title).savefig(out, dpi=150)
     return arms
-
-
-def read_text(path: Path | None) -> tuple[str, str]:
-    """The text and what to call it.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: an empty file, or one that is not text.
-    """
-    if path is None:
-        from pydoc_data.topics import topics
-
-        return "\n\n".join(topics[name] for name in sorted(topics)), "pydoc_data.topics"
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or name another file") from error
-    if "\0" in text:
-        raise ValueError(f"{path} holds NUL bytes, so it is not a text; name another file")
-    if not text.strip():
-        raise ValueError(f"{path} is empty; name a file with text in it")
-    return text, path.name
 
 
 def encode(tokenizer: Any, text: str, length: int, source: str) -> torch.Tensor:

@@ -40,8 +40,13 @@ def add_parser(subparsers: Any) -> None:
     what.add_argument("--chunk", type=int, metavar="N", help="read contexts N tokens at a time")
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--text", nargs="+", type=Path, metavar="PATH", help="files and folders (default: Python's manual)"
+        "--text",
+        nargs="+",
+        metavar="NAME",
+        help="files, folders, .jsonl and .parquet tables, hub:NAME@SPLIT (default: Python's manual)",
     )
+    how.add_argument("--text-field", default="text", metavar="FIELD", help="of a table's records (default: text)")
+    how.add_argument("--records", type=int, default=256, metavar="N", help="of each table, at most (default 256)")
     how.add_argument("--seeds", type=int, default=3, metavar="N", help="samples per cell (default 3)")
     how.add_argument("--score", choices=["generate", "rank", "both"], default="both", help="default: both")
     how.add_argument("--chat", action="store_true", help="ask through the model's chat template")
@@ -60,16 +65,16 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.model is None:
         raise ValueError("say which MODEL: a folder, an id on the Hub, or `demo`")
-    for name in ("seeds", "batch_size"):
+    for name in ("seeds", "batch_size", "records"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     from ..eval import evaluate
     from ..eval.run import make_tasks
-    from ..eval.text import read_texts
+    from ..eval.text import read_documents
 
     arms, options = _arms(args)
     make_tasks(args.tasks, options)  # what is wrong is said before the model loads
-    read_texts(args.text)
+    documents, source = read_documents(args.text, args.text_field, args.records)
     model, tokenizer = load_model(args.model, args.dtype)
     report = evaluate(
         model,
@@ -77,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
         args.tasks,
         args.lengths,
         arms=arms,
-        text=args.text,
+        documents=documents,
+        source=source,
         seeds=args.seeds,
         score=args.score,
         chat=args.chat,

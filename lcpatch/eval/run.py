@@ -17,7 +17,7 @@ from .reader import Reader
 from .report import Report
 from .store import Store
 from .task import Task, Unit, task_names, tasks
-from .text import Text, read_texts
+from .text import Text, read_documents
 
 SCORES = ("generate", "rank", "both")
 
@@ -31,6 +31,7 @@ def evaluate(
     arms: Sequence[Arm] = (Arm(),),
     text: Sequence[str | Path] | None = None,
     documents: Sequence[str] | None = None,
+    source: str = "the given documents",
     seeds: int | Sequence[int] = 3,
     score: str = "both",
     chat: bool = False,
@@ -49,8 +50,9 @@ def evaluate(
         tasks: names of tasks or suites; `lcpatch eval --list` lists them.
         lengths: in tokens, of context, question and answer together.
         arms: what is compared; the first is what the others are compared with.
-        text: files and folders to take text from; default: Python's own documentation.
-        documents: the text itself instead.
+        text: what to take text from: files, folders, tables and data sets, see `eval.text.read_documents`.
+        documents: the text itself instead, and
+        source: what to call it.
         seeds: how many samples a cell has, or their seeds.
         score: "generate", "rank" or "both"; perplexity is neither.
         chat: ask through the tokenizer's chat template.
@@ -70,8 +72,9 @@ def evaluate(
     check_lengths(model, lengths, beyond)
     if len({arm.label for arm in arms}) < len(arms) or not arms:
         raise ValueError("arms need labels of their own, and there must be at least one")
-    source = (list(documents), "the given documents") if documents is not None else read_texts(text)
-    words = Text(tokenizer, *source, chat=chat)
+    if documents is None:
+        documents, source = read_documents(text)
+    words = Text(tokenizer, documents, source, chat=chat)
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     plan = _plan(chosen, words, lengths, seeds)
     store = Store(None if out is None else Path(out), _header(model, words, name, score, chat))

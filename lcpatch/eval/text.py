@@ -6,17 +6,54 @@ import hashlib
 import random
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.text import read_texts
+from ..training.sources import HUB, Source
 
-__all__ = ["Text", "read_texts"]
+__all__ = ["Text", "read_documents"]
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 SENTENCE_END = (".", "!", "?", "\n")
+
+
+TABLES = (".jsonl", ".parquet")
+RECORDS = 256
+"""Records that are read of a table or a data set on the Hub, unless more are asked for."""
+
+
+def read_documents(
+    names: Sequence[str | Path] | None, field: str = "text", records: int = RECORDS
+) -> tuple[list[str], str]:
+    """The documents that `names` mean, and what to call them.
+
+    Args:
+        names: text files and folders of them, tables (.jsonl, .parquet), and data sets on the Hub as `hub:NAME@SPLIT`;
+            none: Python's own documentation, which every machine has.
+        field: of a table's records: the one that holds the text.
+        records: read so many of each table at most, from its beginning.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: what cannot be read; the message says what to do.
+    """
+    if not names:
+        return read_texts(None)
+    documents: list[str] = []
+    for name in map(str, names):
+        if not (name.startswith(HUB) or name.endswith(TABLES)):
+            documents += read_texts([name])[0]
+            continue
+        found = list(islice(Source(name).records(), records))
+        missing = next((record for record in found if not isinstance(record.get(field), str)), None)
+        if missing is not None:
+            raise ValueError(f"{name} has a record without text in {field!r}; its fields are: {', '.join(missing)}")
+        documents += [record[field] for record in found]
+    return documents, ", ".join(str(n) if str(n).startswith(HUB) else Path(n).name for n in names)
 
 
 class Text:

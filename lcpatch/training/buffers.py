@@ -9,6 +9,7 @@ holds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ class Now:
 
     Args:
         start, end: the chunk's tokens.
+        size: tokens of every chunk but the last.
         recording: the first pass, which fills the buffers. In the second pass layers may run several times (gradient
             checkpointing) and change nothing but gradients.
         backward: a chunk's backward has begun.
@@ -40,6 +42,7 @@ class Now:
 
     start: int = 0
     end: int = 0
+    size: int = 0
     recording: bool = True
     backward: bool = False
     hop: float = 1.0
@@ -57,8 +60,11 @@ class Store(Protocol):
     def read(self, unit: Unit, now: Now) -> Pair:
         """All tokens' keys and values up to the chunk's end. Good until two more units were read."""
 
-    def collect(self, unit: Unit, grads: Pair, now: Now) -> Pair:
-        """Keep the prefix's part of the gradients of `read`'s result; return the chunk's, with what was kept for it."""
+    def add(self, unit: Unit, grads: Pair, start: int, end: int) -> None:
+        """Add to the gradients of tokens [start, end), whole chunks before the one at hand."""
+
+    def take(self, unit: Unit, grads: Pair, now: Now) -> Pair:
+        """The chunk's own gradients, with what later chunks left for it times `now.hop`."""
 
     def skip(self, num_chunks: int) -> None:
         """After the first chunk: as if as many more had been kept, whatever in them (see `chunkwise.rehearse`)."""
@@ -95,15 +101,18 @@ class DeviceStore:
         keys, values = self._kept[unit]
         return keys[:, :, : now.end], values[:, :, : now.end]
 
-    def collect(self, unit: Unit, grads: Pair, now: Now) -> Pair:
+    def add(self, unit: Unit, grads: Pair, start: int, end: int) -> None:
         if unit not in self._grads:
             self._grads[unit] = self._like(grads, torch.zeros)
-        own = []
         for buffer, grad in zip(self._grads[unit], grads, strict=True):
-            buffer[:, :, : now.start] += grad[:, :, : now.start]
-            here = slice(now.start, now.end)
-            own.append(torch.add(grad[:, :, here], buffer[:, :, here], alpha=now.hop))
-        return own[0], own[1]
+            buffer[:, :, start:end] += grad
+
+    def take(self, unit: Unit, grads: Pair, now: Now) -> Pair:
+        if unit not in self._grads:
+            return grads
+        left = (buffer[:, :, now.start : now.end] for buffer in self._grads[unit])
+        keys, values = (torch.add(grad, x, alpha=now.hop) for grad, x in zip(grads, left, strict=True))
+        return keys, values
 
     def skip(self, num_chunks: int) -> None:
         pass  # the buffers are as long as the text from the start
@@ -136,7 +145,7 @@ class Split(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         store, unit, now = ctx.where
         with exact_gradients(grads[0].device.type):
-            return *store.collect(unit, grads, now), None, None, None
+            return *split(store, unit, grads, now), None, None, None
 
 
 class Attend(torch.autograd.Function):
@@ -174,7 +183,14 @@ class Attend(torch.autograd.Function):
                 softcap=call.softcap,
                 impl=call.impl,
             )
-            return grad_query, *store.collect(unit, grads, now), None, None, None, None
+            return grad_query, *split(store, unit, grads, now), None, None, None, None
+
+
+def split(store: Store, unit: Unit, grads: Sequence[Tensor], now: Now) -> Pair:
+    """Give the prefix its share of the gradients of all keys and values up to the chunk's end; return the chunk's."""
+    if now.start:
+        store.add(unit, tuple(x[:, :, : now.start] for x in grads), 0, now.start)
+    return store.take(unit, tuple(x[:, :, now.start :] for x in grads), now)
 
 
 def exact_gradients(device_type: str) -> Any:

@@ -16,6 +16,7 @@ from lcpatch_kernels.block_sparse import choose
 from ..core.errors import UnsupportedModelError
 from ..hf.watch import Call, attend
 from .buffers import Attend, Now, Pair, Split, Store
+from .pieces import AttendInPieces, fits
 
 
 class ChunkLayer(CacheLayerMixin):
@@ -28,12 +29,13 @@ class ChunkLayer(CacheLayerMixin):
         attending: attention asks this layer (see `hf.watch`), and it goes through our op. That one is bottom-right
             causal: it needs no mask of a chunk against its prefix, repeats no KV head, and can take a few at a time.
         plain: one unpadded document a row, so that causality is all there is to say.
+        pieces: dense attention goes through cuDNN, in parts.
     """
 
-    def __init__(self, index: int, store: Store, now: Now, attending: bool, plain: bool) -> None:
+    def __init__(self, index: int, store: Store, now: Now, attending: bool, plain: bool, pieces: bool) -> None:
         super().__init__()
         self.index, self.store, self.now = index, store, now
-        self.attending, self.plain = attending, plain
+        self.attending, self.plain, self.pieces = attending, plain, pieces
         self.expected = False
         self.num_calls = 0
         self._own: Pair | None = None
@@ -102,6 +104,8 @@ class ChunkLayer(CacheLayerMixin):
         now, unit = self.now, (self.index, part)
         if now.recording:
             self.store.write(unit, new, now.start)
+        if self.pieces and fits(call):
+            return AttendInPieces.apply(query, *new, call, self.store, unit, now)
         if now.recording or choose(call.impl, query, call.spec) in ("triton", "reference"):
             return Attend.apply(query, *new, call, self.store, unit, now)
         keys, values = Split.apply(*new, self.store, unit, now)
@@ -115,12 +119,24 @@ class ChunkCache(Cache):
         num_layers: layers of the model.
         store: where keys, values and gradients lie.
         attending: the layers that attend by themselves (see `ChunkLayer`).
+        size: tokens of a chunk.
         plain: one unpadded document a row.
+        pieces: dense attention goes through cuDNN, in parts.
     """
 
-    def __init__(self, num_layers: int, store: Store, attending: Collection[int], plain: bool) -> None:
-        self.now, self.store, self.attends = Now(), store, bool(attending)
-        super().__init__(layers=[ChunkLayer(n, store, self.now, n in attending, plain) for n in range(num_layers)])
+    def __init__(
+        self,
+        num_layers: int,
+        store: Store,
+        attending: Collection[int],
+        *,
+        size: int,
+        plain: bool,
+        pieces: bool,
+    ) -> None:
+        self.now, self.store, self.attends = Now(size=size), store, bool(attending)
+        layers = [ChunkLayer(n, store, self.now, n in attending, plain, pieces) for n in range(num_layers)]
+        super().__init__(layers=layers)
 
     def set(self, start: int, end: int, recording: bool, hop: float = 1.0) -> None:
         """Before a forward of tokens [start, end) and its backward."""

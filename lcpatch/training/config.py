@@ -66,6 +66,8 @@ class TrainConfig:
     offload: bool = option(False, "keep what waits for the backward pass in the host's memory")
     chunk_size: int = option(0, "SeCO: exact gradients with so many tokens' activations at a time; 0: the whole row")
     keep_chunks: float = option(1.0, "SpaCO: how likely a chunk's gradient is computed; 1: SeCO, exact")
+    context_parallel: int = option(1, "processes that share each row; a step has as many rows as without")
+    parallel: str = option("auto", "how they share it: auto, halo, ring, lightseq, tokenring, ulysses")
 
     output: str = option("lcpatch-run", "folder of checkpoints and of the model")
     save_every: int = option(100, "steps from one checkpoint to the next; 0: none")
@@ -84,12 +86,15 @@ class TrainConfig:
                 raise ValueError(f"{f.name}={value!r} is not one of {', '.join(choices)}")
         for name in ("length", "steps", "batch_size", "accumulate", "keep", "log_every", "lora_r", "lora_alpha"):
             self._at_least(name, 2 if name == "length" else 1)
+        self._at_least("context_parallel", 1)
         for name in ("eval_rows", "warmup", "save_every", "evaluate_every", "workers", "weight_decay", "chunk_size"):
             self._at_least(name, 0)
         if not 0 < self.keep_chunks <= 1:
             raise ValueError(f"keep_chunks={self.keep_chunks} must be above 0, and at most 1")
         if self.keep_chunks < 1 and not self.chunk_size:
             raise ValueError(f"keep_chunks={self.keep_chunks} needs chunks: say chunk_size, such as 2048")
+        if self.context_parallel > 1 and self.chunk_size:
+            raise ValueError(f"context_parallel={self.context_parallel} shares whole rows: leave chunk_size out")
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
@@ -136,7 +141,8 @@ def load(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None =
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as YAML; the command line goes before it")
     for f in fields(TrainConfig):
         if f.name != "options":
-            parser.add_argument(f"--{f.name.replace('_', '-')}", dest=f.name, **_argument(f))
+            names = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))
+            parser.add_argument(*names, dest=f.name, **_argument(f))
     args, rest = parser.parse_known_args(argv)
     given = {k: v for k, v in vars(args).items() if v is not None and k != "config"}
     from_file = {} if args.config is None else read_yaml(args.config)

@@ -47,11 +47,15 @@ class HostPool:
         while self._slab < len(self._slabs) and self._used + size > len(self._slabs[self._slab]):
             self._slab, self._used = self._slab + 1, 0
         if self._slab == len(self._slabs):
-            length = max(self.slab_bytes, 1 << (size - 1).bit_length())
-            self._slabs.append(torch.empty(length, dtype=torch.uint8, pin_memory=self.pinned))
+            self._grow(max(self.slab_bytes, 1 << (size - 1).bit_length()))
         flat = self._slabs[self._slab][self._used : self._used + size]
         self._used += -(-size // ALIGNMENT) * ALIGNMENT
         return flat.view(dtype).view(shape)
+
+    def reserve(self, num_bytes: int) -> None:
+        """Take at least so much from the system now, so that no step waits for it."""
+        while self.memory() < num_bytes:
+            self._grow(self.slab_bytes)
 
     def rewind(self) -> None:
         """All of it is free again, for the next call."""
@@ -65,6 +69,9 @@ class HostPool:
     def memory(self) -> int:
         """Bytes taken from the system."""
         return sum(len(slab) for slab in self._slabs)
+
+    def _grow(self, num_bytes: int) -> None:
+        self._slabs.append(torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.pinned))
 
 
 POOL = HostPool()
@@ -188,28 +195,34 @@ class HostStore:
         keys, values = slot.tensors
         return keys[:, :, : now.end], values[:, :, : now.end]
 
-    def collect(self, unit: Unit, grads: Pair, now: Now) -> Pair:
+    def add(self, unit: Unit, grads: Pair, start: int, end: int) -> None:
         if unit[0] not in self.attending:
-            return self._resident.collect(unit, grads, now)
-        pages, lanes = self._pages[unit], self._lanes
-        own = [x[:, :, now.start : now.end] for x in grads]
-        if (left := pages.grads.pop(now.start // self.chunk_size, None)) is not None:
-            with lanes.lane(0, after=[pages.grads_at]):
-                arrived = [x.to(lanes.device, non_blocking=True) for x in left]
-                event = lanes.mark()
-            lanes.wait(event)
-            own = [torch.add(x, y, alpha=now.hop) for x, y in zip(own, arrived, strict=True)]
-            for x in arrived if lanes.streams else ():
-                x.record_stream(torch.cuda.current_stream(lanes.device))
-        else:
-            own = [x.clone() for x in own]  # not the whole text's gradient kept alive by a view
+            return self._resident.add(unit, grads, start, end)
+        pages, lanes, size = self._pages[unit], self._lanes, self.chunk_size
         if self._adding is not None:  # else gradients of many units would wait on the device for their turn
             self._adding.synchronize()
         with lanes.lane(1, uses=grads):
-            for n in range(now.start // self.chunk_size):
-                self._add(pages, n, [x[:, :, n * self.chunk_size : (n + 1) * self.chunk_size] for x in grads])
+            for n in range(start // size, end // size):
+                self._add_page(pages, n, [x[:, :, n * size - start : (n + 1) * size - start] for x in grads])
             pages.grads_at = self._adding = lanes.mark()
-        return own[0], own[1]
+        return None
+
+    def take(self, unit: Unit, grads: Pair, now: Now) -> Pair:
+        if unit[0] not in self.attending:
+            return self._resident.take(unit, grads, now)
+        pages, lanes = self._pages[unit], self._lanes
+        left = pages.grads.pop(now.start // self.chunk_size, None)
+        if left is None:
+            keys, values = (x.clone() for x in grads)  # not the whole text's gradient kept alive by a view
+            return keys, values
+        with lanes.lane(0, after=[pages.grads_at]):
+            arrived = [x.to(lanes.device, non_blocking=True) for x in left]
+            event = lanes.mark()
+        lanes.wait(event)
+        keys, values = (torch.add(x, y, alpha=now.hop) for x, y in zip(grads, arrived, strict=True))
+        for x in arrived if lanes.streams else ():
+            x.record_stream(torch.cuda.current_stream(lanes.device))
+        return keys, values
 
     def skip(self, num_chunks: int) -> None:
         for pages in self._pages.values():
@@ -228,7 +241,7 @@ class HostStore:
         self._slots.clear()
         self.pool.rewind()
 
-    def _add(self, pages: Pages, number: int, parts: list[Tensor]) -> None:
+    def _add_page(self, pages: Pages, number: int, parts: list[Tensor]) -> None:
         """Add to a page of gradients, on the lane at hand."""
         if number not in pages.grads:
             pages.grads[number] = self._page(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable
@@ -59,10 +58,13 @@ def train(config: TrainConfig, save: Save | None) -> Result:
     from accelerate import PartialState
     from transformers import set_seed
 
+    from .parallel import parallelize
+    from .parallel.trainer import group_of
     from .trainer import LongTrainer, StopOnSignal
 
     _accelerate_is_there()
     state = PartialState(cpu=not torch.cuda.is_available())
+    group = group_of(config.context_parallel) if config.context_parallel > 1 else None
     tokenizer = load_tokenizer(config)
     with state.main_process_first():
         train_rows, eval_rows = datasets(config, tokenizer)
@@ -87,6 +89,8 @@ def train(config: TrainConfig, save: Save | None) -> Result:
             offload=config.offload and not config.chunk_size,  # by chunks it is keys, values and their gradients
             chunkwise=chunks(config),
         )
+        if config.context_parallel > 1:
+            trainer.ranks = stack.enter_context(parallelize(model, group, config.parallel))
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finished = trainer.state.global_step >= config.steps
         metrics = trainer.evaluate() if finished and eval_rows is not None else {}
@@ -190,9 +194,8 @@ def _rows(config: TrainConfig, tokenizer: Any, names: tuple[str, ...]) -> Datase
 
 def _record(config: TrainConfig, train_rows: Dataset) -> dict[str, Any]:
     """What a checkpoint's run must have in common with the one that goes on with it."""
-    first = train_rows[0]["input_ids"].numpy().tobytes()
-    data = {"rows": len(train_rows), "first_row": hashlib.sha256(first).hexdigest()[:16]}  # type: ignore[arg-type]
-    return json.loads(json.dumps({**config.to_dict(), **data}))
+    content = getattr(train_rows, "dataset", train_rows).key
+    return json.loads(json.dumps({**config.to_dict(), "data_content": content}))
 
 
 def _accelerate_is_there() -> None:

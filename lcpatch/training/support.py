@@ -17,14 +17,14 @@ from ..core.errors import UnsupportedModelError
 from ..hf import NAME
 from ..hf.layers import state_of
 from ..hf.models import attention_modules, full_attention_layers, unwrap
+from ..hf.route import route, unroute
 from ..hf.state import dense_name
-from ..hf.watch import WATCH, unwatch, watch
-from ..patching import patched
+from ..hf.watch import WATCH, unwatch
 from .text import Text
 
 logger = logging.getLogger(__name__)
 
-ATTENTION = ("auto", "own", "lcpatch")
+ATTENTION = ("auto", "own", "lcpatch", "cudnn")
 KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 """Kinds of layers whose state is nothing but keys and values."""
 INSTEAD = "use loss.backward() with gradient checkpointing for this model"
@@ -100,10 +100,10 @@ def _changing_rope(config: Any, length: int) -> str | None:
     rope = getattr(config, "rope_parameters", None) or {}
     for one in rope.values() if rope and all(isinstance(x, dict) for x in rope.values()) else (rope,):
         kind = one.get("rope_type", "default")
-        trained = one.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
-        trained = trained or config.max_position_embeddings
+        trained = one.get("original_max_position_embeddings")
+        for name in ("original_max_position_embeddings", "max_position_embeddings"):
+            trained = trained or getattr(config, name, None)
+        trained = trained or length
         if kind in ("dynamic", "longrope") and length > trained:
             return (
                 f"rope_type={kind!r} rotates by the length of the text at hand, so a chunk beyond {trained} tokens "
@@ -144,36 +144,33 @@ def routed(model: nn.Module, base: Any, attention: str) -> Iterator[frozenset[in
     Args:
         model: the model or what PEFT made of it.
         base: the transformers model inside.
-        attention: "auto", "own" or "lcpatch" (see `chunkwise.backward`).
+        attention: "auto", "own", "lcpatch" or "cudnn" (see `chunkwise.backward`).
 
     Raises:
-        ValueError: an unknown choice, or "lcpatch" where it would not compute the same.
-        UnsupportedModelError: "lcpatch" for a model whose attention transformers cannot exchange.
+        ValueError: an unknown choice, or one that would not compute what the model does.
     """
     if attention not in ATTENTION:
         raise ValueError(f"attention={attention!r} is not one of {', '.join(ATTENTION)}")
     reason = None if attention == "own" else _not_ours(base)
-    if attention == "lcpatch" and reason:
-        raise ValueError(f"attention='lcpatch' would not compute what this model does: {reason}; use 'own'")
+    if attention in ("lcpatch", "cudnn") and reason:
+        raise ValueError(f"attention={attention!r} would not compute what this model does: {reason}; use 'own'")
     if attention == "own" or reason or (attention == "auto" and not _has_kernel(base)):
         if reason:
             logger.info("chunkwise: attention stays the model's own: %s", reason)
         yield frozenset()
         return
     modules = attention_modules(base)
-    full = frozenset(full_attention_layers(base.config, modules))
-    if base.config._attn_implementation != NAME:
-        with patched(model, "sink", mode="never"):
-            watch(modules)
-            yield full
-        return
+    fresh = base.config._attn_implementation != NAME
     new = {n: m for n, m in modules.items() if WATCH not in m.__dict__}
-    watch(new)
     try:
-        yield full
+        route(model)
+        yield frozenset(full_attention_layers(base.config, modules))
     finally:
-        for module in new.values():
-            unwatch(module)
+        if fresh:
+            unroute(model)
+        else:
+            for module in new.values():
+                unwatch(module)
 
 
 def _not_ours(base: Any) -> str | None:

@@ -97,7 +97,7 @@ def test_ctrl_c(monkeypatch, capsys):
     def interrupted(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "read_text", interrupted)
+    monkeypatch.setattr(demo, "read_texts", interrupted)
     assert main(["demo"]) == 130
     assert capsys.readouterr().err.strip() == "lcpatch: interrupted"
 

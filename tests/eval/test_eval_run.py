@@ -1,9 +1,11 @@
 """`evaluate`: a plain loop's scores, one reading of a context, caches, resuming, and every kind of bad input."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import models
@@ -19,7 +21,8 @@ from lcpatch.eval import Arm, evaluate, tasks
 from lcpatch.eval.arms import sort_options
 from lcpatch.eval.ask import split
 from lcpatch.eval.reader import Reader
-from lcpatch.eval.text import Text, read_texts
+from lcpatch.eval.text import Text, read_documents
+from lcpatch.training import sources
 
 S2 = Arm("s2", models.SHORT["s2"])
 S2_CACHED = Arm("s2", models.SHORT["s2"], "s2")
@@ -320,9 +323,9 @@ def test_beyond_the_positions_if_asked():
 def test_files_and_folders(tmp_path):
     for name, content in (("b.txt", "two"), ("a.md", "one"), ("c.bin", "no")):
         (tmp_path / name).write_text(content)
-    assert read_texts([tmp_path]) == (["one", "two"], tmp_path.name)
-    assert read_texts([tmp_path / "c.bin"])[0] == ["no"]
-    assert read_texts(None)[1] == "pydoc_data.topics"
+    assert read_documents([tmp_path]) == (["one", "two"], tmp_path.name)
+    assert read_documents([tmp_path / "c.bin"])[0] == ["no"]
+    assert read_documents(None)[1] == "pydoc_data.topics"
 
 
 @pytest.mark.parametrize(
@@ -333,12 +336,35 @@ def test_bad_files(content, message, tmp_path):
     file = tmp_path / "text.txt"
     file.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_texts([file])
+        read_documents([file])
 
 
 def test_bad_folders(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"\0")
     with pytest.raises(ValueError, match=r"has no \.txt, \.md or \.rst file in it"):
-        read_texts([tmp_path])
+        read_documents([tmp_path])
     with pytest.raises(FileNotFoundError):
-        read_texts([tmp_path / "nothing.txt"])
+        read_documents([tmp_path / "nothing.txt"])
+
+
+def test_tables_and_data_sets_are_read(tmp_path, monkeypatch):
+    table = tmp_path / "x.jsonl"
+    table.write_text("".join(json.dumps({"body": f"document {n}"}) + "\n" for n in range(5)))
+    assert read_documents([table], "body", 3) == (["document 0", "document 1", "document 2"], "x.jsonl")
+    with pytest.raises(ValueError, match=r"x.jsonl has a record without text in 'text'; its fields are: body"):
+        read_documents([table])
+    asked = []
+
+    def load_dataset(name, **options):
+        asked.append((name, options))
+        return ({"text": f"{name} {n}"} for n in itertools.count())  # endless: only what is wanted is read
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(sources, "_revision", lambda repository: "abc")
+    plain = tmp_path / "a.txt"
+    plain.write_text("words")
+    assert read_documents(["hub:me/data@test", plain], records=2) == (
+        ["me/data 0", "me/data 1", "words"],
+        "hub:me/data@test, a.txt",
+    )
+    assert asked == [("me/data", {"split": "test", "streaming": True, "revision": "abc"})]

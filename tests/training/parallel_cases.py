@@ -228,6 +228,39 @@ def train_everywhere(rank: int, cases: list[dict[str, Any]]) -> list[str]:
     return failures
 
 
+def balanced(rank: int) -> list[str]:
+    """Sequences of mixed lengths as `balance.plan` spreads them: the gradients of plain data parallelism."""
+    import torch.distributed as dist
+
+    from lcpatch.training.parallel.balance import Costs, plan
+
+    lengths = [75, 61, 27, 29, 5, 19, 35, 34, 28, 22]
+    docs = [tokens(1, n, seed=n)[0] for n in lengths]
+    found = plan(lengths, dist.get_world_size(), 40, Costs(square=1.0, linear=60.0))
+    widths = {len(b.ranks) for b in found.batches}
+    failures = [] if {1, 2} <= widths and len(set(found.counts())) > 1 else [f"dull plan: {found}"]
+    for patch in ({"method": "sf", **SHORT["sf"]}, None):
+        model = make_model("llama", patch, torch.float64, lora=True, checkpoint=True)
+        want = single(model, docs)
+        model.zero_grad(set_to_none=True)
+        with parallelize(model) as ranks:
+            total = torch.zeros((), dtype=torch.float64)
+            for batch in found.of(rank):
+                mine = [docs[n] for n in batch.sequences]
+                ids = torch.cat(mine)[None]
+                positions = torch.cat([torch.arange(len(d)) for d in mine])[None]
+                whole = {"input_ids": ids, "labels": ids, "position_ids": positions}
+                items = sum(n - 1 for n in lengths)
+                loss = loss_of(model, ranks.shard(whole, num_items=items, members=batch.ranks))
+                loss.backward()
+                total += loss.detach()
+            ranks.sum_gradients(model.parameters())
+            error = worst((ranks.total(total), gradients(model)), want)
+        if not error <= EXACT:
+            failures.append(f"{patch}: error {error:.1e}")
+    return failures
+
+
 def wrong_shard(rank: int) -> None:
     """Rank 1 loses a token on the way."""
     model = build()
@@ -283,3 +316,55 @@ def run_all(rank: int, shapes: list[tuple[int, int]], cases: list[dict[str, Any]
 
     attention = attend_everywhere(rank, dist.get_world_size(), shapes)
     return {"attention": attention, "training": train_everywhere(rank, cases), "unchanged": unchanged(rank)}
+
+
+def run_others(rank: int) -> dict[str, Any]:
+    """What needs four ranks, all of them alive."""
+    return {"balanced": balanced(rank), "ring": torchs_ring(rank)}
+
+
+def torchs_ring(rank: int) -> dict[str, Any]:
+    """torch's own engine beside our ring, head and tail: the same output, and the bytes that each sends."""
+    import torch.distributed as dist
+    from torch.distributed._functional_collectives import permute_tensor
+    from torch.distributed.tensor.experimental._context_parallel import _attention
+
+    from lcpatch.bench.parallel import torchs_ring as counted
+
+    ranks, heads, length, dim = dist.get_world_size(), 4, 64, 16
+    documents = (((0, length),),)
+    work = Work(
+        BlockSparseSpec.of([Rule()] * heads),
+        heads,
+        dim,
+        make_layout("head_tail", length, ranks, documents),
+        documents,
+        4,
+    )
+    mine = work.layout.tokens(rank)
+    g = torch.Generator().manual_seed(0)
+    whole = [torch.randn(1, heads, length, dim, generator=g) for _ in range(3)]
+    q, k, v = (x[:, :, mine].contiguous() for x in whole)
+    sdpa = F.scaled_dot_product_attention
+    exact = sdpa(*(x.double() for x in whole), is_causal=True)
+    allowed = FACTOR * distance(sdpa(*whole, is_causal=True), exact)
+    sent = 0
+
+    def counting(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal sent
+        sent += x.numel() * x.element_size()
+        return permute_tensor(x, *args, **kwargs)
+
+    _attention._cp_options.enable_load_balance = True
+    _attention.set_rotate_method("alltoall")
+    _attention.ft_c.permute_tensor = counting
+    engine = _attention._templated_ring_attention
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    theirs = engine(dist.group.WORLD, 2, op, q, k, v, is_causal=True)[0]
+    link = Link()
+    ours, _ = strategies.get("ring")().attend(
+        Call(q, k, v, work.spec, None, None, None, "auto"), Shard(work.layout, documents, rank), link
+    )
+    # Ours in bf16 counts half the bytes of fp32.
+    error = max(distance(x, exact[:, :, mine]) for x in (ours, theirs))
+    return {"error": error, "allowed": allowed, "theirs": sent, "counted": 2 * counted(work)[rank], "ours": link.sent}

@@ -8,7 +8,7 @@ from schedules import documents, pack, pad
 from torch import nn
 
 import lcpatch
-from lcpatch.training import buffers, chunkwise, offload, spaco
+from lcpatch.training import buffers, chunkwise, offload, pieces, spaco
 from lcpatch_kernels import DENSE, BlockSparseSpec, block_sparse, block_sparse_backward
 
 DEEP = {"num_hidden_layers": 16, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 16, "head_dim": 32}
@@ -109,6 +109,20 @@ def test_offloading_is_exact(family: str, checkpoint: bool):
     assert far(cut[1], want[1]) > 1000 * allowed
 
 
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_attention_in_pieces(offloaded: bool):
+    """What cuDNN does on a GPU, with its calls in plain torch: ten chunks of prefix, in pieces of 8, 4, 2, 1."""
+    model, ids = build("mistral", num_attention_heads=8, num_key_value_heads=4).double().train(), tokens(2)
+    want, allowed = plain(model, ids, ids), rounding_of_attention(model, ids, ids)
+    for size in (74, 32, 7):
+        assert_same(chunked(model, ids, ids, size, attention="cudnn", offload=offloaded), want, allowed)
+
+
+def test_pieces():
+    assert list(pieces.pieces(0, 7)) == []
+    assert list(pieces.pieces(7 * 11, 7)) == [slice(0, 56), slice(56, 70), slice(70, 77)]
+
+
 @pytest.mark.parametrize("method", ["s2", "sf"])
 def test_offloading_a_patched_model(method: str):
     """Rules differ by head, and heads are taken apart; padded and packed rows."""
@@ -165,6 +179,8 @@ def test_pool():
     again = [pool.take((3, 50), torch.float32) for _ in range(20)]
     assert pool.memory() == held
     assert [x.data_ptr() for x in again] == [x.data_ptr() for x in parts]
+    pool.reserve(held + 1)
+    assert pool.memory() == held + (1 << 12)
     pool.release()
     assert pool.memory() == 0
 

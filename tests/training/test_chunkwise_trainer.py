@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from chunkwise_cases import assert_same, chunked, far, plain, rounding, taken
 from models import build, tokens
 from noise import FACTOR
@@ -15,6 +18,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
+import lcpatch
 from lcpatch.training import spaco
 from lcpatch.training.chunkwise_trainer import ChunkwiseTrainer
 
@@ -93,6 +97,23 @@ def test_trainer_passes_options_on(tmp_path: Path):
     assert seen == [4] * 3  # 49 tokens that have a next one
 
 
+def test_trainer_scales_what_a_grad_scaler_will_unscale(tmp_path: Path):
+    """fp16's loss scale: on the gradients, not on the loss that is returned."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    model = build("gpt_neox").double()
+    trainer = ChunkwiseTrainer(model, arguments, train_dataset=Texts(), chunkwise={"chunk_size": 16})
+    trainer.current_gradient_accumulation_steps = 1
+    results = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model.zero_grad()
+        trainer.accelerator.scaler = scaler
+        loss = trainer.training_step(model, {name: x[None] for name, x in Texts()[1].items()})
+        results.append((loss, taken(model)))
+    (loss, grads), (same, scaled) = results
+    assert loss == same
+    assert all(torch.equal(1024 * g, scaled[name]) for name, g in grads.items())
+
+
 def test_trainer_refuses(tmp_path: Path):
     def make(chunkwise: dict, **settings):
         arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], **settings)
@@ -104,6 +125,19 @@ def test_trainer_refuses(tmp_path: Path):
         make({"keep": 0.5})
     with pytest.raises(ValueError, match="label_smoothing_factor"):
         make({"chunk_size": 16}, label_smoothing_factor=0.1)
+
+
+@pytest.mark.parametrize("attention", ["own", "lcpatch"])
+def test_accelerate_in_mixed_precision(attention: str):
+    """accelerate puts autocast into the model's own forward: the error is what a plain backward's is there."""
+    model, ids = build().train(), tokens(2)
+    exact = plain(model, ids, ids)[1]
+    AcceleratorState._reset_state(reset_partial_state=True)  # the Trainers before this test left one in fp32
+    mixed = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    with lcpatch.patched(mixed, "sink", window=10**6) if attention == "lcpatch" else nullcontext():
+        budget = 2 * far(plain(mixed, ids, ids)[1], exact)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert 0 < far(chunked(mixed, ids, ids, 16, attention=attention)[1], exact) <= budget
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from itertools import chain, pairwise
+from types import SimpleNamespace
 
 import eval_cases
 import numpy as np
@@ -120,6 +121,22 @@ def test_parquet(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
     with pytest.raises(ValueError, match=r"bad.parquet is no Parquet file"):
         list(Source(str(tmp_path / "bad.parquet")).records())
+
+
+def test_a_data_set_on_the_hub_is_read_at_one_commit(monkeypatch):
+    """What is streamed is the commit that the cache's key names."""
+    asked = []
+
+    def load_dataset(name, **settings):
+        asked.append((name, settings))
+        return iter([{"text": "one"}, {"text": "two"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name: SimpleNamespace(sha=f"{name}-1"))
+    source = Source("hub:me/data@validation")
+    assert [record["text"] for record in source.records()] == ["one", "two"]
+    assert asked == [("me/data", {"split": "validation", "streaming": True, "revision": "me/data-1"})]
+    assert source.key() == "me/data@validation@me/data-1"
 
 
 def test_readers_that_are_not_installed_are_named(tmp_path, monkeypatch):

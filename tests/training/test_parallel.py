@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import SHORT
-from parallel_cases import dying_rank, other_batch, run_all, wrong_shard
+from parallel_cases import dying_rank, other_batch, run_all, run_others, wrong_shard
 from world import run_world
 
 SF = {"method": "sf", **SHORT["sf"]}
@@ -72,7 +72,7 @@ def test_more_ranks(num_ranks: int):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (wrong_shard, "rank 1 was given 2 rows of 20 tokens; its part of the batch is 2 of 21"),
+        (wrong_shard, "rank 1 was given 2 rows of 21 tokens; its part of the batch is 2 of 22"),
         (other_batch, "rank 1 holds a part of another batch than rank 0"),
     ],
 )
@@ -89,3 +89,27 @@ def test_a_rank_that_dies_is_named():
     for answer in (first, third):
         assert answer.startswith("ParallelError"), answer
         assert "rank 1 is gone" in answer or "is gone" in answer
+
+
+@pytest.fixture(scope="module")
+def others() -> list:
+    answers = run_world(4, run_others)
+    for answer in answers:
+        assert isinstance(answer, dict), answer
+    return answers
+
+
+@pytest.mark.slow
+def test_a_balanced_batch_has_the_gradients_of_plain_data_parallelism(others):
+    """Long sequences on several ranks, short ones packed on one, unequal numbers of micro-batches."""
+    assert [answer["balanced"] for answer in others] == [[]] * 4
+
+
+@pytest.mark.slow
+def test_torchs_own_ring_computes_the_same_and_sends_what_we_say_it_does(others):
+    rings = [answer["ring"] for answer in others]
+    for ring in rings:
+        assert ring["error"] <= ring["allowed"]
+        assert ring["theirs"] == ring["counted"]
+        assert ring["ours"] <= ring["theirs"]
+    assert sum(ring["ours"] for ring in rings) == 0.75 * sum(ring["theirs"] for ring in rings)

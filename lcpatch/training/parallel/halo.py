@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import lcm
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,29 +188,32 @@ def _missing(
         holds each, and where among that rank's tokens.
     """
     group = spec.num_heads // num_kv_heads
-    known: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}  # rows that are cut alike need alike, and so do heads
     heads = _heads_of_part(num_kv_heads, part)
     for b, row in enumerate(documents):
         for n, head in enumerate(heads):
-            rules = tuple(sorted(set(spec.head_rules[head * group : (head + 1) * group])))
-            if (row, rules) not in known:
-                known[row, rules] = _missing_of(spec, rules, layout, row, rank)
-            yield b * len(heads) + n, *known[row, rules]
+            rules = tuple(spec.rules[r] for r in sorted(set(spec.head_rules[head * group : (head + 1) * group])))
+            yield b * len(heads) + n, *_missing_of(rules, spec.block_size, layout, row, rank)
 
 
+@lru_cache(maxsize=512)  # rows that are cut alike need alike; so do heads, also of other layers
 def _missing_of(
-    spec: BlockSparseSpec, rules: Sequence[int], layout: Layout, documents: tuple[Run, ...], rank: int
+    rules: tuple[Rule, ...], block_size: int, layout: Layout, documents: tuple[Run, ...], rank: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     needed = [torch.arange(0)]
     for piece in layout.pieces(rank, documents):
         first, last, length = _positions(piece)
-        for r in rules:
-            keys = keys_of(spec.rules[r], spec.block_size, first, last, length, torch.device("cpu"))
-            needed.append(keys + piece.document[0])
+        if first:  # else all that its rows see is in the piece
+            needed += [_keys(_fixed(r, length), block_size, first, last, length) + piece.document[0] for r in rules]
     places = torch.cat(needed).unique()
     owner, local = layout.locate(places)
     missing = owner != rank
     return places[missing], owner[missing], local[missing]
+
+
+@lru_cache(maxsize=256)
+def _keys(rule: Rule, block_size: int, first: int, last: int, length: int) -> Tensor:
+    """Positions, ascending, of what rows [first, last) see."""
+    return keys_of(rule, block_size, first, last, length, torch.device("cpu"))
 
 
 def _positions(piece: Piece) -> tuple[int, int, int]:
@@ -295,9 +299,12 @@ class _Builder:
             found: dict[tuple, list[list[tuple]]] = {}
             for b, row in enumerate(self.documents):
                 for piece in self.layout.pieces(self.rank, row):
-                    shorter = Shorter.of(rules, self.spec.block_size, *_positions(piece))
-                    own = not shorter.num_far and shorter.start == _positions(piece)[0]
-                    key = (own, tuple(shorter.rules))
+                    first, last, length = _positions(piece)
+                    shorter = Shorter.of(rules, self.spec.block_size, first, last, length) if first else None
+                    if shorter is None:  # the document begins here
+                        key = (True, tuple(_fixed(rule, length) for rule in rules))
+                    else:
+                        key = (not shorter.num_far and shorter.start == first, tuple(shorter.rules))
                     found.setdefault(key, [[] for _ in self.documents])[b].append((piece, shorter))
             for (own, new_rules), rows in found.items():
                 spec = BlockSparseSpec.of([r for r in new_rules for _ in range(self.size)], self.spec.block_size)
@@ -306,7 +313,7 @@ class _Builder:
                 calls.append(PartCall(number, spec, bounds_tensor(bounds, 4, device), index))
         return calls
 
-    def _own(self, rows: list[list[tuple[Piece, Shorter]]]) -> tuple[list[list[tuple[int, ...]]], None]:
+    def _own(self, rows: list[list[tuple[Piece, Any]]]) -> tuple[list[list[tuple[int, ...]]], None]:
         spans = [[(p.local, p.local + p.end - p.start) for p, _ in row] for row in rows]
         return [[(*span, *span) for span in row] for row in spans], None
 
@@ -370,8 +377,7 @@ class Shorter:
         rules = [_fixed(rule, length) for rule in rules]
         period = lcm(rules[0].group, block_size) if rules[0].stride else rules[0].group
         start = rules[0].lo(first, length) // period * period
-        cpu = torch.device("cpu")
-        keys = [keys_of(rule, block_size, first, last, length, cpu) for rule in rules]
+        keys = [_keys(rule, block_size, first, last, length) for rule in rules]
         most = max(int((k < start).sum()) for k in keys)
         num_far = min(-(-most // period) * period, start)
         if num_far == start:  # nothing to leave out

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lcpatch_kernels import DENSE
 
 from ...core.errors import ParallelError
-from ...hf.attention import SHARD
 from ...hf.layers import state_of
 from ...hf.models import attention_modules, unwrap
 from ...hf.registration import NAME
@@ -58,7 +57,8 @@ def parallelize(
         rates: bandwidth and arithmetic that "auto" reckons with; equal on all ranks.
 
     Raises:
-        ParallelError: torch.distributed is not initialised, or the model is parallelized already.
+        ParallelError: torch.distributed is not initialised, the model is parallelized already, or its ranks would not
+            compute what one process does (rotary embeddings that follow the length; an auxiliary loss of routers).
         UnknownNameError: no such strategy.
         UnsupportedModelError: a model whose attention cannot be exchanged.
     """
@@ -85,6 +85,7 @@ class Parallel:
         base = unwrap(model)
         if ON_REMOVE in base.__dict__:
             raise ParallelError("this model is parallelized already; leave that context or lcpatch.remove(model) first")
+        _refuse_model(base.config)
         names = [strategy] if isinstance(strategy, str) else list(strategy)
         self._wanted = None if names == ["auto"] else [strategies.get(name)() for name in names]
         self._layout, self._rates = layout, rates
@@ -96,11 +97,12 @@ class Parallel:
         self._modules = route(model) if self._routed else attention_modules(base)
         for module in self._modules.values():
             state_of(module).parallel = self
-        self._hook = base.base_model.register_forward_pre_hook(self._check, with_kwargs=True)
+        self._hook = base.base_model.register_forward_pre_hook(_refuse_mask, with_kwargs=True)
+        self._checked: Shard | None = None
         setattr(base, ON_REMOVE, self.close)
         self.link.pulse = pulse_of(self.link.group)
         # Also makes NCCL's communicator, which may not come about in a pairwise transfer that only some take part in.
-        self.link.gather([self.rank])
+        self.link.gather([self.rank], next(base.parameters()).device)
 
     def __enter__(self) -> Parallel:
         return self
@@ -123,14 +125,41 @@ class Parallel:
             self.link.pulse.stop()
 
     def shard(
-        self, batch: Mapping[str, Any], num_items: int | Tensor | None = None, data_ranks: int = 1
+        self,
+        batch: Mapping[str, Any],
+        num_items: int | Tensor | None = None,
+        data_ranks: int = 1,
+        members: Sequence[int] | None = None,
     ) -> dict[str, Any]:
-        """This rank's part of a whole batch, as arguments of the model; see `batch.shard_batch`."""
-        return shard_batch(batch, self.rank, self.size, self._layout_of(batch), num_items, data_ranks)
+        """This rank's part of a whole batch, as arguments of the model; see `batch.shard_batch`.
+
+        Args:
+            batch, num_items, data_ranks: as there.
+            members: only these ranks of the group share the batch (as `balance.plan` says), and only they call the
+                model on it; several such batches may be under way at once.
+
+        Raises:
+            ParallelError: a batch that cannot be cut, or that is not this rank's.
+        """
+        layout = self._layout_of(batch)
+        if members is None:
+            return shard_batch(batch, self.rank, self.size, layout, num_items, data_ranks)
+        chosen = tuple(sorted(members))
+        if self.rank not in chosen:
+            raise ParallelError(f"rank {self.rank} is not among the ranks {list(chosen)} that share this batch")
+        return shard_batch(batch, chosen.index(self.rank), len(chosen), layout, num_items, data_ranks, chosen)
+
+    def pool(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The batches of all ranks, by rank, where each has read one of its own; a collective."""
+        found: list[dict[str, Any]] = [{} for _ in range(self.size)]
+        here = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in batch.items()}
+        with self.link.named():
+            dist.all_gather_object(found, here, group=self.link.group)
+        return found
 
     def total(self, loss: Tensor) -> Tensor:
         """The whole batch's loss from this rank's, detached; a collective."""
-        loss = loss.detach().clone().to(self.link.device)
+        loss = loss.detach().clone()
         self.link.add(loss)
         return loss
 
@@ -152,11 +181,9 @@ class Parallel:
 
     def attend(self, layer: int, call: Call, shard: Shard | None) -> tuple[Tensor, Tensor]:
         """Attention of one layer; called by `hf.attention`."""
-        if shard is None:
-            raise ParallelError(
-                "this model is parallelized, but its attention got no shard: call it with **ranks.shard(batch); if you "
-                "do, the model does not pass its keyword arguments on to its attention and cannot be parallelized"
-            )
+        link = self.link if shard is None or shard.members is None else self.link.among(shard.members)
+        if shard is None or shard is not self._checked:
+            self._check(call, shard, link)
         work = Work.of(call, shard)
         if work not in self._choices:
             self._choices[work] = self._choose(layer, work)
@@ -164,7 +191,7 @@ class Parallel:
         if layer not in self.chosen:
             self.chosen[layer] = f"{strategy.name}: {why}"
             logger.info("layer %d: %s", layer, self.chosen[layer])
-        return strategy.attend(call, shard, self.link)
+        return strategy.attend(call, shard, link)
 
     def _choose(self, layer: int, work: Work) -> tuple[Strategy, str]:
         if len(self._choices) > 4096:  # packed batches differ every time
@@ -188,26 +215,45 @@ class Parallel:
             return "contiguous"
         return "per_document" if len(set(documents_of(batch))) == 1 else "contiguous"
 
-    def _check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before anything is computed, and on every rank alike: are these the parts of one batch?"""
-        shard: Shard | None = kwargs.get(SHARD)
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        ids = kwargs.get("inputs_embeds") if ids is None else ids
-        shape = (0, 0) if shard is None or ids is None else ids.shape[:2]
-        whole = shard is not None and kwargs.get("attention_mask") is None
-        mine = [whole, *shape, 0 if shard is None else shard.digest()]
-        found = self.link.gather([int(x) for x in mine])
-        for rank, (whole, rows, tokens, digest) in enumerate(found):
+    def _check(self, call: Call, shard: Shard | None, link: Link) -> None:
+        """Before a batch's first exchange, and on every rank alike: are these the parts of one batch?"""
+        rows, _, tokens, _ = call.query.shape
+        mine = [int(shard is not None), rows, tokens, 0 if shard is None else shard.digest()]
+        found = link.gather(mine, call.query.device)
+        for rank, (whole, _, _, digest) in enumerate(found):
             if not whole:
                 raise ParallelError(
-                    f"rank {rank} called the model without a shard, or with an attention_mask beside it; every rank "
-                    "calls it with **ranks.shard(batch) and nothing else that has tokens"
+                    f"rank {rank} called the model without a shard; every rank calls it with **ranks.shard(batch). If "
+                    "yours did, this model does not pass its keyword arguments on to its attention: it cannot be "
+                    "parallelized"
                 )
             if digest != found[0][3]:
                 raise ParallelError(f"rank {rank} holds a part of another batch than rank 0; shard one batch on all")
+        for rank, (_, rows, tokens, _) in enumerate(found):
             layout = shard.layout
             if tokens != layout.num_tokens(rank) or rows != len(shard.documents):
                 raise ParallelError(
                     f"rank {rank} was given {rows} rows of {tokens} tokens; its part of the batch is "
                     f"{len(shard.documents)} of {layout.num_tokens(rank)}"
                 )
+        self._checked = shard
+
+
+def _refuse_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("attention_mask") is not None:
+        raise ParallelError("a parallelized model takes no attention_mask: give it to ranks.shard(batch) instead")
+
+
+def _refuse_model(config: Any) -> None:
+    """Models whose ranks would not compute what one process does."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(x for x in rope.values() if isinstance(x, dict))]
+    if changing := [x["rope_type"] for x in kinds if x.get("rope_type") in ("dynamic", "longrope")]:
+        raise ParallelError(
+            f"rope_type={changing[0]!r} rotates by the length of the text at hand, on which ranks disagree; use linear "
+            "or yarn"
+        )
+    if getattr(config, "output_router_logits", False):
+        raise ParallelError(
+            "the routers' auxiliary loss is not a sum over tokens; set config.output_router_logits = False"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -78,7 +79,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def volume(self, work: Work) -> Volume:
-        """The bytes that `attend` and its backward send, from the same plan that they follow."""
+        """The bytes that `attend` and its backward send, from the same plan that they follow.
+
+        Of the backward of both results: where nothing asks for the LSE's gradient, `ulysses` does not send it.
+        """
 
     def problem(self, work: Work) -> str | None:
         """Why this strategy cannot serve the layer, or None."""
@@ -90,7 +94,7 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def bounds_tensor(rows: list[list[tuple[int, ...]]], columns: int, device: torch.device) -> Tensor:
+def bounds_tensor(rows: Sequence[Sequence[tuple[int, ...]]], columns: int, device: torch.device) -> Tensor:
     """int32 [B, N, columns] from each row's segments; short rows are filled with empty ones."""
     most = max(1, *(len(row) for row in rows)) if rows else 1
     filled = [[*(s[:columns] for s in row), *[(0,) * columns] * (most - len(row))] for row in rows]

@@ -1,0 +1,52 @@
+"""A long text whose keys are merged into centroids, a fifth of them left; and what the log of their sizes is for.
+
+    python examples/cluster_cache.py [--model HuggingFaceTB/SmolLM2-135M-Instruct]
+
+Without --model it takes a tiny random one whose tokens are bytes: the text is noise, everything else is as it would be.
+"""
+
+import argparse
+from pydoc_data.topics import topics
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import lcpatch
+
+TEXT = topics["compound"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    model, ids, decode = load(parser.parse_args().model)
+
+    for log_size in (True, False):  # without it, a centroid of eight tokens would count as one
+        cache = lcpatch.ClusterCache(model, budget=0.2, log_size=log_size)
+        out = model.generate(ids, past_key_values=cache, max_new_tokens=16, do_sample=False)
+        print(f"log_size={log_size}: after {ids.shape[1]} tokens it writes {decode(out[0, ids.shape[1] :])!r}")
+
+    sizes = (
+        cache.layers[0].slots["joined"][0, 0] + 1
+    )  # tokens that each slot of the first layer's first head stands for
+    print(f"{cache.stats()['kept']} slots for {int(sizes.sum())} tokens; the largest stands for {int(sizes.max())}")
+    print(f"{cache.memory()['device']} bytes")
+    lcpatch.remove(model)  # the model's attention is its own again
+
+
+def load(name: str | None):
+    """A model, 1,000 tokens of text, and what turns tokens into text."""
+    if name:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name)
+        return model, tokenizer(TEXT, return_tensors="pt").input_ids[:, :1000], tokenizer.decode
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": 256, "num_hidden_layers": 4, "eos_token_id": None, "pad_token_id": 0}
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    ids = torch.tensor([list(TEXT[:1000].encode())])
+    return model.eval(), ids, lambda tokens: bytes(tokens.tolist()).decode(errors="replace")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""A study: every arm trained on the same budget and evaluated alike, so that what differs is the attention alone.
+
+One row per arm and seed, appended when it is there: a study that is stopped goes on with the next arm. Each arm is
+evaluated densely, under its pattern, and where asked with a cache; the model before training ("untuned": position
+interpolation alone) is one more arm. `recovery` then says which share of a gap an arm closes.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .arms import Arm
+from .stats import MIN_SEEDS, bootstrap, recovery
+from .store import Store
+
+if TYPE_CHECKING:
+    from ..training.config import TrainConfig
+
+UNTUNED = "untuned"
+FULL, SHORT = "full", "short"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is trained, and how it is judged.
+
+    Args:
+        config: of every run; its attention, options, layers, seed and output are each arm's own.
+        arms: settings of `config` by the arm's name.
+        seeds: training runs of each arm.
+        text: files to evaluate on.
+        lengths: contexts to evaluate at, in tokens.
+        windows: of perplexity at each length.
+        passkey_seeds: pass keys at each depth; 0: none.
+        cache: a cache to evaluate the arms of `cached` with too.
+        cache_options: of it.
+        cached: names of arms.
+    """
+
+    config: TrainConfig
+    arms: Mapping[str, Mapping[str, Any]]
+    seeds: Sequence[int] = (0, 1, 2)
+    text: Sequence[str] | None = None
+    lengths: Sequence[int] = (16384, 32768)
+    windows: int = 16
+    passkey_seeds: int = 3
+    cache: str | None = None
+    cache_options: Mapping[str, Any] | None = None
+    cached: Sequence[str] = ()
+
+    def todo(self) -> list[tuple[str, int]]:
+        """Every (arm, seed), a seed's arms together: a study that ends early has compared them on whole seeds."""
+        return [(UNTUNED, self.seeds[0]), *((arm, seed) for seed in self.seeds for arm in self.arms)]
+
+    def header(self) -> dict[str, Any]:
+        """What rows in one file must have in common."""
+        fixed = self.config.to_dict()
+        for name in ("attention", "options", "layers", "seed", "output"):
+            fixed.pop(name)
+        judged = {
+            "lengths": list(self.lengths),
+            "windows": self.windows,
+            "passkey_seeds": self.passkey_seeds,
+            "cache": self.cache,
+        }
+        return {"training": fixed, **judged, "text": [Path(p).name for p in self.text or ()]}
+
+
+def run(study: Study, out: Path, minutes: float = math.inf, say: Callable[[str], None] = print) -> Store:
+    """Do what of `study` is not in `out` yet, and stop before `minutes` are over.
+
+    Raises:
+        ValueError: `out` holds another study.
+    """
+    store = Store(out, study.header())
+    start, longest = time.perf_counter(), 0.0
+    for number, (arm, seed) in enumerate(todo := study.todo()):
+        if f"{arm}/{seed}" in store.rows:
+            continue
+        left = 60 * minutes - (time.perf_counter() - start)
+        if left <= 1.1 * longest:
+            say(f"{len(todo) - number} of {len(todo)} runs are left; the same command goes on with {arm}, seed {seed}")
+            break
+        begin = time.perf_counter()
+        store.add(f"{arm}/{seed}", _one(study, arm, seed, out / "run"))
+        longest = max(longest, time.perf_counter() - begin)
+        say(f"{arm}, seed {seed}: {describe(store.rows[f'{arm}/{seed}'])}")
+    return store
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """One row in a line."""
+    losses = row["train_losses"]
+    parts = [f"loss {losses[0]:.3f} -> {np.mean(losses[-10:]):.3f}"] if losses else []
+    for how, lengths in row["perplexity"].items():
+        parts.append(f"{how} " + ", ".join(f"{n}: {math.exp(np.mean(nll)):.3f}" for n, nll in lengths.items()))
+    return "; ".join([*parts, f"{row['seconds']:.0f} s"])
+
+
+def _one(study: Study, arm: str, seed: int, folder: Path) -> dict[str, Any]:
+    from ..training.model import load_model, load_tokenizer
+    from ..training.run import train
+
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped half-way
+    settings = {} if arm == UNTUNED else study.arms[arm]
+    own = {"attention": FULL, "seed": seed, "output": str(folder), "save_every": 0, "eval_rows": 0, **settings}
+    config = replace(study.config, **own)
+    begin = time.perf_counter()
+    if arm == UNTUNED:
+        model, losses = load_model(config).to("cuda" if torch.cuda.is_available() else "cpu"), []
+    else:
+        result = train(config, None)
+        model, losses = result.model, result.losses
+    trained = time.perf_counter()
+    found = _judge(study, arm, model, load_tokenizer(config))
+    del model
+    gc.collect()
+    shutil.rmtree(folder, ignore_errors=True)
+    seconds = time.perf_counter() - begin
+    facts = {"arm": arm, "seed": seed, "settings": config.to_dict(), "train_losses": losses, "seconds": seconds}
+    return {**facts, "train_seconds": trained - begin, "tokens": len(losses) * tokens_per_step(config), **found}
+
+
+def tokens_per_step(config: TrainConfig) -> int:
+    """Of one process."""
+    return config.length * config.batch_size * config.accumulate
+
+
+def _judge(study: Study, arm: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Losses of every window, and the pass keys found, by how the model is run and by length."""
+    from ..patching import remove
+    from .run import evaluate
+
+    patch = copy.deepcopy(model.config.lcpatch)
+    remove(model)
+    ways = [Arm(label="dense")]
+    pattern = {"layers": patch["layers"], "mode": "always", **patch["options"]}
+    grows = patch["options"].get("group_ratio") is None and not patch["options"].get("wrap")
+    if patch["mode"] != "never" and grows:  # a share of the length, or its end rolled to its front, has no next token
+        ways.append(Arm(patch["method"], pattern, label="patched"))
+    if study.cache and arm in study.cached:
+        ways.append(Arm(cache=study.cache, cache_options=study.cache_options or {}, label=study.cache))
+    tasks = ["perplexity", *(["passkey"] if study.passkey_seeds else [])]
+    report = evaluate(
+        model,
+        tokenizer,
+        tasks,
+        study.lengths,
+        arms=ways,
+        text=study.text,
+        seeds=study.passkey_seeds or 1,
+        score="rank",
+        options={"max_windows": study.windows},
+        batch_size=1,
+    )
+    found: dict[str, Any] = {"perplexity": {}, "tail": {}, "passkey": {}}
+    for way in ways:
+        for length in study.lengths:
+            rows = report.rows_of("perplexity", way.label, length)
+            found["perplexity"].setdefault(way.label, {})[str(length)] = [row["nll"] for row in rows]
+            found["tail"].setdefault(way.label, {})[str(length)] = [row.get("tail_nll", row["nll"]) for row in rows]
+            if study.passkey_seeds:
+                keys = [row["rank"] for row in report.rows_of("passkey", way.label, length)]
+                found["passkey"].setdefault(way.label, {})[str(length)] = sum(keys) / len(keys)
+    return found
+
+
+def summary(store: Store) -> str:
+    """The study as Markdown tables: perplexity with intervals, pass keys, and what each arm recovers."""
+    rows = list(store.rows.values())
+    names = list(dict.fromkeys(row["arm"] for row in rows))
+    lengths = map(str, store.header["lengths"])
+    return "\n\n".join(f"**{length} tokens**\n\n{_table(rows, names, length)}" for length in lengths)
+
+
+def losses_of(rows: Sequence[Mapping[str, Any]], arm: str, way: str, length: str) -> list[list[float]]:
+    """[seeds][windows] of one arm, seeds in order."""
+    mine = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["seed"])
+    return [row["perplexity"][way][length] for row in mine if way in row["perplexity"]]
+
+
+def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], length: str) -> str:
+    header = ("Arm", "Run", "Seeds", "Perplexity", "Pass keys", "R, from PI alone", "R, from short", "Train s")
+    lines = [header, ("---",) * len(header)]
+    for arm in names:
+        ways = next(row["perplexity"] for row in rows if row["arm"] == arm)
+        lines += [_line(rows, arm, way, length) for way in ways]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _line(rows: Sequence[Mapping[str, Any]], arm: str, way: str, length: str) -> tuple[str, ...]:
+    losses = losses_of(rows, arm, way, length)
+    mean, low, high = (math.exp(x) for x in bootstrap(np.mean(losses, 0).tolist()))
+    mine = [row for row in rows if row["arm"] == arm]
+    keys = [row["passkey"][way][length] for row in mine if way in row["passkey"]]
+    shares = _shares(rows, losses, arm, length) if way == "dense" else {}
+    return (
+        arm,
+        way,
+        str(len(losses)),
+        f"{mean:.3f} ({low:.3f} to {high:.3f})",
+        f"{np.mean(keys):.2f}" if keys else "",
+        shares.get("pi", ""),
+        shares.get("short", ""),
+        f"{np.mean([row['train_seconds'] for row in mine]):.0f}" if arm != UNTUNED else "",
+    )
+
+
+def _shares(rows: Sequence[Mapping[str, Any]], losses: list[list[float]], arm: str, length: str) -> dict[str, str]:
+    """R against both baselines, over perplexities and over their logarithms."""
+    full = losses_of(rows, FULL, "dense", length)
+    bases = {"pi": losses_of(rows, UNTUNED, "dense", length), "short": losses_of(rows, SHORT, "dense", length)}
+    bases = {name: found for name, found in bases.items() if found and (len(found) in (1, len(losses)))}
+    if arm in (UNTUNED, FULL) or len(losses) < MIN_SEEDS or len(full) != len(losses) or not bases:
+        return {}
+    found = recovery(losses, full, bases)
+    written = {}
+    for name, units in found.items():
+        if name == SHORT and arm == SHORT:
+            continue
+        (r, low, high), (nats, *_) = units["ppl"], units["nats"]
+        written[name] = f"{r:.0%} ({low:.0%} to {high:.0%}; nats {nats:.0%})"
+    return written

@@ -1,0 +1,238 @@
+"""What a training step will take: a formula of the model's sizes with four constants, each from a measured row.
+
+    seconds   = linear FLOPs * train_linear / linear_rate + attention FLOPs * density * 4.5 / attention_rate
+    peak      = weights + trained * 16 bytes + tokens * (checkpoint of every layer + work of one layer)
+    by chunks = weights + trained * 16 bytes + 2 * keys and values of the row + chunk * (checkpoints + work)
+
+4.5 is a checkpointed step's attention in forwards: one, one again, and 2.5 for the backward. The constants were fitted
+on three rows of kernels/results/model-nvidia-h100-80gb-hbm3.json (`FITTED`); the other rows of its prefills and
+training steps come out within 6 %, and the tests check that they stay within 10. Chunks, offloading and other patterns
+than S2 are the formula's word alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..hf.layers import shape_of
+from ..hf.models import attention_modules, full_attention_layers
+from ..patching.resolve import pattern_of, sparse_layers
+from . import arms, lora
+
+GIB = 2**30
+FITTED = (("prefill", "dense", 32768), ("prefill", "dense", 131072), ("train", "dense", 32768))
+"""Rows (task, arm, length) that the constants come from."""
+
+ATTENTION_PASSES = 4.5
+TRAINED_BYTES = 16  # fp32 weight, gradient and AdamW's two moments
+LOGITS_GIB = 0.5  # of the fused loss: blocks of rows in fp32, and their gradients
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Args:
+    linear_rate: FLOP/s of a forward's matrix products and all that is not attention.
+    attention_rate: FLOP/s of dense causal attention in a forward.
+    train_linear: what is not attention takes in a checkpointed LoRA step, in forwards.
+    work: bytes that one layer's recomputation and backward hold, over 2 bytes * (8 hidden + 4 intermediate sizes).
+    """
+
+    linear_rate: float
+    attention_rate: float
+    train_linear: float
+    work: float
+
+
+H100 = Constants(linear_rate=5.092e14, attention_rate=5.527e14, train_linear=3.832, work=1.748)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a model matters.
+
+    Args:
+        weights: bytes of the frozen weights.
+        linear: parameters of the layers' matrix products.
+        head: parameters of the head.
+        trained: parameters that are trained.
+        layers, hidden, intermediate: as in its config.
+        attention: query heads x head dim.
+        kv: bytes of a token's keys and values, all layers.
+    """
+
+    weights: int
+    linear: int
+    head: int
+    trained: int
+    layers: int
+    hidden: int
+    intermediate: int
+    attention: int
+    kv: int
+
+    @property
+    def checkpoints(self) -> int:
+        """Bytes of a token's checkpoints: one hidden state a layer."""
+        return 2 * self.layers * self.hidden
+
+    def work(self, constants: Constants) -> float:
+        """Bytes of a token in the layer that is computed again."""
+        return constants.work * 2 * (8 * self.hidden + 4 * self.intermediate)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train.
+
+    Args:
+        name: of the attention, and how memory is saved.
+        flags: of `lcpatch train`.
+        gib: peak memory of the GPU.
+        seconds: of a step of one row.
+        fits: whether the GPU has that memory.
+    """
+
+    name: str
+    flags: str
+    gib: float
+    seconds: float
+    fits: bool
+
+
+def sizes_of(config: Any, tune: str = "lora+") -> Sizes:
+    """The sizes of a model with `config`, whose weights are bf16; nothing is loaded.
+
+    Raises:
+        UnsupportedModelError: a model that `tune` or a patch does not take.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    behind = {id(p) for m in (head, embeddings) for p in m.parameters()}
+    linear = sum(p.numel() for p in model.parameters() if id(p) not in behind)
+    shape = shape_of(config, 0, 1)
+    modules = attention_modules(model)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // shape.num_heads
+    with torch.device("meta"):
+        trained = sum(p.numel() for p in lora.trainable(lora.prepare(model, tune)))
+    return Sizes(
+        weights=0 if tune == "full" else 2 * total,  # those that are trained are counted in fp32
+        linear=linear,
+        head=head.weight.numel(),
+        trained=trained,
+        layers=len(modules),
+        hidden=config.hidden_size,
+        intermediate=getattr(config, "intermediate_size", 4 * config.hidden_size),
+        attention=shape.num_heads * head_dim,
+        kv=2 * 2 * len(modules) * shape.num_kv_heads * head_dim,
+    )
+
+
+def density(config: Any, attention: str, options: Mapping[str, Any], layers: Any, length: int) -> float:
+    """Pairs that an arm attends to over the causal ones, mean over the layers."""
+    patch = arms.patch_for(attention, dict(options), layers)
+    if patch.mode == "never":
+        return 1.0
+    every = list(range(config.num_hidden_layers))
+    chosen = sparse_layers(patch.layers, config, full_attention_layers(config, every))
+    pattern = pattern_of(patch)
+    shares = [pattern.spec(shape_of(config, rank, len(chosen))).density(length) for rank in range(len(chosen))]
+    return (sum(shares) + len(every) - len(chosen)) / len(every)
+
+
+def forward_seconds(
+    sizes: Sizes, length: int, share: float, constants: Constants = H100, head_tokens: int = 0
+) -> float:
+    """Of one row's forward."""
+    linear = 2 * (sizes.linear * length + sizes.head * head_tokens)
+    return linear / constants.linear_rate + _attention(sizes, length) * share / constants.attention_rate
+
+
+def step_seconds(sizes: Sizes, length: int, share: float, constants: Constants = H100, head_tokens: int = 0) -> float:
+    """Of one row's checkpointed training step."""
+    linear = 2 * sizes.linear * length * constants.train_linear + 6 * sizes.head * head_tokens
+    attention = ATTENTION_PASSES * _attention(sizes, length) * share
+    return linear / constants.linear_rate + attention / constants.attention_rate
+
+
+def peak_bytes(
+    sizes: Sizes, length: int, constants: Constants = H100, *, offload: bool = False, chunk: int = 0
+) -> float:
+    """Of a checkpointed training step: of a whole row, or of chunks of one."""
+    fixed = sizes.weights + TRAINED_BYTES * sizes.trained + LOGITS_GIB * GIB
+    per_token = sizes.checkpoints + sizes.work(constants)
+    if chunk:
+        held = 2 * sizes.kv * length * (2 / sizes.layers if offload else 1)  # offloaded: two layers' at a time
+        return fixed + held + per_token * min(chunk, length)
+    return fixed + length * (sizes.work(constants) if offload else per_token)
+
+
+def plan(
+    config: Any, length: int, gib: float, *, attentions: Sequence[str] = ("full", "sf", "s2"), tune: str = "lora+"
+) -> list[Row]:
+    """Every way to train a model on rows of `length` tokens on a GPU with `gib` of memory.
+
+    Args:
+        config: the model's.
+        length: tokens of a row.
+        gib: memory of the GPU; a tenth of it is left for what the allocator cannot use.
+        attentions: arms, as `--attention` takes them.
+        tune: as `--tune` takes it.
+    """
+    sizes = sizes_of(config, tune)
+    rows = []
+    for attention in attentions:
+        for name, flags, share, chunk, offload in _ways(config, attention, length):
+            peak = peak_bytes(sizes, length, offload=offload, chunk=chunk) / GIB
+            seconds = step_seconds(sizes, length, share, head_tokens=length)
+            rows.append(Row(name, flags, peak, seconds, peak <= 0.9 * gib))
+    return rows
+
+
+def _ways(config: Any, attention: str, length: int) -> Iterator[tuple[str, str, float, int, bool]]:
+    """(name, flags, density, chunk, offload) of each way to train under one arm."""
+    grouped = attention in ("sf", "shift", "short")
+    chunk = 4096
+    layerings = [None, "every_2"] if attention == "s2" else [None]
+    for layers in layerings:
+        share = density(config, attention, {}, layers, length)
+        base = f"--attention {attention}" + (f" --layers {layers}" if layers else "")
+        name = attention + (", every 2nd layer" if layers else "")
+        yield name, base, share, 0, False
+        yield f"{name}, offloaded", f"{base} --offload", share, 0, True
+        fixed = f" --group-size {-(-length // 4)}" if grouped else ""
+        yield f"{name}, SeCO", f"{base}{fixed} --chunk-size {chunk}", share, chunk, False
+        yield f"{name}, SeCO, offloaded", f"{base}{fixed} --chunk-size {chunk} --offload", share, chunk, True
+
+
+def fit(rows: Mapping[tuple[str, str, int], tuple[float, float]], sizes: Sizes, head_tokens: int) -> Constants:
+    """The constants from the rows of `FITTED`, each (seconds, peak GiB).
+
+    Args:
+        rows: measured, by (task, arm, length).
+        sizes: of the model that was measured.
+        head_tokens: tokens that the head saw in a training step.
+    """
+    (short, _), (long, _), (step, peak) = (rows[key] for key in FITTED)
+    few, many = FITTED[0][2], FITTED[1][2]
+    # short = a few + b few^2, long = a many + b many^2
+    square = (long / many - short / few) / (many - few)
+    linear = short / few - square * few
+    attention_rate = _attention(sizes, few) / (square * few**2)
+    linear_rate = 2 * sizes.linear / linear
+    rest = step - ATTENTION_PASSES * square * few**2 - 6 * sizes.head * head_tokens / linear_rate
+    held = peak * GIB - sizes.weights - TRAINED_BYTES * sizes.trained - sizes.checkpoints * few - LOGITS_GIB * GIB
+    work = held / few / (2 * (8 * sizes.hidden + 4 * sizes.intermediate))
+    return Constants(linear_rate, attention_rate, rest / (linear * few), work)
+
+
+def _attention(sizes: Sizes, length: int) -> float:
+    """FLOPs of a forward's dense causal attention, all layers."""
+    return 2.0 * sizes.layers * sizes.attention * length**2

@@ -1,0 +1,94 @@
+"""A study of a tiny model: equal budgets, resumable by arm, and tables that follow from the rows alone."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import training_cases
+
+from lcpatch.eval import study
+from lcpatch.eval.store import Store
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def reproduce():
+    """recipes/reproduce.py as a module."""
+    spec = importlib.util.spec_from_file_location("reproduce", ROOT / "recipes" / "reproduce.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A command line's words for two steps of a tiny model."""
+    base = training_cases.base(tmp_path_factory.mktemp("base"))
+    text = tmp_path_factory.mktemp("text") / "eval.txt"
+    text.write_text("A sentence about nothing at all, said again and again. " * 60)
+    fast = ["--length", "128", "--steps", "2", "--seeds", "1", "--windows", "2", "--passkeys", "0"]
+    return ["--model", str(base), "--eval-text", str(text), *fast, "--learning-rate", "5e-3"]
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_study_goes_on_where_it_stopped(reproduce, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LCPATCH_CACHE", str(tmp_path / "cache"))
+    out = ["--out", str(tmp_path), "--arms", "full,sf,shift-rolled"]
+    with monkeypatch.context() as patch:  # the second arm dies
+        one, done = study._one, []
+
+        def die(*args):
+            done.append(args[1])
+            if len(done) == 3:
+                raise KeyboardInterrupt
+            return one(*args)
+
+        patch.setattr(study, "_one", die)
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.main([*words, *out])
+    assert [row["key"] for row in lines(tmp_path)[1:]] == ["untuned/0", "full/0"]
+    assert reproduce.main([*words, *out, "--minutes", "0"]) == 0
+    assert "2 of 4 runs are left; the same command goes on with sf, seed 0" in capsys.readouterr().out
+    assert reproduce.main([*words, *out]) == 0
+    rows = {row["arm"]: row for row in lines(tmp_path)[1:]}
+    assert list(rows) == ["untuned", "full", "sf", "shift-rolled"]
+    assert {row["tokens"] for name, row in rows.items() if name != "untuned"} == {256}
+    assert rows["full"]["train_losses"] != rows["sf"]["train_losses"]
+    assert rows["sf"]["perplexity"].keys() == {"dense", "patched", "h2o"}
+    assert rows["shift-rolled"]["perplexity"].keys() == {"dense"}
+    nll = rows["sf"]["perplexity"]
+    assert [len(nll["dense"][n]) for n in ("64", "128")] == [2, 2]
+    assert nll["dense"]["128"] != nll["patched"]["128"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "results.jsonl"]
+    assert "| shift-rolled | dense | 1 |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds a run with training="):
+        reproduce.main([*words, *out, "--steps", "3"])
+    with pytest.raises(ValueError, match=r"--arms: 'nothing' is not one of full, short, shift"):
+        reproduce.main([*words, "--out", str(tmp_path), "--arms", "nothing"])
+
+
+def test_recovery_follows_from_the_rows():
+    """Of made-up losses: an arm a quarter of the way from full to short, in nats."""
+    store = Store(None, {"lengths": [64]})
+    rng = np.random.default_rng(0)
+    window = rng.normal(3, 0.1, 8)
+    level = {"untuned": 1.0, "full": 0.0, "short": 0.4, "sf": 0.1}
+    for arm, extra in level.items():
+        for seed in range(1 if arm == "untuned" else 3):
+            nll = (window + extra).tolist()
+            facts = {"arm": arm, "seed": seed, "train_seconds": 1.0, "train_losses": [], "passkey": {}}
+            store.add(f"{arm}/{seed}", {**facts, "perplexity": {"dense": {"64": nll}}})
+    table = study.summary(store)
+    line = next(line for line in table.splitlines() if line.startswith("| sf "))
+    assert "nats 90%" in line
+    assert "nats 75%" in line
+    short = next(line for line in table.splitlines() if line.startswith("| short "))
+    assert "nats 60%" in short
+    assert short.count("nats") == 1  # from itself there is no gap to recover
+    assert "nats" not in next(line for line in table.splitlines() if line.startswith("| full "))
