@@ -129,6 +129,7 @@ def _facts(subject: Subject, about: About) -> dict[str, Any]:
     patch, pattern = subject.patch, pattern_of(subject.patch)
     layers = patch.layers if isinstance(patch.layers, tuple) else ()
     total = subject.config.get("num_hidden_layers")
+    counted = type(total) is int and total > max(layers, default=0)
     kind, value = parse_sinks(patch.sinks) or ("", 0)
     training = about.training
     return {
@@ -139,7 +140,12 @@ def _facts(subject: Subject, about: About) -> dict[str, Any]:
         "model_type": subject.config.get("model_type"),
         "patch": patch,
         "pattern": pattern,
-        "layers": {"sparse": len(layers), "total": _count(total, layers), "listed": _listed(layers)},
+        "layers": {
+            "sparse": len(layers),
+            "total": total if counted else "the model's",
+            "all": total == len(layers) if counted else None,
+            "listed": _listed(layers),
+        },
         "sinks": {"kind": kind, "value": int(value)},
         "density": _density(subject, pattern),
         "needs_lcpatch": needs_lcpatch(patch),
@@ -220,10 +226,6 @@ def _parameters(patch: PatchConfig) -> list[tuple[str, Any]]:
     layers = ", ".join(map(str, patch.layers)) if isinstance(patch.layers, tuple) else patch.layers
     rows += [("layers", layers), ("mode", patch.mode), ("sinks", patch.sinks or "none"), ("dense layers", patch.dense)]
     return [(key, value) for key, value in rows if value is not None]
-
-
-def _count(total: Any, layers: tuple[int, ...]) -> Any:
-    return total if type(total) is int and total > max(layers, default=0) else "the model's"
 
 
 def _listed(layers: tuple[int, ...]) -> str:
