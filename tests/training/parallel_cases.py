@@ -210,8 +210,8 @@ def train_everywhere(rank: int, cases: list[dict[str, Any]]) -> list[str]:
         make = [case[k] for k in ("family", "patch", "dtype", "lora", "checkpoint")]
         want = single(make_model(*make), docs)
         allowed = EXACT
-        if case["dtype"] == torch.float32:
-            make[2] = torch.float64
+        if case["dtype"] != torch.float64:
+            make[2] = torch.float64 if case["dtype"] == torch.float32 else torch.float32
             exact = single(make_model(*make), docs)
             allowed = FACTOR * worst(want, exact)
         model = make_model(*[case[k] for k in ("family", "patch", "dtype", "lora", "checkpoint")])

@@ -22,6 +22,7 @@ CASES = [
     {"batch": "right", "strategy": "lightseq", "layout": "contiguous"},
 ]
 MORE = [
+    {"batch": "whole", "patch": S2, "strategy": ["halo"], "dtype": torch.bfloat16},
     {"batch": "flattened", "patch": SHIFT, "strategy": "halo", "checkpoint": True},
     {"batch": "packed", "patch": SINK, "strategy": "halo"},
     {"batch": "left", "patch": S2, "strategy": ["lightseq", "halo"], "lora": True},

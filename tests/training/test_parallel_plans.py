@@ -16,9 +16,10 @@ from lcpatch.core.errors import BenchmarkError, ParallelError, UnknownNameError
 from lcpatch.patterns import LayerShape
 from lcpatch.training.parallel.batch import IGNORE, documents_of, shard_batch, shifted
 from lcpatch.training.parallel.cost import Rates, choose
-from lcpatch.training.parallel.halo import Shorter, _part
+from lcpatch.training.parallel.halo import _part
 from lcpatch.training.parallel.layout import make_layout, sees
 from lcpatch.training.parallel.lightseq import LightSeq, idle_fraction
+from lcpatch.training.parallel.shorter import Shorter
 from lcpatch.training.parallel.strategy import Work, strategies
 from lcpatch_kernels import DENSE, BlockSparseSpec, Rule
 
