@@ -105,6 +105,7 @@ gpu:
 	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench decode --out $(RESULTS)/decode-$(GPU_NAME).json
 	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench model --out $(RESULTS)/model-$(GPU_NAME).json
 	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench cache --out $(RESULTS)/cache-$(GPU_NAME).json
+	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench training --out $(RESULTS)/training-$(GPU_NAME).json
 
 # All GPUs of this machine, a rank each: correct first, then the time of every strategy beside torch's own ring.
 gpu-multi:

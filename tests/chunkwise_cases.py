@@ -78,7 +78,7 @@ def rounding_of_attention(model: nn.Module, ids: Tensor, labels: Tensor, **input
     want = plain(model, ids, labels, **inputs)[1]
     with lcpatch.patched(model, "sink", window=10**6, impl="sdpa"):
         error = far(plain(model, ids, labels, **inputs)[1], want)
-    assert 0 < error < 1e-3
+    assert error < 1e-3, error
     return max(FACTOR * error, rounding(model))
 
 

@@ -46,6 +46,7 @@ ARMS = (
     Arm("StaticCache, compiled", lambda model, batch, most: StaticCache(model.config, max_cache_len=most), static=True),
     Arm("H2O 0.2", lambda model, batch, most: H2OCache(model, budget=0.2), CHUNK),
     Arm("H2O 0.2, at once", lambda model, batch, most: H2OCache(model, budget=0.2)),
+    Arm("H2O 0.2, compiled", lambda model, batch, most: H2OCache(model, budget=0.2, compiled=True), CHUNK),
     Arm("H2O 0.2, int8", lambda model, batch, most: H2OCache(model, budget=0.2, codec="int8"), CHUNK),
 )
 

@@ -100,6 +100,21 @@ def cache(result: Result) -> Table:
     return header, rows
 
 
+def training(result: Result) -> Table:
+    """Steps of a long text, a line per part and arm."""
+    header = ("Part", "Arm", "Tokens", "Seconds", "Peak GiB", "")
+    rows = []
+    for row in result["rows"]:
+        start = (row["part"], row["arm"], _tokens(row["length"]))
+        if row["why"]:
+            rows.append((*start, row["why"], "-", "-"))
+            continue
+        peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f} {row['unit']}"
+        rows.append((*start, f"{row['seconds']:.2f}", peak, ratio))
+    return header, rows
+
+
 def multi(result: Result) -> Table:
     """Time of context parallelism on real GPUs, a line per layer and strategy; the slowest rank's milliseconds."""
     header = ("Layer", "Tokens", "Strategy", "Layout", "Forward, ms", "Backward, ms", "Sent, MiB", "Chosen")
@@ -123,6 +138,7 @@ KINDS: dict[str, Callable[[Result], Table]] = {
     "parallel": parallel,
     "multi": multi,
     "cache": cache,
+    "training": training,
 }
 """Kind of result -> its table. A result file's name starts with its kind."""
 

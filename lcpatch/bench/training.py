@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import product
@@ -212,7 +212,6 @@ class Bench:
         first = None
         for name, arm in self._arms().items():
             with arm():
-                self._warm(name)
                 row = self._measure("a", name, self.setup.step, lambda: self._whole(self.setup.step))
             first = first or row
             self._note(row, ratio=_over(first, row), unit=f"x the speed of {first.arm}")
@@ -234,15 +233,12 @@ class Bench:
     def part_c(self) -> None:
         """SeCO's time, with and without checkpointing inside a chunk."""
         length = self.setup.both
-        self._whole(2 * self.setup.wide[-1])
-        self._whole(length)  # cuDNN makes a plan for each shape
         whole = self._measure("c", "checkpointed backward of everything", length, lambda: self._whole(length))
         self._note(whole)
         for chunk, attention, checkpoint in product(self.setup.wide, ("lcpatch", "cudnn"), (False, True)):
             self._checkpoint(checkpoint)
             name = f"SeCO {chunk}, {attention}" + (", checkpointed" if checkpoint else "")
             options = {"chunk": chunk, "attention": attention}
-            self._chunks(2 * chunk, **options)  # compiles, or makes cuDNN's plans
             row = self._measure("c", name, length, partial(self._chunks, length, **options))
             self._note(row, ratio=_over(row, whole), unit="of its time")
         self._checkpoint(True)
@@ -256,7 +252,6 @@ class Bench:
             name = f"{sum(plan.kept)} of {count} chunks"
             return self._measure("d", name, length, lambda: self._chunks(length, estimator=lambda k: plan))
 
-        self._chunks(2 * chunk)  # compiles
         nothing, everything = timed(spaco.bernoulli((False,) * count, 1 / 16)), timed(spaco.seco(count))
         forward = nothing.seconds
         again = everything.seconds - forward  # forward and backward of every chunk
@@ -289,8 +284,9 @@ class Bench:
         """One real step."""
         length, offloaded = self.setup.full
         where = ", offloaded" if offloaded else ""
+        if offloaded:
+            offload.POOL.reserve(2 * length * self.setup.kappa)  # not a part of the step: the next finds it there
         with patched(self.model, S2_ALL):
-            self._chunks(2 * self.setup.chunk)
             self._note(self._measure("f", "SeCO, S2" + where, length, lambda: self._chunks(length, offload=offloaded)))
         self._note(self._measure("f", "SeCO, dense" + where, length, lambda: self._chunks(length, offload=offloaded)))
 
@@ -306,16 +302,16 @@ class Bench:
             "S2 64/16/16, all layers": lambda: patched(self.model, S2_ALL),
         }
 
-    def _warm(self, name: str) -> None:
-        """Compile, and let cuDNN make its plan for the shape that is timed, which takes it seconds."""
-        self._whole(min(self.setup.step, 4 * self.setup.chunk))
-        if name == "cuDNN":
-            g = self.setup.geometry
-            shape = (self.setup.step, g["hidden_size"] // g["num_attention_heads"])
-            heads = (g["num_attention_heads"], g["num_key_value_heads"], g["num_key_value_heads"])
-            options = {"dtype": self.setup.dtype, "device": self.setup.device, "requires_grad": True}
-            q, k, v = (torch.randn(1, n, *shape, **options) for n in heads)
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).sum().backward()
+    @contextmanager
+    def _one_layer(self) -> Iterator[None]:
+        """For a while a model of one layer: compiles, and makes cuDNN's plans, for the shapes that are timed next."""
+        decoder, config = self.base.model, self.base.config
+        layers, count = decoder.layers, config.num_hidden_layers
+        decoder.layers, config.num_hidden_layers = layers[:1], 1
+        try:
+            yield
+        finally:
+            decoder.layers, config.num_hidden_layers = layers, count
 
     def _whole(self, length: int) -> None:
         ids, kept = _ids(1, length, self.setup), min(self.setup.loss_tokens, length - 1)
@@ -344,18 +340,20 @@ class Bench:
     def _measure(self, part: str, arm: str, length: int, step: Callable[[], None]) -> Row:
         gc.collect()
         cuda = self.setup.device == "cuda"
-        if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-        start = time.perf_counter()
         try:
+            with self._one_layer():
+                step()
+            if cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.synchronize()
+            start = time.perf_counter()
             step()
+            if cuda:
+                torch.cuda.synchronize()
         except torch.OutOfMemoryError:
             self.model.zero_grad()
             return Row(part, arm, length, why="out of memory")
-        if cuda:
-            torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         return Row(part, arm, length, seconds, torch.cuda.max_memory_allocated() / 2**30 if cuda else None)
 

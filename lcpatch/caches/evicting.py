@@ -26,6 +26,7 @@ from ..hf.watch import Call, attend
 from . import scattered
 from .budget import Budget
 from .codec import BFloat16, Plain, codec_named
+from .fixed import FixedSlots
 from .layer import AttendingLayer, decode, negative, to_list
 from .slots import GRAIN, GROWTH, Slots, grown
 from .state import fitting, whole, wholes
@@ -68,13 +69,15 @@ class EvictingLayer(AttendingLayer):
     Args:
         budget: how much is kept.
         codec: how keys and values are stored: None (as they are), "bf16", "int8", "int4" or "fp8".
+        fixed: generate in buffers that never move, see `fixed`.
     """
 
     fields: ClassVar[dict[str, torch.dtype]] = {}
 
-    def __init__(self, budget: Budget, codec: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, budget: Budget, codec: str | None = None, fixed: bool = False, **kwargs: Any) -> None:
         self.budget = budget
         self.codec = codec_named(codec)
+        self.is_compileable = fixed
         super().__init__(**kwargs)
 
     def _clear(self) -> None:
@@ -87,10 +90,11 @@ class EvictingLayer(AttendingLayer):
         self._pending: Step | None = None  # a step that nothing was evicted after yet
         self._buffers: Slots | None = None  # buffers from before that step, to be filled again
         self._span: Tensor | None = None  # int32 [B, 2]: each row's slots
+        self.fixed: FixedSlots | None = None  # instead of `slots`, `counts` and `seen` while it generates
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        self.counts = [0] * key_states.shape[0]
+        self.counts, self.num_kv_heads = [0] * key_states.shape[0], key_states.shape[1]
         if self.dtype == torch.bfloat16 and isinstance(self.codec, BFloat16):
             self.codec = Plain()
 
@@ -106,6 +110,9 @@ class EvictingLayer(AttendingLayer):
     def evict(self, targets: list[int]) -> None:
         """Make row r keep `targets[r]` of its `counts[r]` tokens, sorted, its sinks and recent ones among them."""
         self.keep(self.best(targets))
+
+    def before_fixed_attention(self) -> None:
+        """Change `fixed.slots` once the newest token lies in them; nothing here may wait for the device."""
 
     def bias(self) -> Tensor | None:
         """fp32 [B, K, capacity], or None."""
@@ -137,6 +144,8 @@ class EvictingLayer(AttendingLayer):
 
     def bounds(self, num_queries: int) -> Tensor | None:
         """`block_sparse`'s bounds of the last `num_queries` tokens over the slots; None where no row is padded."""
+        if self.fixed is not None:
+            return self.fixed.bounds
         length = self.slots.length
         if min(self.counts) == length:
             return None
@@ -145,6 +154,10 @@ class EvictingLayer(AttendingLayer):
             real = min(count, num_queries)
             rows.append([[num_queries - real, num_queries, length - count, length]])
         return torch.tensor(rows, dtype=torch.int32).to(self.device)
+
+    def now(self) -> int | Tensor:
+        """How many tokens were seen; for what is compared with `slots["position"]`."""
+        return self.seen if self.fixed is None else self.fixed.seen
 
     def key_positions(self) -> Tensor:
         """[B, K, slots], counted from the row's first real token; -1 for empty slots."""
@@ -163,6 +176,9 @@ class EvictingLayer(AttendingLayer):
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor]:
         """Attention of the step's queries over what is kept and the step itself; see `hf.watch.Call`."""
+        if self.fixed is not None and call.query.shape[2] == 1 and scattered.is_dense(call.spec):
+            return self._fixed_step(call)
+        self.leave_fixed()
         keys, values = self._begin(call)
         self._settle()
         num = keys.shape[2]
@@ -181,7 +197,7 @@ class EvictingLayer(AttendingLayer):
         elif self._span is not None:
             self._span[:, 1] += 1
         out, lse = self.attention(call, keys, values)
-        self._pending = Step(call.query, lse, call.spec, call.scale, call.softcap, call.impl)
+        self._pending = _step(call, lse)
         if not self.record_past:
             self._settle()
         return out, lse
@@ -190,7 +206,7 @@ class EvictingLayer(AttendingLayer):
         """Attention of the call over all slots, the last of which hold the step's own `keys` and `values`."""
         num, bias = keys.shape[2], self.bias()
         if num == 1 and self.codec.in_kernel(self.device) and scattered.is_dense(call.spec):
-            return self._decode(call, bias)
+            return self._decode(call, bias, None)
         if self.codec.lossless:
             all_keys, all_values = self.slots["keys"], self.slots["values"]
         else:  # a chunk sees itself as the model computed it
@@ -202,27 +218,62 @@ class EvictingLayer(AttendingLayer):
         bias = None if bias is None else bias[:, :, : self.slots.length]
         return scattered.attend(self.queries_of(call), scattered.Keys(all_keys, all_values, self.key_positions(), bias))
 
-    def _decode(self, call: Call, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _decode(self, call: Call, bias: Tensor | None, span: Tensor | None) -> tuple[Tensor, Tensor]:
         which: dict[str, Any] = {"bias": bias}
         tensors = self.slots.tensors
         if not self.codec.lossless:
             which |= {"k_scale": tensors["keys_scale"], "v_scale": tensors["values_scale"]}
-        even = min(self.counts) == self.slots.length
+        even = span is None and min(self.counts) == self.slots.length
         if even and len(which) == 1 and bias is None:  # views say it all
             return decode(call, self.slots["keys"], self.slots["values"])
         keys, values = tensors["keys"], tensors["values"]
         if keys.dtype == torch.uint8:
             keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.float8_e4m3fn)
-        if self._span is None:
+        if span is None and self._span is None:
             length = self.slots.length
-            span = [[length - count, length] for count in self.counts]
-            self._span = torch.tensor(span, dtype=torch.int32).to(self.device)
-        return decode(call, keys, values, bounds=self._span, **which)
+            rows = [[length - count, length] for count in self.counts]
+            self._span = torch.tensor(rows, dtype=torch.int32).to(self.device)
+        span = self._span if span is None else span
+        return decode(call, keys, values, spec=call.spec, bounds=span, **which)
+
+    def _fixed_step(self, call: Call) -> tuple[Tensor, Tensor]:
+        new, self._new = self._new, None
+        return self.fixed.step(self, call, new, lambda lse: self.observe(_step(call, lse)))
+
+    def enter_fixed(self) -> None:
+        """Get ready for single tokens, where that is asked for and can be: nothing of it happens within a graph."""
+        if not self.is_compileable or self.fixed is not None or self.record_past or self._pending is not None:
+            return
+        began = self.budgets is not None and all(self.seen > pads for pads in self.pads)
+        if began and self.codec.in_kernel(self.device):
+            self.fixed = FixedSlots(self)
+            self.slots, self._span = self.fixed.slots, None
+
+    def leave_fixed(self) -> None:
+        """Put what is kept in order again."""
+        if self.fixed is None:
+            return
+        before = self.seen
+        self.slots, self.counts, self.seen = self.fixed.ordered()
+        self.intact += self.seen - before
+        if any(count >= most for count, most in zip(self.counts, self.budgets, strict=True)):
+            self.intact = min(self.intact, *(self.budget.protected(b)[1] for b in self.budgets))
+        self.fixed = None
+
+    def get_seq_length(self) -> int:
+        return self.now() if torch.compiler.is_compiling() else int(self.now())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.fixed is not None and torch.compiler.is_compiling():
+            return self.slots.capacity, 0  # a fixed step asks no mask, and nothing may be read back here
+        # One key more than there is, so that no mask is left out as needless: made ahead, it stays out of the graph.
+        return self.get_seq_length() + query_length + (self.fixed is not None), 0
 
     # What may happen to a step afterwards.
 
     def activate_past_recording(self) -> None:
         """Let the last step be cropped: evict after it only in `crop`, or when the next step comes."""
+        self.leave_fixed()
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -234,6 +285,7 @@ class EvictingLayer(AttendingLayer):
         num = -negative(tokens_to_remove)
         if not self.is_initialized:
             return
+        self.leave_fixed()
         num = min(num, self.seen)
         if num > self.intact:
             raise ValueError(
@@ -255,6 +307,7 @@ class EvictingLayer(AttendingLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         if not self.is_initialized:
             return
+        self.leave_fixed()
         rows = to_list(indices)
         index = torch.as_tensor(rows, device=self.device)
         self.slots = self.slots.rows(index)
@@ -269,10 +322,13 @@ class EvictingLayer(AttendingLayer):
 
     def kept(self) -> int:
         """Tokens kept per KV head in the row that keeps most."""
+        if self.fixed is not None:
+            return int(self.fixed.live.minimum(self.fixed.limit - 1).max())
         return max(self.counts, default=0)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `load_state` takes: tensors, and numbers as JSON."""
+        self.leave_fixed()
         self._settle()
         names = ("seen", "pads", "counts", "budgets", "intact")
         numbers = {name: getattr(self, name) for name in names} | {"capacity": self.slots.capacity}
@@ -299,14 +355,15 @@ class EvictingLayer(AttendingLayer):
 
     # Storing.
 
-    def _new_slots(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+    def _new_slots(self, keys: Tensor, values: Tensor, position: Tensor | None = None) -> dict[str, Tensor]:
         """The step as slots: what the codec makes of it, its positions, and the method's fields, zero."""
         batch, heads, num = keys.shape[:3]
         new = {}
         for name, x in (("keys", keys), ("values", values)):
             new |= {name + suffix: part for suffix, part in self.codec.encode(x).items()}
-        position = torch.arange(self.seen, self.seen + num, dtype=torch.int32, device=self.device)
-        new["position"] = position.expand(batch, heads, num)
+        if position is None:
+            position = torch.arange(self.seen, self.seen + num, device=self.device)
+        new["position"] = position.to(torch.int32).expand(batch, heads, num)
         for name, dtype in self.fields.items():
             new[name] = torch.zeros(batch, heads, num, dtype=dtype, device=self.device)
         return new
@@ -343,3 +400,7 @@ class EvictingLayer(AttendingLayer):
     def _column(self, numbers: Any) -> Tensor:
         """Numbers per row as int64 [B, 1, 1]."""
         return torch.tensor(numbers, device=self.device)[:, None, None]
+
+
+def _step(call: Call, lse: Tensor) -> Step:
+    return Step(call.query, lse, call.spec, call.scale, call.softcap, call.impl)

@@ -22,7 +22,7 @@ from .about import HUB_ID, About
 from .escape import Ready, clean
 from .load import ADAPTER_CONFIG, MAX_MODEL_CONFIG_BYTES, adapters_in, patch_in
 from .save import needs_lcpatch
-from .sidecar import read_json
+from .sidecar import read_json, read_positions
 from .template import metadata, render
 from .upload import PICTURES
 
@@ -42,6 +42,7 @@ class Subject:
         has_tokenizer: whether a tokenizer lies beside it.
         revision: the branch it lies on, if not the main one.
         adapters: names of its adapters.
+        positions: what an adapter was trained with: the base must be set to it.
     """
 
     repo_id: str
@@ -51,6 +52,7 @@ class Subject:
     has_tokenizer: bool = False
     revision: str | None = None
     adapters: tuple[str, ...] = ()
+    positions: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -71,7 +73,8 @@ class Subject:
         one = adapters.get("default") or next(iter(adapters.values()), None)
         facts = None if one is None else read_json(one / ADAPTER_CONFIG, MAX_MODEL_CONFIG_BYTES)
         has_tokenizer = (folder / "tokenizer_config.json").is_file()
-        return cls(repo_id, patch, facts, config or {}, has_tokenizer, revision, tuple(adapters))
+        positions = read_positions(folder) if adapters else {}
+        return cls(repo_id, patch, facts, config or {}, has_tokenizer, revision, tuple(adapters), positions)
 
     @property
     def shape(self) -> LayerShape | None:
@@ -111,6 +114,7 @@ def card_text(subject: Subject, about: About, report: Report | None = None, pict
     named = [name for name in subject.adapters if name != "default"]
     plain = not named or len(named) < len(subject.adapters)  # whether one lies where PEFT looks first
     values["adapters"] = named
+    values["positions"] = list(subject.positions.items())
     values["active"] = Ready(f', adapter="{named[0]}"' if len(named) > 1 and not plain else "")
     values["subfolder"] = Ready("" if plain else f', subfolder="{named[0]}"')
     values["base_example"] = base

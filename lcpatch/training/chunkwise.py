@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import spaco
 from .buffers import DeviceStore, exact_gradients
 from .chunk_cache import ChunkCache
+from .head import decode, head_of, head_parameters
 from .loss import summed_cross_entropy
 from .offload import POOL, HostStore
 from .packing import chunk_mask
@@ -164,8 +165,7 @@ class _Run:
         self.inner = without_wrapper(model)
         self.decoder = base.base_model
         self.devices = list({p.device for p in base.parameters()})
-        behind = [child for child in base.children() if child is not self.decoder]
-        self.head_parameters = list({p: None for child in behind for p in child.parameters()})
+        self.head_parameters = head_parameters(base)
 
     def record(self, start: int, end: int) -> RandomState:
         """The first pass over tokens [start, end); returns where its random numbers began."""
@@ -202,39 +202,18 @@ class _Run:
     def _loss(self, start: int, end: int) -> Tensor:
         """The summed loss of a chunk's rows, part of the chunk's graph also where it has no label."""
         output, hidden = self._decode(self.model, start, end)
-        with _headed(self.decoder, output) as replace:
-
-            def head(rows: Tensor) -> Tensor:
-                replace(rows)
-                return self.inner(input_ids=self.text.ids[:1, :1], use_cache=False, return_dict=True).logits
-
-            targets = self.text.targets[:, start:end]
+        targets = self.text.targets[:, start:end]
+        with head_of(self.inner, self.decoder, output, self.text.ids[:1, :1]) as head:
             return summed_cross_entropy(head, hidden, targets, self.head_parameters, self.base.config.vocab_size)
 
     def _decode(self, model: nn.Module, start: int, end: int) -> tuple[Any, Tensor]:
-        """What the decoder returns for a chunk, and its hidden states [B, C, H]; the head sees one token of them."""
-        seen: list[tuple[Any, Tensor]] = []
-
-        def shorten(module: nn.Module, args: Any, output: Any) -> Any:
-            seen.append((output, output.last_hidden_state))
-            return _with_hidden(output, output.last_hidden_state[:, :1])
-
+        """What the decoder returns for a chunk, and its hidden states [B, C, H]."""
         if torch.is_autocast_enabled(self.text.ids.device.type):
             torch.clear_autocast_cache()  # weights that were cast without gradients would be taken for constants
-        handle = self.decoder.register_forward_hook(shorten)
-        try:
-            model(
-                input_ids=self.text.ids[:, start:end],
-                past_key_values=self.cache,
-                use_cache=False,
-                return_dict=True,
-                **self._where(start, end),
-                **self.kwargs,
-            )
-        finally:
-            handle.remove()
+        inputs = {"input_ids": self.text.ids[:, start:end], **self._where(start, end), **self.kwargs}
+        result = decode(model, self.decoder, past_key_values=self.cache, use_cache=False, **inputs)
         self.cache.check()
-        return seen[0]
+        return result
 
     def _where(self, start: int, end: int) -> dict[str, Any]:
         """A chunk's positions, and the mask that says what it may see."""
@@ -245,24 +224,3 @@ class _Run:
             mask = text.mask[:, :end]
         positions = None if text.positions is None else text.positions[:, start:end]
         return {"attention_mask": mask, "position_ids": positions}
-
-
-@contextmanager
-def _headed(decoder: nn.Module, output: Any) -> Iterator[Callable[[Tensor], None]]:
-    """For a while the decoder returns, whatever it is given, `output` with other hidden states.
-
-    So a model is its own head, with all that it puts behind its decoder, for a few rows at a time.
-    """
-    rows: list[Tensor] = []
-    before = decoder.__dict__.get("forward")
-    decoder.forward = lambda *args, **kwargs: _with_hidden(output, rows[-1])
-    try:
-        yield lambda hidden: rows.__setitem__(slice(None), [hidden])
-    finally:
-        del decoder.forward
-        if before is not None:
-            decoder.forward = before
-
-
-def _with_hidden(output: Any, hidden: Tensor) -> Any:
-    return type(output)(**{**output, "last_hidden_state": hidden})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hf.models import unwrap
-from .chunkwise import _headed, _with_hidden
+from .head import decode, head_of, head_parameters
 from .loss import IGNORE, summed_cross_entropy
 from .support import without_wrapper
 
@@ -31,29 +31,10 @@ def fused_loss(model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int
     base = unwrap(inner)
     decoder = base.base_model
     given = {name: value for name, value in inputs.items() if name != "labels"}
-    seen: list[tuple[Any, Tensor]] = []
-
-    def shorten(module: nn.Module, args: Any, output: Any) -> Any:
-        seen.append((output, output.last_hidden_state))
-        return _with_hidden(output, output.last_hidden_state[:, :1])
-
-    handle = decoder.register_forward_hook(shorten)
-    try:
-        model(**given, return_dict=True)
-    finally:
-        handle.remove()
-    output, hidden = seen[0]
+    output, hidden = decode(model, decoder, **given)
     targets = inputs.get("shift_labels")
     if targets is None:
         targets = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)
-    behind = [module for module in base.children() if module is not decoder]
-    parameters = list({id(p): p for module in behind for p in module.parameters()}.values())
-    token = inputs["input_ids"][:1, :1]
-    with _headed(decoder, output) as replace:
-
-        def head(rows: Tensor) -> Tensor:
-            replace(rows)
-            return inner(input_ids=token, use_cache=False, return_dict=True).logits
-
-        total = summed_cross_entropy(head, hidden, targets, parameters, base.config.vocab_size)
+    with head_of(inner, decoder, output, inputs["input_ids"][:1, :1]) as head:
+        total = summed_cross_entropy(head, hidden, targets, head_parameters(base), base.config.vocab_size)
     return total / ((targets != IGNORE).sum() if num_items is None else num_items)

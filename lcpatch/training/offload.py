@@ -47,11 +47,15 @@ class HostPool:
         while self._slab < len(self._slabs) and self._used + size > len(self._slabs[self._slab]):
             self._slab, self._used = self._slab + 1, 0
         if self._slab == len(self._slabs):
-            length = max(self.slab_bytes, 1 << (size - 1).bit_length())
-            self._slabs.append(torch.empty(length, dtype=torch.uint8, pin_memory=self.pinned))
+            self._grow(max(self.slab_bytes, 1 << (size - 1).bit_length()))
         flat = self._slabs[self._slab][self._used : self._used + size]
         self._used += -(-size // ALIGNMENT) * ALIGNMENT
         return flat.view(dtype).view(shape)
+
+    def reserve(self, num_bytes: int) -> None:
+        """Take at least so much from the system now, so that no step waits for it."""
+        while self.memory() < num_bytes:
+            self._grow(self.slab_bytes)
 
     def rewind(self) -> None:
         """All of it is free again, for the next call."""
@@ -65,6 +69,9 @@ class HostPool:
     def memory(self) -> int:
         """Bytes taken from the system."""
         return sum(len(slab) for slab in self._slabs)
+
+    def _grow(self, num_bytes: int) -> None:
+        self._slabs.append(torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.pinned))
 
 
 POOL = HostPool()

@@ -100,10 +100,10 @@ def _changing_rope(config: Any, length: int) -> str | None:
     rope = getattr(config, "rope_parameters", None) or {}
     for one in rope.values() if rope and all(isinstance(x, dict) for x in rope.values()) else (rope,):
         kind = one.get("rope_type", "default")
-        trained = one.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
-        trained = trained or config.max_position_embeddings
+        trained = one.get("original_max_position_embeddings")
+        for name in ("original_max_position_embeddings", "max_position_embeddings"):
+            trained = trained or getattr(config, name, None)
+        trained = trained or length
         if kind in ("dynamic", "longrope") and length > trained:
             return (
                 f"rope_type={kind!r} rotates by the length of the text at hand, so a chunk beyond {trained} tokens "

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lcpatch.bench import training
+from lcpatch.bench import tables, training
 from lcpatch.cli import main
 from lcpatch.core.errors import BenchmarkError
 
@@ -25,6 +25,9 @@ def test_every_part_runs(tmp_path, capsys: pytest.CaptureFixture):
     assert [line for line in printed if line[:1] in training.PARTS and line[1:3] == "  "] == [
         training.format_row(row) for row in rows
     ]
+    header, lines = tables.training(result)
+    assert len(lines) == len(rows)
+    assert all(len(line) == len(header) for line in lines)
 
 
 def test_wrong_gradients_stop_it(monkeypatch: pytest.MonkeyPatch):

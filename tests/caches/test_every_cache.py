@@ -176,6 +176,30 @@ def test_memory_is_what_hangs_on_the_layers_and_shrinks_with_the_budget(name):
 
 
 @every_cache
+def test_read_is_generate_in_chunks(name):
+    """Ahead of generate, padded, and going on where a first turn ended."""
+    model = make_model(name)
+    ids, mask = tokens(3, 60), left_padding(PADS, 60)
+    outputs = []
+    for ahead in (False, True):
+        cache = make(name, model, small=True)
+        options = {"max_new_tokens": 6, "do_sample": False, "past_key_values": cache}
+        if ahead:
+            cache.read(ids[:, :45], mask[:, :45], chunk=17)
+            assert cache.get_seq_length() == 44
+            cache.read(ids, mask, chunk=1000)
+        else:
+            for part in (slice(0, 17), slice(17, 34), slice(34, 44), slice(44, 59)):
+                position = (mask.cumsum(-1) - 1).clamp(min=0)[:, part]
+                with torch.no_grad():
+                    model(
+                        ids[:, part], attention_mask=mask[:, : part.stop], position_ids=position, past_key_values=cache
+                    )
+        outputs.append(model.generate(ids, attention_mask=mask, **options))
+    assert torch.equal(*outputs)
+
+
+@every_cache
 def test_reset_starts_afresh(name):
     model, ids = make_model(name), tokens(2, LENGTH)
     cache = make(name, model, small=True)

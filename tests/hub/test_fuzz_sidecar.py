@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 
 from lcpatch import PatchConfig
 from lcpatch.caches import store
+from lcpatch.caches.scorers import Bookmarks
+from lcpatch.core.errors import LcpatchError
 from lcpatch.hub.load import MAX_MODEL_CONFIG_BYTES, patch_in
-from lcpatch.hub.sidecar import MAX_CONFIG_BYTES, read_config
+from lcpatch.hub.sidecar import MAX_CONFIG_BYTES, read_config, read_positions
 from lcpatch.patching.resolve import pattern_of
 
 VALID = {
@@ -31,11 +33,13 @@ VALID = {
         "sinks": "tokens:4",
         "dense": "sdpa",
     },
+    "positions": {"max_position_embeddings": 512, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
 }
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=8), v, max_size=3))
 PLACES = [(key,) for key in VALID] + [("patch", key) for key in VALID["patch"]]
 PLACES += [("patch", "options", key) for key in VALID["patch"]["options"]]
+PLACES += [("positions", key) for key in VALID["positions"]] + [("positions", "rope_parameters", "rope_theta")]
 
 
 def read(raw: bytes) -> PatchConfig | None:
@@ -45,6 +49,7 @@ def read(raw: bytes) -> PatchConfig | None:
         try:
             patch = read_config(Path(folder))
             pattern_of(patch)
+            read_positions(Path(folder))
         except ValueError:
             return None
         return patch
@@ -124,6 +129,38 @@ def test_one_value_of_a_header_replaced(key: str, value: Any):
         return
     kinds = {"format": int, "cache": str, "options": dict, "model": dict, "layers": list}
     assert isinstance(value, kinds.get(key, object))
+
+
+SHAPES = st.lists(st.integers(0, 40), max_size=5).map(tuple)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool])
+
+
+@given(SHAPES, SHAPES, DTYPES, st.sampled_from(["query", "key", "other"]), VALUES)
+@settings(max_examples=80, deadline=None)
+def test_scorers_of_any_shape(
+    shape: tuple[int, ...], other: tuple[int, ...], dtype: torch.dtype, name: str, about: Any
+):
+    valid = {"kind": "bookmarks", "version": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "scorer.safetensors")
+        tensors = {"query": torch.zeros(shape, dtype=dtype), name: torch.zeros(other, dtype=dtype)}
+        for said in (valid, about):
+            save_file(tensors, file, metadata={"lcpatch": json.dumps(said)})
+            try:
+                found = Bookmarks.load(file)
+            except LcpatchError:
+                continue
+            assert said == valid
+            assert found.query.shape == found.key.shape == shape
+            assert dtype.is_floating_point
+
+
+def test_a_scorer_is_not_built_larger_than_its_file(tmp_path: Path):
+    flat = torch.zeros(1, 1, 1, 100_000)  # square it would be 37 GiB
+    for text in (json.dumps({"kind": "bookmarks", "version": 1}), "[" * 10**6):
+        save_file({"query": flat, "key": flat.clone()}, tmp_path / "x", metadata={"lcpatch": text})
+        with pytest.raises(LcpatchError, match="not bookmarks of this version"):
+            Bookmarks.load(tmp_path / "x")
 
 
 READERS = {"sidecar": (read, MAX_CONFIG_BYTES), "config": (carried, MAX_MODEL_CONFIG_BYTES)}

@@ -179,6 +179,8 @@ def test_pool():
     again = [pool.take((3, 50), torch.float32) for _ in range(20)]
     assert pool.memory() == held
     assert [x.data_ptr() for x in again] == [x.data_ptr() for x in parts]
+    pool.reserve(held + 1)
+    assert pool.memory() == held + (1 << 12)
     pool.release()
     assert pool.memory() == 0
 

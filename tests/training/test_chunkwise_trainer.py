@@ -97,6 +97,23 @@ def test_trainer_passes_options_on(tmp_path: Path):
     assert seen == [4] * 3  # 49 tokens that have a next one
 
 
+def test_trainer_scales_what_a_grad_scaler_will_unscale(tmp_path: Path):
+    """fp16's loss scale: on the gradients, not on the loss that is returned."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    model = build("gpt_neox").double()
+    trainer = ChunkwiseTrainer(model, arguments, train_dataset=Texts(), chunkwise={"chunk_size": 16})
+    trainer.current_gradient_accumulation_steps = 1
+    results = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model.zero_grad()
+        trainer.accelerator.scaler = scaler
+        loss = trainer.training_step(model, {name: x[None] for name, x in Texts()[1].items()})
+        results.append((loss, taken(model)))
+    (loss, grads), (same, scaled) = results
+    assert loss == same
+    assert all(torch.equal(1024 * g, scaled[name]) for name, g in grads.items())
+
+
 def test_trainer_refuses(tmp_path: Path):
     def make(chunkwise: dict, **settings):
         arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], **settings)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from noise import FACTOR, distance, model_budget
 from training_cases import SETTINGS, STEPS, Interrupt, ids, run
 
 import lcpatch
+from lcpatch.cli import main
 from lcpatch.core.errors import TrainingError
 from lcpatch.hf.state import SINK_LOGIT
-from lcpatch.training import lora, trainer
+from lcpatch.training import lora, sources, trainer
 
 
 def mean(losses: list[float]) -> float:
@@ -99,6 +101,50 @@ def test_evaluation_is_dense_and_patched(trained):
     assert all(line["tokens_per_second"] > 0 for line in log if "loss" in line)
 
 
+def test_chats_are_trained_on(base, tmp_path: Path):
+    """SFT through the chat template: what the assistant says is learned, and records that are too long are told of."""
+    folder = shutil.copytree(base, tmp_path / "chatty")
+    template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    records = [{"instruction": f"Say {n}.", "output": "Very well, here it is."} for n in range(40)]
+    records.append({"instruction": "x " * 500, "output": "No."})
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.warns(UserWarning, match="1 of 41 records were left out: longer than 96 tokens"):
+        result = run(folder, tmp_path / "run", task="sft", data=(str(tmp_path / "chats.jsonl"),), attention="sf")
+    assert mean(result.losses[-3:]) < mean(result.losses[:3]) - 1  # the same answer every time is soon learned
+
+
+def test_the_verb_trains(base, tmp_path: Path, capsys):
+    """By a recipe's name, and from a YAML file; the same run goes on, or has nothing left to do."""
+    words = [
+        "--model",
+        str(base),
+        "--length",
+        "96",
+        "--steps",
+        "2",
+        "--eval-rows",
+        "1",
+        "--output",
+        str(tmp_path / "a"),
+    ]
+    assert main(["train", "longlora", *words]) == 0
+    said = capsys.readouterr().out
+    assert "2 steps, loss " in said
+    assert "evaluation, patched: loss " in said
+    (tmp_path / "b.yaml").write_text(f"model: {base}\nlength: 96\nattention: shift\neval_rows: 1\nwarmup: 5\n")
+    file = ["train", str(tmp_path / "b.yaml"), "--output", str(tmp_path / "b")]
+    assert main([*file, "--steps", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-4:-1] == said.splitlines()[-4:-1]
+    assert main([*file, "--steps", "2"]) == 0
+    assert "2 steps" not in capsys.readouterr().out
+    assert main([*file, "--steps", "3"]) == 2
+    assert "holds a run with steps=2, this one has 3" in capsys.readouterr().err
+
+
 # Stopping, and going on
 
 
@@ -136,11 +182,15 @@ def test_a_stopped_run_goes_on_exactly(trained, base, tmp_path: Path, interrupt,
     assert rest.metrics["eval_dense_loss"] == whole.metrics["eval_dense_loss"]
 
 
-def test_a_run_with_another_config_is_refused(trained, base):
+def test_a_run_with_another_config_is_refused(trained, base, monkeypatch):
     _, output = trained["longlora"]
     before = sorted(output.rglob("*"))
     with pytest.raises(ValueError, match=r"holds a run with learning_rate=0.005, this one has 0.001: take another"):
         run(base, output, **SETTINGS["longlora"], learning_rate=1e-3)
+    with monkeypatch.context() as patch:  # the same name, another text
+        patch.setattr(sources, "read_texts", lambda names: (["Some other text. " * 2000], "other"))
+        with pytest.raises(ValueError, match=r"holds a run with data_content="):
+            run(base, output, **SETTINGS["longlora"])
     with pytest.raises(ValueError, match=r"holds a run already; take another --output"):
         run(base, output, **SETTINGS["longlora"], resume="never")
     assert sorted(output.rglob("*")) == before

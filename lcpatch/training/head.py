@@ -1,0 +1,68 @@
+"""A causal language model in its two parts: its decoder in one piece, and all that it puts behind it for a few rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def decode(model: nn.Module, decoder: nn.Module, **inputs: Any) -> tuple[Any, Tensor]:
+    """What the decoder returns inside `model(**inputs)`, and its hidden states [B, T, C]; the head sees one token.
+
+    Args:
+        model: a causal language model, or a wrapper around one.
+        decoder: the part of it that ends in hidden states.
+        **inputs: as the model takes them.
+    """
+    seen: list[Any] = []
+
+    def shorten(module: nn.Module, args: Any, output: Any) -> Any:
+        seen.append(output)
+        return _with_hidden(output, output.last_hidden_state[:, :1])
+
+    handle = decoder.register_forward_hook(shorten)
+    try:
+        model(**inputs, return_dict=True)
+    finally:
+        handle.remove()
+    return seen[0], seen[0].last_hidden_state
+
+
+@contextmanager
+def head_of(model: nn.Module, decoder: nn.Module, output: Any, token: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The model as its own head: hidden states [1, n, C] to logits [1, n, V], with its softcap, scale or LoRA.
+
+    For a while the decoder returns, whatever it is given, `output` with other hidden states.
+
+    Args:
+        model, decoder: as above.
+        output: what the decoder returned.
+        token: any token [1, 1], to call the model with.
+    """
+    rows: list[Tensor] = []
+    before = decoder.__dict__.get("forward")
+    decoder.forward = lambda *args, **kwargs: _with_hidden(output, rows[-1])
+
+    def head(hidden: Tensor) -> Tensor:
+        rows[:] = [hidden]
+        return model(input_ids=token, use_cache=False, return_dict=True).logits
+
+    try:
+        yield head
+    finally:
+        del decoder.forward
+        if before is not None:
+            decoder.forward = before
+
+
+def head_parameters(base: Any) -> list[nn.Parameter]:
+    """The parameters of a transformers model behind its decoder; of tied ones, too."""
+    behind = [child for child in base.children() if child is not base.base_model]
+    return list({p: None for child in behind for p in child.parameters()})
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    return type(output)(**{**output, "last_hidden_state": hidden})
