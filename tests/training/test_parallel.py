@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from models import SHORT
@@ -89,7 +91,7 @@ def test_a_rank_that_dies_is_named():
     assert second is None
     for answer in (first, third):
         assert answer.startswith("ParallelError"), answer
-        assert "rank 1 is gone" in answer or "ranks 0, 1 are gone" in answer  # rank 0 leaves when it has noticed
+        assert re.search(r"rank 1 is gone|ranks .*\b1\b.* are gone", answer), answer  # who notices leaves, too
 
 
 @pytest.fixture(scope="module")
