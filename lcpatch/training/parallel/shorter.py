@@ -7,7 +7,8 @@ Of the document's positions
 the second part is kept as it is; s is a multiple of the rule's period (group and block), so that groups and stripes
 fall as before. Of the first part, its far keys (sinks, stripe) are kept one behind the other: every row sees them, so
 they become the sinks of the shorter sequence. A rank thus holds its own keys, two periods at most, and each head's
-far keys: nothing that grows with the sequence for `shift`, `sf` and `sink`; its share of the stripe, N / stride, for `s2`.
+far keys: nothing that grows with the sequence for `shift`, `sf` and `sink`, its share of the stripe (N / stride) for
+`s2`.
 """
 
 from __future__ import annotations
