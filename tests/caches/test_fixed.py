@@ -23,7 +23,7 @@ CACHES = {
 
 
 @pytest.mark.parametrize("name", CACHES)
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", ["prompt", "turns", pytest.param("tokens", marks=pytest.mark.slow)])
 def test_it_keeps_what_eviction_after_every_step_keeps(cut, name):
     model, (kind, options) = build(), CACHES[name]
     ids, mask = tokens(3, LENGTH), left_padding([0, 37, 11], LENGTH)
@@ -79,7 +79,7 @@ def test_buffers_do_not_move_and_memory_does_not_grow():
     assert cache.memory() == held
 
 
-@pytest.mark.parametrize("kind", [lcpatch.H2OCache, lcpatch.SinkCache])
+@pytest.mark.parametrize("kind", [lcpatch.H2OCache, pytest.param(lcpatch.SinkCache, marks=pytest.mark.slow)])
 def test_the_decode_step_compiles_once(kind):
     """In `generate`, as on a GPU: no graph break, and nothing compiled anew, whatever the length and the cache."""
     model, ids, graphs = build(), tokens(2, 50), []
