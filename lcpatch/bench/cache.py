@@ -50,7 +50,7 @@ class Arm:
 
 ARMS = (
     Arm("DynamicCache", lambda model, batch, most: DynamicCache(config=model.config)),
-    Arm("StaticCache, compiled", lambda model, batch, most: StaticCache(model.config, max_cache_len=most), static=True),
+    Arm("StaticCache, compiled", lambda model, batch, most: StaticCache(model.config, max_cache_len=most), CHUNK, True),
     Arm("H2O 0.2", lambda model, batch, most: H2OCache(model, budget=0.2), CHUNK),
     Arm("H2O 0.2, at once", lambda model, batch, most: H2OCache(model, budget=0.2)),
     Arm("H2O 0.2, compiled", lambda model, batch, most: H2OCache(model, budget=0.2, compiled=True), CHUNK),
@@ -194,7 +194,7 @@ def _measured(model: nn.Module, arm: Arm, batch: int, length: int, chunk: int, r
     gc.collect()
     try:
         rows, most = batch if arm.static else 1, length + 4 * NEW_TOKENS
-        step = chunk if arm.chunk else length if rows == 1 else max(chunk // rows, 1)
+        step = max(chunk // rows, 1) if arm.chunk or rows > 1 else length
         warm = min(length, 2 * chunk)
         _prefill(model, arm.make(model, batch, most), warm, min(step, chunk), rows)  # compiles
         if on_gpu:
@@ -211,6 +211,8 @@ def _measured(model: nn.Module, arm: Arm, batch: int, length: int, chunk: int, r
         return Row(arm.name, batch, length, why="out of memory")
     finally:
         remove(model)
+        model.__dict__.pop("_compiled_call", None)  # the next arm compiles for itself, not for a shape that changed
+        torch.compiler.reset()
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
     floor = None if rate is None or arm.partial else (weights + held) / rate / 1e6
     return Row(arm.name, batch, length, prefill, peak, held / 2**30, token_s * 1e3, floor)

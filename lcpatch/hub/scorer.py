@@ -11,7 +11,7 @@ from ..caches.scorers import Bookmarks
 from .about import HUB_ID, About
 from .card_files import write_card
 from .errors import sentence
-from .escape import Ready
+from .escape import Ready, argument
 from .template import metadata, render
 from .upload import Push, Target, publish
 
@@ -87,7 +87,7 @@ def scorer_card(scorer: Bookmarks, target: Target, about: About) -> str:
         metadata=metadata(data),
         name=target.repo_id,
         repo_id=Ready(target.repo_id),
-        revision=Ready(f', revision="{target.revision}"' if on_branch else ""),
+        revision=argument("revision", target.revision if on_branch else None),
         base=about.base_model,
         layers=layers,
         heads=heads,

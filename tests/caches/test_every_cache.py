@@ -119,6 +119,18 @@ def test_a_second_turn_with_room_for_everything(name):
     assert torch.equal(got, model.generate(turn, max_new_tokens=8, do_sample=False))
 
 
+@every_cache
+def test_autocast(name):
+    """Rotary embeddings leave queries in fp32 beside half-precision values."""
+    model, ids = make_model(name), tokens(1, 60)
+    exact = feed(model, ids, DynamicCache(config=model.config), [60])
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = feed(model, ids, DynamicCache(config=model.config), [60]).float()
+        ours = feed(model, ids, make(name, model), [40, *[1] * 20]).float()
+        feed(model, ids, make(name, model, small=True), [40, *[1] * 20])
+    assert (ours - exact).norm() <= 2 * (theirs - exact).norm()
+
+
 # With little room.
 
 

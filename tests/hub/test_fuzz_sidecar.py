@@ -17,9 +17,14 @@ from lcpatch import PatchConfig
 from lcpatch.caches import store
 from lcpatch.caches.scorers import Bookmarks
 from lcpatch.core.errors import LcpatchError
+from lcpatch.hf.layers import with_sink_tokens
+from lcpatch.hub.about import About
+from lcpatch.hub.card import Subject, card_text
 from lcpatch.hub.load import MAX_MODEL_CONFIG_BYTES, patch_in
 from lcpatch.hub.sidecar import MAX_CONFIG_BYTES, read_config, read_positions
 from lcpatch.patching.resolve import pattern_of
+from lcpatch.patterns import LayerShape
+from lcpatch_kernels import BlockSparseSpec
 
 VALID = {
     "format": 1,
@@ -35,7 +40,10 @@ VALID = {
     },
     "positions": {"max_position_embeddings": 512, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
 }
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+CONFIG = {"model_type": "llama", "lcpatch": {**VALID["patch"], "format": 2, "specs": {"0": "16 1 0", "1": "16 1 0"}}}
+CONFIG |= {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 512}
+LARGE = st.integers(28, 140).map(lambda n: 2**n) | st.integers(10, 60).map(lambda n: 10**n)
+SCALARS = st.none() | st.booleans() | st.integers() | LARGE | st.floats() | st.text(max_size=8)
 VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=8), v, max_size=3))
 PLACES = [(key,) for key in VALID] + [("patch", key) for key in VALID["patch"]]
 PLACES += [("patch", "options", key) for key in VALID["patch"]["options"]]
@@ -43,13 +51,15 @@ PLACES += [("positions", key) for key in VALID["positions"]] + [("positions", "r
 
 
 def read(raw: bytes) -> PatchConfig | None:
-    """The patch in these bytes, or None if they were refused."""
+    """The patch in these bytes, which can be compiled and has a card, or None if they were refused."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "lcpatch_config.json").write_bytes(raw)
         try:
             patch = read_config(Path(folder))
-            pattern_of(patch)
+            rules = pattern_of(patch).rules(LayerShape(8, 2, 0, 2))
+            BlockSparseSpec.of(with_sink_tokens(rules, patch.sinks)).density(300)
             read_positions(Path(folder))
+            card_text(Subject("me/model", patch, None, CONFIG), About())
         except ValueError:
             return None
         return patch
@@ -84,9 +94,6 @@ def carried(raw: bytes) -> PatchConfig | None:
             return patch_in(Path(folder), "x", is_adapter=False)
         except ValueError:
             return None
-
-
-CONFIG = {"model_type": "llama", "lcpatch": {**VALID["patch"], "format": 2, "specs": {"0": "16 1 0", "1": "16 1 0"}}}
 
 
 @given(st.sampled_from([(), *((key,) for key in CONFIG["lcpatch"]), ("specs", "0"), ("specs", "x")]), VALUES)
