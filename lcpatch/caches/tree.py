@@ -18,7 +18,8 @@ from torch.nn.functional import pad
 from lcpatch_kernels import page_bounds, page_scores
 
 FANOUT = 8  # children a node: 128K tokens in leaves of 32 are four levels, the highest of 8 nodes
-TOP = 16  # nodes of a level that needs no parents
+WIDEST = 16  # nodes of a level that needs no parents
+WIDEST_CUDA = 8192  # there, scoring a wide level is one launch, and going down a level ten
 GRAIN = 256  # leaves by which the lowest level grows at least
 
 
@@ -28,10 +29,11 @@ class BoundTree:
     Args:
         leaf: keys a page.
         num_rows: batch rows, which may have different numbers of pages.
+        widest: nodes of a level that needs no parents; None: what suits the device.
     """
 
-    def __init__(self, leaf: int, num_rows: int) -> None:
-        self.leaf = leaf
+    def __init__(self, leaf: int, num_rows: int, widest: int | None = None) -> None:
+        self.leaf, self.widest = leaf, widest
         self.leaves = [0] * num_rows
         self.levels: list[tuple[Tensor, Tensor]] = []
 
@@ -108,9 +110,10 @@ class BoundTree:
         return (x.masked_fill(empty[:, :, None], -torch.inf) for x in (upper, lower))
 
     def _reserve(self, like: Tensor) -> None:
-        """Room for every level's nodes, and a further level where the highest has more than `TOP`."""
+        """Room for every level's nodes, and a further level where the highest is too wide."""
         batch, most, level = len(self.leaves), max(self.leaves), 0
-        while level == 0 or -(-most // FANOUT ** (level - 1)) > TOP:
+        widest = self.widest or (WIDEST_CUDA if like.is_cuda else WIDEST)
+        while level == 0 or -(-most // FANOUT ** (level - 1)) > widest:
             needed = -(-most // FANOUT**level)
             fresh = level == len(self.levels)
             if fresh:

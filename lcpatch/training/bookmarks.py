@@ -9,7 +9,8 @@ Its stage 2, training the model itself over retrieved pages, is not here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -54,42 +55,66 @@ def train_bookmarks(
         UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.
         ValueError: a text too short for a page to choose, or a model whose layers all follow a pattern.
     """
-    base = unwrap(model)
-    routed, training = is_routed(base), model.training
     device = next(model.parameters()).device
     bookmarks = (Bookmarks.of(model) if bookmarks is None else bookmarks).to(device)
     optimiser = torch.optim.Adam(bookmarks.parameters(), lr)
-    lesson = Lesson(bookmarks, page, -(-num_sinks // page), recent, num_queries, torch.Generator().manual_seed(seed))
+    lesson = Lesson(bookmarks, page, num_sinks, recent, num_queries, seed)
+    for step, (loss, recall) in enumerate(_lessons(model, texts, lesson)):
+        optimiser.step()
+        optimiser.zero_grad()
+        if say is not None:
+            say(step, loss, recall)
+    return bookmarks
+
+
+def measure_bookmarks(
+    model: nn.Module,
+    texts: Iterable[Tensor],
+    bookmarks: Bookmarks,
+    *,
+    page: int = 128,
+    num_sinks: int = 4,
+    recent: int = 128,
+    num_queries: int = 64,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """`(loss, recall)` of bookmarks on `texts`, as `train_bookmarks` says them; untrained ones are the mean."""
+    copied = copy.deepcopy(bookmarks).to(next(model.parameters()).device)
+    found = list(_lessons(model, texts, Lesson(copied, page, num_sinks, recent, num_queries, seed)))
+    return tuple(sum(x) / len(found) for x in zip(*found, strict=True))
+
+
+def _lessons(model: nn.Module, texts: Iterable[Tensor], lesson: Lesson) -> Iterator[tuple[float, float]]:
+    """A forward for each text, which leaves gradients on the bookmarks: its loss and its recall."""
+    base = unwrap(model)
+    routed, training = is_routed(base), model.training
+    device = next(model.parameters()).device
     model.eval()
     try:
-        for step, ids in enumerate(texts):
+        for ids in texts:
             if ids.shape[1] < lesson.least:
                 raise ValueError(f"a text of {ids.shape[1]} tokens has no page to choose; give {lesson.least} or more")
-            optimiser.zero_grad()
             lesson.begin()
             with torch.no_grad():
                 model(ids.to(device), past_key_values=_LessonCache(model, lesson), logits_to_keep=1)
             if not lesson.losses:
                 raise ValueError("every layer follows a pattern, so none reads pages: lcpatch.remove(model) first")
-            optimiser.step()
-            if say is not None:
-                say(step, *lesson.means())
+            yield lesson.means()
     finally:
         model.train(training)
         if not routed:
             unroute(model)
-    return bookmarks
 
 
 class Lesson:
     """What every layer learns from a text, and how well it does; see `train_bookmarks`."""
 
     def __init__(
-        self, bookmarks: Bookmarks, page: int, sink_pages: int, recent: int, num_queries: int, rng: torch.Generator
+        self, bookmarks: Bookmarks, page: int, num_sinks: int, recent: int, num_queries: int, seed: int
     ) -> None:
-        self.bookmarks, self.page, self.sink_pages, self.recent = bookmarks, page, sink_pages, recent
-        self.num_queries, self.rng = num_queries, rng
-        self.least = (sink_pages + 2) * page + recent  # then the last token has two pages to choose from
+        self.bookmarks, self.page, self.sink_pages, self.recent = bookmarks, page, -(-num_sinks // page), recent
+        self.num_queries, self.rng = num_queries, torch.Generator().manual_seed(seed)
+        self.least = (self.sink_pages + 2) * page + recent  # then the last token has two pages to choose from
         self.begin()
 
     def begin(self) -> None:

@@ -29,16 +29,17 @@ def best(q: torch.Tensor, k: torch.Tensor, row: int, length: int, top: int) -> l
 
 @st.composite
 def growths(draw):
-    """How many pages come at a time, to which rows, and how many keys are asked for."""
+    """How many pages come at a time and to which rows, how many keys are asked for, and how the tree is built."""
     steps = draw(st.lists(st.tuples(st.sampled_from([1, 1, 3, 20, 70]), st.booleans()), min_size=1, max_size=5))
-    return steps, draw(st.integers(1, 40)), draw(st.sampled_from([2, 5])), draw(st.integers(0, 999))
+    widest = draw(st.sampled_from([None, None, 4, 1000]))
+    return steps, draw(st.integers(1, 40)), draw(st.sampled_from([2, 5])), widest, draw(st.integers(0, 999))
 
 
 @settings(max_examples=25, deadline=None)
 @given(growths())
 def test_the_search_gives_a_superset_of_the_best(case):
-    steps, top, leaf, seed = case
-    k, tree = keys(500 * leaf, seed), BoundTree(leaf, ROWS)
+    steps, top, leaf, widest, seed = case
+    k, tree = keys(500 * leaf, seed), BoundTree(leaf, ROWS, widest)
     for pages, alone in steps:  # the second row now and then gets more than the first
         groups = [[1]] if alone else [[0, 1]] if tree.leaves[0] == tree.leaves[1] else [[0], [1]]
         for rows in groups:

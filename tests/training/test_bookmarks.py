@@ -1,6 +1,10 @@
 """Bookmarks learn from the model's own attention, which stays as it is; what they learn shows in a retrieval cache."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +14,9 @@ from transformers import DynamicCache
 
 import lcpatch
 from lcpatch.caches.scorers import Bookmarks
-from lcpatch.training.bookmarks import Lesson, train_bookmarks
+from lcpatch.training.bookmarks import Lesson, measure_bookmarks, train_bookmarks
 
+ROOT = Path(__file__).parents[2]
 PAGES = {"page": 4, "num_sinks": 4, "recent": 4}
 
 
@@ -33,6 +38,10 @@ def test_pages_with_much_attention_come_to_score_high():
     losses, recalls = (torch.tensor([row[n] for row in seen]) for n in (1, 2))
     assert losses[-8:].mean() < losses[:8].mean()
     assert recalls[-8:].mean() > recalls[:8].mean()
+    held_out = [tokens(2, 120, seed=n) for n in range(50, 54)]
+    (loss, recall), (bad_loss, bad_recall) = (measure_bookmarks(model, held_out, b, **PAGES) for b in (trained, bad))
+    assert loss < bad_loss
+    assert recall > bad_recall
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert model.config._attn_implementation == "sdpa"
     assert all(p.grad is None for p in model.parameters())
@@ -57,7 +66,7 @@ def test_the_loss_is_the_cross_entropy_of_attention_over_pages():
     q, k = (torch.randn(1, h, 60, 8, generator=rng) for h in (4, 2))
     bookmarks = Bookmarks(1, 2, 8)
     torch.nn.init.normal_(bookmarks.key, std=0.3)
-    lesson = Lesson(bookmarks, 4, 1, 4, 7, torch.Generator().manual_seed(3))
+    lesson = Lesson(bookmarks, 4, 4, 4, 7, 3)
     lesson.learn(0, Call(q, k, k, own_spec(4, None), None, None, None, "auto"))
     got = bookmarks.key.grad.clone(), bookmarks.query.grad.clone()
 
@@ -95,3 +104,19 @@ def test_a_text_without_pages_to_choose():
     with pytest.raises(ValueError, match="a text of 15 tokens has no page to choose; give 16"):
         train_bookmarks(model, texts(1, 15), **PAGES)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_recipe(base, tmp_path):
+    """As a program: trained on text files, measured on rows it has not seen, saved where it was asked to."""
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and the dog ran to the man " * 200)
+    out = tmp_path / "bookmarks.safetensors"
+    words = ["--model", base, "--data", text, "--out", out, "--length", 96, "--page", 4, "--recent", 4, "--steps", 3]
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels" / "torch-ext")))
+    command = [sys.executable, ROOT / "recipes" / "retrieval.py", *words, "--held-out", 2]
+    done = subprocess.run(
+        list(map(str, command)), env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "held out" in done.stdout
+    assert Bookmarks.load(out).query.shape[0] == 2

@@ -1,0 +1,74 @@
+"""Bookmarks for a retrieval cache, learnt from the model's own attention over any text. arXiv 2502.11444, stage 1.
+
+    python recipes/retrieval.py --model MODEL --data TEXTS --out bookmarks.safetensors
+
+Then `RetrievalCache(model, scorer=Bookmarks.load("bookmarks.safetensors"))`, `Bookmarks` of `lcpatch.caches.scorers`.
+The model is frozen; each step reads one row of text and moves two projections a layer. Recall is the share of the
+attention on pages that a token may choose, which the best quarter of them holds: by means, and as learnt.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lcpatch.caches.scorers import Bookmarks
+from lcpatch.hf.demo_model import cache_folder
+from lcpatch.training import encode, recipe, tokens
+from lcpatch.training.bookmarks import measure_bookmarks, train_bookmarks
+from lcpatch.training.model import resolve
+from lcpatch.training.rows import TextRows
+from lcpatch.training.sources import sources
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="folder or Hub id (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--data", nargs="+", default=[], help="files, folders or hub:NAME (default: Python's manual)")
+    parser.add_argument("--out", type=Path, default=Path("bookmarks.safetensors"), help="default bookmarks.safetensors")
+    parser.add_argument("--length", type=int, default=8192, help="tokens of a row (default 8192)")
+    parser.add_argument("--steps", type=int, default=200, help="rows of training, at most what there is (default 200)")
+    parser.add_argument("--held-out", type=int, default=4, help="rows to measure on (default 4)")
+    parser.add_argument("--page", type=int, default=128, help="tokens a page, as in the cache (default 128)")
+    parser.add_argument("--recent", type=int, default=128, help="newest tokens, always read, as there (default 128)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="default 1e-3")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    name = resolve(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device)
+
+    store = tokens.build(sources(args.data), encode.texts(tokenizer), cache_folder() / "tokens")
+    rows = TextRows(store, args.length, masked=False)
+    if args.held_out < 1 or len(rows) <= args.held_out:
+        raise ValueError(
+            f"--held-out {args.held_out} must be at least 1 and less than the {len(rows)} rows of the data"
+        )
+    texts = [rows[n]["input_ids"][None] for n in range(min(len(rows), args.steps + args.held_out))]
+    held_out, learnt = texts[: args.held_out], texts[args.held_out :]
+
+    pages = {"page": args.page, "recent": args.recent}
+    untrained = Bookmarks.of(model).to(device)
+    print("held out, means: loss {:.4f}, recall {:.3f}".format(*measure_bookmarks(model, held_out, untrained, **pages)))
+
+    def say(step: int, loss: float, recall: float) -> None:
+        if step % 10 == 0:
+            print(f"step {step}: loss {loss:.4f}, recall {recall:.3f}", flush=True)
+
+    bookmarks = train_bookmarks(model, learnt, lr=args.learning_rate, say=say, **pages)
+    print(
+        "held out, learnt: loss {:.4f}, recall {:.3f}".format(*measure_bookmarks(model, held_out, bookmarks, **pages))
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    bookmarks.save(args.out)
+    print(f"bookmarks: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    recipe.script(main)
