@@ -121,6 +121,11 @@ def test_wheel_ships_the_two_packages_and_nothing_else(wheel: Path):
     shipped = {f.relative_to(r).as_posix() for r in (ROOT, KERNELS.parent) for f in sources if f.is_relative_to(r)}
     modules = {name for name in shipped if name.startswith(("lcpatch/", "lcpatch_kernels/"))}
     assert modules <= set(names)
+    recipes = {f.relative_to(ROOT).as_posix() for f in (ROOT / "recipes").rglob("*") if f.suffix in (".py", ".yaml")}
+    assert {f"lcpatch/{name}" for name in recipes} <= set(names)
+    templates = {f.name for f in (ROOT / "hub_cards").iterdir()}  # some of them, and their folder, are links
+    assert templates == {Path(name).name for name in names if name.startswith("lcpatch/hub/hub_cards/")}
+    assert "model.md.jinja" in templates
 
 
 # The tree

@@ -43,15 +43,20 @@ class Row:
     fewer_than_ring: float
 
 
-def layers() -> dict[str, Any]:
-    """The layers counted: patterns, or None for dense."""
+def layers(shrink: int = 1) -> dict[str, Any]:
+    """The layers counted: patterns, or None for dense.
+
+    Args:
+        shrink: divides their sizes, for a check on a row that is shorter by as much.
+    """
+    group, blocks = 8192 // shrink, max(2, 16 // shrink)
     return {
-        "shift, G = 8K": Shift(group_size=8192),
+        "shift, G = 8K": Shift(group_size=group),
         "shift, G = N/4": Shift(),
-        "sf, G = 8K": SF(group_size=8192),
-        "sf, G = 8K, none returned": SF(group_size=8192, returned_fraction=0.0),
-        "sink 4+1024": Sink(),
-        "s2 64/16/16": S2(64, 16, 16, sink_blocks=0),
+        "sf, G = 8K": SF(group_size=group),
+        "sf, G = 8K, none returned": SF(group_size=group, returned_fraction=0.0),
+        "sink 4+1024": Sink(window=1024 // shrink),
+        "s2 64/16/16": S2(64, blocks, blocks, sink_blocks=0),
         "dense": None,
     }
 

@@ -115,12 +115,28 @@ def training(result: Result) -> Table:
     return header, rows
 
 
+def multi(result: Result) -> Table:
+    """Time of context parallelism on real GPUs, a line per layer and strategy; the slowest rank's milliseconds."""
+    header = ("Layer", "Tokens", "Strategy", "Layout", "Forward, ms", "Backward, ms", "Sent, MiB", "Chosen")
+    rows = []
+    for row in result["rows"]:
+        start = (row["layer"], _tokens(row["length"]), row["strategy"], row["layout"])
+        if row["why"]:
+            rows.append((*start, row["why"], "-", "-", "-"))
+            continue
+        sent = "-" if row["sent_mib"] is None else f"{row['sent_mib']:.1f}"
+        times = (f"{row['forward_ms']:.2f}", f"{row['backward_ms']:.2f}")
+        rows.append((*start, *times, sent, "yes" if row["chosen"] else ""))
+    return header, rows
+
+
 KINDS: dict[str, Callable[[Result], Table]] = {
     "attention": attention,
     "shapes": shapes,
     "decode": decode,
     "model": model,
     "parallel": parallel,
+    "multi": multi,
     "cache": cache,
     "training": training,
 }
@@ -132,6 +148,8 @@ def provenance(result: Result) -> str:
     if result.get("counted"):
         return f"Counted, not timed: {result['counted']}; commit {result['commit']}"
     parts = [result["gpu"], f"torch {result['torch']}", f"triton {result['triton']}", f"commit {result['commit']}"]
+    if "ranks" in result:
+        parts[0] = f"{result['ranks']} × {parts[0]}"
     if "matmul_tflops" in result:
         parts.insert(1, f"bf16 matmul {result['matmul_tflops']:.0f} TFLOP/s")
     if "copy_gb_per_s" in result:

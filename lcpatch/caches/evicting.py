@@ -26,6 +26,7 @@ from ..hf.watch import Call, attend
 from . import scattered
 from .budget import Budget
 from .codec import BFloat16, Plain, codec_named
+from .fixed import FixedDecoding
 from .layer import AttendingLayer, decode, negative, to_list
 from .slots import GRAIN, GROWTH, Slots, grown
 from .state import fitting, whole, wholes
@@ -54,7 +55,7 @@ class Step(NamedTuple):
         return self._replace(query=self.query.index_select(0, index), lse=self.lse.index_select(0, index))
 
 
-class EvictingLayer(AttendingLayer):
+class EvictingLayer(FixedDecoding, AttendingLayer):
     """Keeps at most a budget of tokens for every (row, KV head).
 
     A method overrides what it decides:
@@ -65,16 +66,20 @@ class EvictingLayer(AttendingLayer):
         evict     instead of `score`: make every row's count its target some other way (merging)
         bias      what is added to a kept key's scores (the log of the tokens that it stands for)
 
+    Where `score` compares with `slots["position"]` it asks `now()`, which is a tensor while generating is compiled.
+
     Args:
         budget: how much is kept.
         codec: how keys and values are stored: None (as they are), "bf16", "int8", "int4" or "fp8".
+        fixed: generate in buffers that never move, see `fixed`.
     """
 
     fields: ClassVar[dict[str, torch.dtype]] = {}
 
-    def __init__(self, budget: Budget, codec: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, budget: Budget, codec: str | None = None, fixed: bool = False, **kwargs: Any) -> None:
         self.budget = budget
         self.codec = codec_named(codec)
+        self.is_compileable = fixed
         super().__init__(**kwargs)
 
     def _clear(self) -> None:
@@ -90,7 +95,7 @@ class EvictingLayer(AttendingLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        self.counts = [0] * key_states.shape[0]
+        self.counts, self.num_kv_heads = [0] * key_states.shape[0], key_states.shape[1]
         if self.dtype == torch.bfloat16 and isinstance(self.codec, BFloat16):
             self.codec = Plain()
 
@@ -137,6 +142,8 @@ class EvictingLayer(AttendingLayer):
 
     def bounds(self, num_queries: int) -> Tensor | None:
         """`block_sparse`'s bounds of the last `num_queries` tokens over the slots; None where no row is padded."""
+        if self.fixed is not None:
+            return self.fixed.bounds
         length = self.slots.length
         if min(self.counts) == length:
             return None
@@ -163,6 +170,9 @@ class EvictingLayer(AttendingLayer):
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor]:
         """Attention of the step's queries over what is kept and the step itself; see `hf.watch.Call`."""
+        if self.fixed is not None and call.query.shape[2] == 1 and scattered.is_dense(call.spec):
+            return self._fixed_step(call)
+        self.leave_fixed()
         keys, values = self._begin(call)
         self._settle()
         num = keys.shape[2]
@@ -181,7 +191,7 @@ class EvictingLayer(AttendingLayer):
         elif self._span is not None:
             self._span[:, 1] += 1
         out, lse = self.attention(call, keys, values)
-        self._pending = Step(call.query, lse, call.spec, call.scale, call.softcap, call.impl)
+        self._pending = _step(call, lse)
         if not self.record_past:
             self._settle()
         return out, lse
@@ -190,7 +200,7 @@ class EvictingLayer(AttendingLayer):
         """Attention of the call over all slots, the last of which hold the step's own `keys` and `values`."""
         num, bias = keys.shape[2], self.bias()
         if num == 1 and self.codec.in_kernel(self.device) and scattered.is_dense(call.spec):
-            return self._decode(call, bias)
+            return self._decode(call, bias, None)
         if self.codec.lossless:
             all_keys, all_values = self.slots["keys"], self.slots["values"]
         else:  # a chunk sees itself as the model computed it
@@ -202,27 +212,33 @@ class EvictingLayer(AttendingLayer):
         bias = None if bias is None else bias[:, :, : self.slots.length]
         return scattered.attend(self.queries_of(call), scattered.Keys(all_keys, all_values, self.key_positions(), bias))
 
-    def _decode(self, call: Call, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _decode(self, call: Call, bias: Tensor | None, span: Tensor | None) -> tuple[Tensor, Tensor]:
         which: dict[str, Any] = {"bias": bias}
         tensors = self.slots.tensors
         if not self.codec.lossless:
             which |= {"k_scale": tensors["keys_scale"], "v_scale": tensors["values_scale"]}
-        even = min(self.counts) == self.slots.length
+        even = span is None and min(self.counts) == self.slots.length
         if even and len(which) == 1 and bias is None:  # views say it all
             return decode(call, self.slots["keys"], self.slots["values"])
         keys, values = tensors["keys"], tensors["values"]
         if keys.dtype == torch.uint8:
             keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.float8_e4m3fn)
-        if self._span is None:
+        if span is None and self._span is None:
             length = self.slots.length
-            span = [[length - count, length] for count in self.counts]
-            self._span = torch.tensor(span, dtype=torch.int32).to(self.device)
-        return decode(call, keys, values, bounds=self._span, **which)
+            rows = [[length - count, length] for count in self.counts]
+            self._span = torch.tensor(rows, dtype=torch.int32).to(self.device)
+        span = self._span if span is None else span
+        return decode(call, keys, values, spec=call.spec, bounds=span, **which)
+
+    def _fixed_step(self, call: Call) -> tuple[Tensor, Tensor]:
+        new, self._new = self._new, None
+        return self.fixed.step(self, call, new, lambda lse: self.observe(_step(call, lse)))
 
     # What may happen to a step afterwards.
 
     def activate_past_recording(self) -> None:
         """Let the last step be cropped: evict after it only in `crop`, or when the next step comes."""
+        self.leave_fixed()
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -234,6 +250,7 @@ class EvictingLayer(AttendingLayer):
         num = -negative(tokens_to_remove)
         if not self.is_initialized:
             return
+        self.leave_fixed()
         num = min(num, self.seen)
         if num > self.intact:
             raise ValueError(
@@ -255,6 +272,7 @@ class EvictingLayer(AttendingLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         if not self.is_initialized:
             return
+        self.leave_fixed()
         rows = to_list(indices)
         index = torch.as_tensor(rows, device=self.device)
         self.slots = self.slots.rows(index)
@@ -269,10 +287,13 @@ class EvictingLayer(AttendingLayer):
 
     def kept(self) -> int:
         """Tokens kept per KV head in the row that keeps most."""
+        if self.fixed is not None:
+            return int(self.fixed.live.minimum(self.fixed.limit - 1).max())
         return max(self.counts, default=0)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `load_state` takes: tensors, and numbers as JSON."""
+        self.leave_fixed()
         self._settle()
         names = ("seen", "pads", "counts", "budgets", "intact")
         numbers = {name: getattr(self, name) for name in names} | {"capacity": self.slots.capacity}
@@ -299,14 +320,15 @@ class EvictingLayer(AttendingLayer):
 
     # Storing.
 
-    def _new_slots(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+    def _new_slots(self, keys: Tensor, values: Tensor, position: Tensor | None = None) -> dict[str, Tensor]:
         """The step as slots: what the codec makes of it, its positions, and the method's fields, zero."""
         batch, heads, num = keys.shape[:3]
         new = {}
         for name, x in (("keys", keys), ("values", values)):
             new |= {name + suffix: part for suffix, part in self.codec.encode(x).items()}
-        position = torch.arange(self.seen, self.seen + num, dtype=torch.int32, device=self.device)
-        new["position"] = position.expand(batch, heads, num)
+        if position is None:
+            position = torch.arange(self.seen, self.seen + num, device=self.device)
+        new["position"] = position.to(torch.int32).expand(batch, heads, num)
         for name, dtype in self.fields.items():
             new[name] = torch.zeros(batch, heads, num, dtype=dtype, device=self.device)
         return new
@@ -343,3 +365,7 @@ class EvictingLayer(AttendingLayer):
     def _column(self, numbers: Any) -> Tensor:
         """Numbers per row as int64 [B, 1, 1]."""
         return torch.tensor(numbers, device=self.device)[:, None, None]
+
+
+def _step(call: Call, lse: Tensor) -> Step:
+    return Step(call.query, lse, call.spec, call.scale, call.softcap, call.impl)

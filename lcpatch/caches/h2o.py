@@ -21,6 +21,7 @@ from lcpatch_kernels import attn_mass
 from . import scattered
 from .budget import Budget
 from .evicting import EvictingLayer, Step
+from .fixed import check_codec, check_layer
 from .layer import LongCache, caches, routed_layers
 
 SCORES = ("sum", "mean", "decay")
@@ -47,6 +48,10 @@ class H2OCache(LongCache):
         grace: so many of the newest tokens beyond `recent` are not judged either, while they fit: their sums are young.
         evict_every: tokens between two compactions while generating; default a 32nd of the budget, at most 64.
         codec: how keys and values are stored: None (as they are), "bf16", "int8", "int4" or "fp8".
+        compiled: generate in buffers that never move, one token evicted a step: on a GPU `generate` then compiles the
+            decode step, once, and replays it as a CUDA graph. Read long prompts by `cache.read(ids, chunk=8192)`
+            before: `prefill_chunk_size` would compile the chunks too. Not with codecs "int4" and "bf16", nor on layers
+            with a pattern.
 
     Raises:
         UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.
@@ -68,6 +73,7 @@ class H2OCache(LongCache):
         grace: int = 0,
         evict_every: int | None = None,
         codec: str | None = None,
+        compiled: bool = False,
     ) -> None:
         kept = Budget(budget, num_sinks, recent, evict_every)
         for name, value, choices in (("score", score, SCORES), ("group", group, GROUPS)):
@@ -77,9 +83,13 @@ class H2OCache(LongCache):
             raise ValueError(f"decay={decay!r} must lie between 0 and 1")
         if grace < 0:
             raise ValueError(f"grace={grace!r} must be a number of tokens >= 0")
+        if compiled:
+            check_codec(codec)
 
         def make(index: int, module: nn.Module) -> H2OLayer:
-            return H2OLayer(kept, codec, score=score, decay=decay, group=group, grace=grace)
+            if compiled:
+                check_layer(index, module)
+            return H2OLayer(kept, codec, compiled, score=score, decay=decay, group=group, grace=grace)
 
         super().__init__(layers=routed_layers(model, "H2OCache", make))
 
@@ -90,8 +100,18 @@ class H2OLayer(EvictingLayer):
     owner = "H2OCache"
     fields: ClassVar = {"mass": torch.float32}
 
-    def __init__(self, budget: Budget, codec: str | None, *, score: str, decay: float, group: str, grace: int) -> None:
-        super().__init__(budget, codec)
+    def __init__(
+        self,
+        budget: Budget,
+        codec: str | None,
+        fixed: bool = False,
+        *,
+        score: str,
+        decay: float,
+        group: str,
+        grace: int,
+    ) -> None:
+        super().__init__(budget, codec, fixed)
         self.kind, self.decay, self.group, self.grace = score, decay, group, grace
 
     def observe(self, step: Step) -> None:
@@ -115,7 +135,7 @@ class H2OLayer(EvictingLayer):
         worth = self.slots["mass"]
         position = self.slots["position"]
         if self.kind == "mean":
-            worth = worth / (self.seen - position)  # the token itself and all after it could give
+            worth = worth / (self.now() - position)  # the token itself and all after it could give
         if self.grace:
-            worth = worth.masked_fill(position >= self.seen - self.grace, torch.finfo(torch.float32).max)
+            worth = worth.masked_fill(position >= self.now() - self.grace, torch.finfo(torch.float32).max)
         return worth

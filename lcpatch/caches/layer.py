@@ -260,6 +260,14 @@ class LongCache(Cache):
         self._model = None if model is None else weakref.ref(model)
         return self
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """What a mask is made of; asked before a step, so layers that generate in fixed buffers get ready here."""
+        if query_length == 1:
+            for layer in self.layers:
+                if hasattr(layer, "enter_fixed"):
+                    layer.enter_fixed()
+        return super().get_mask_sizes(query_length, layer_idx)
+
     def model(self) -> nn.Module | None:
         """The model that the cache was made for, while it is there."""
         return None if self._model is None else self._model()
@@ -269,6 +277,32 @@ class LongCache(Cache):
         args, kwargs = self._given
         given = inspect.signature(type(self).__init__).bind(self, None, *args, **kwargs).arguments
         return dict(list(given.items())[2:])
+
+    @torch.no_grad()
+    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None, chunk: int = 8192) -> None:
+        """Read a prompt ahead of `generate`, `chunk` tokens at a time, without computing logits.
+
+        All but the last token, which `generate(input_ids, past_key_values=cache)` needs; what the cache has seen of it
+        already is not read again. Unlike `generate(prefill_chunk_size=…)` this never compiles the model for a chunk.
+
+        Args:
+            input_ids: [B, T], the whole text so far.
+            attention_mask: [B, T], 0 for left padding; None: no padding.
+            chunk: tokens at a time.
+
+        Raises:
+            ValueError: the model is gone, or `chunk` is below 1.
+        """
+        model = self.model()
+        if model is None or chunk < 1:
+            raise ValueError(f"chunk={chunk} must be at least 1" if model else "the model of this cache is gone")
+        decoder, end = unwrap(model).get_decoder(), input_ids.shape[1] - 1
+        for start in range(self.get_seq_length(), end, chunk):
+            stop, padding = min(start + chunk, end), {}
+            if attention_mask is not None:
+                positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, start:stop]
+                padding = {"attention_mask": attention_mask[:, :stop], "position_ids": positions}
+            decoder(input_ids=input_ids[:, start:stop], past_key_values=self, use_cache=True, **padding)
 
     def save(self, path: str | Path, tokenizer: Any = None) -> Path:
         """Write the cache to one safetensors file, whole or not at all; `lcpatch.load_cache(path, model)` reads it.
@@ -354,8 +388,12 @@ def _tiers(layer: Any) -> dict[str, int]:
         return layer.tiers()
     if hasattr(layer, "memory"):
         return {"device": layer.memory()}
-    held = {x.data_ptr(): x.untyped_storage().nbytes() for x in vars(layer).values() if isinstance(x, Tensor)}
-    return {"device": sum(held.values())}
+    held: dict[str, dict[int, int]] = {"device": {}}
+    for x in vars(layer).values():
+        if isinstance(x, Tensor):  # transformers' offloaded layers leave the device that they were made on
+            tier = "device" if x.device == getattr(layer, "device", x.device) else "host"
+            held.setdefault(tier, {})[x.data_ptr()] = x.untyped_storage().nbytes()
+    return {tier: sum(sizes.values()) for tier, sizes in held.items()}
 
 
 def _grown(x: Tensor, capacity: int, filled: int) -> Tensor:

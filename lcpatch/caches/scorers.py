@@ -136,19 +136,27 @@ class Bookmarks(nn.Module):
         """
         try:
             with safe_open(str(path), "pt") as file:
-                about = json.loads((file.metadata() or {}).get("lcpatch", "{}"))
+                about = _about((file.metadata() or {}).get("lcpatch", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError, ValueError) as error:
             raise LcpatchError(f"{path} cannot be read as bookmarks: {error}") from error
         shapes = {name: tuple(x.shape) for name, x in tensors.items()}
         shape = shapes.get("query", ())
-        if about != {"kind": "bookmarks", "version": 1} or len(shape) != 4 or shapes != {"query": shape, "key": shape}:
+        square = len(shape) == 4 and shape[2] == shape[3]  # or they would be built larger than the file is
+        if about != {"kind": "bookmarks", "version": 1} or not square or shapes != {"query": shape, "key": shape}:
             raise LcpatchError(
                 f"{path} holds {shapes} and says {about}: not bookmarks of this version; write it with Bookmarks.save"
             )
+        if not all(x.is_floating_point() for x in tensors.values()):
+            raise LcpatchError(f"{path} holds {tensors['query'].dtype} and {tensors['key'].dtype}: not bookmarks")
         bookmarks = cls(shape[0], shape[1], shape[3])
         bookmarks.load_state_dict(tensors)
         return bookmarks
+
+
+def _about(text: str) -> Any:
+    """What a file says it is; a short text, or it would not be parsed."""
+    return json.loads(text) if len(text) < 200 else None
 
 
 def make_scorers(scorer: Any, num_layers: int) -> list[Scorer]:

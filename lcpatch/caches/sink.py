@@ -21,6 +21,7 @@ from ..hf.rotation import Rotation, rotation_of
 from ..hf.watch import Call
 from .budget import Budget
 from .evicting import EvictingLayer
+from .fixed import check_codec, check_layer
 from .layer import LongCache, caches, routed_layers
 from .state import fitting, wholes
 
@@ -37,6 +38,7 @@ class SinkCache(LongCache):
         num_sinks: the row's first real tokens, kept for ever.
         positions: "rolling": within the cache (the paper), for RoPE of type default, linear, llama3 or yarn;
             "absolute": in the whole text, so that sinks move away and quality ends with the trained length.
+        compiled: generate in buffers that never move, as in `H2OCache`.
         evict_every: tokens between two compactions while generating, by which the window is shorter at times; default
             a 32nd of the budget, at most 64.
         codec: how keys and values are stored: None (as they are), "bf16", "int8", "int4" or "fp8".
@@ -58,14 +60,21 @@ class SinkCache(LongCache):
         positions: str = "rolling",
         evict_every: int | None = None,
         codec: str | None = None,
+        compiled: bool = False,
     ) -> None:
         kept = Budget(budget, num_sinks, evict_every=evict_every)
         if positions not in POSITIONS:
             raise ValueError(f"positions={positions!r} is not one of {', '.join(map(repr, POSITIONS))}")
 
+        if compiled:
+            check_codec(codec)
+
         def make(index: int, module: nn.Module) -> SinkLayer:
+            if compiled:
+                check_layer(index, module)
             rolling = positions == "rolling" and num_sinks > 0
-            return SinkLayer(kept, codec, rotation_of(unwrap(model), module, "SinkCache") if rolling else None)
+            turn = rotation_of(unwrap(model), module, "SinkCache") if rolling else None
+            return SinkLayer(kept, codec, compiled, turn=turn)
 
         super().__init__(layers=routed_layers(model, "SinkCache", make))
 
@@ -79,14 +88,17 @@ class SinkLayer(EvictingLayer):
 
     owner = "SinkCache"
 
-    def __init__(self, budget: Budget, codec: str | None = None, turn: Rotation | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, budget: Budget, codec: str | None = None, fixed: bool = False, *, turn: Rotation | None = None
+    ) -> None:
         self.turn = turn
-        super().__init__(budget, codec, **kwargs)
+        super().__init__(budget, codec, fixed)
 
     def _clear(self) -> None:
         super()._clear()
         self.lost: list[int] = []  # per row: tokens evicted when its sinks were turned last
         self.first: Tensor | None = None  # [B, K, sinks, D]: the sinks' keys as they came
+        self.lost_now: Tensor | None = None  # `lost` while it generates in fixed buffers
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -94,12 +106,38 @@ class SinkLayer(EvictingLayer):
         self.first = None
 
     def score(self) -> Tensor:
-        return self.slots["position"].float()
+        return self.slots["position"].double()  # fp32 counts to 16 million
 
     def attention(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.turn is not None:
             self._turn_sinks(keys)
         return super().attention(call, keys, values)
+
+    def enter_fixed(self) -> None:
+        if self.fixed is not None or min(self.counts, default=0) < self.budget.num_sinks:
+            return
+        super().enter_fixed()
+        if self.fixed is None or self.turn is None:
+            return
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        now = self.keys_like(like)[:, :, : self.budget.num_sinks].clone()
+        self.lost_now = torch.tensor(self.lost, device=self.device)
+        turned = (self.lost_now > 0)[:, None, None, None]
+        self.first = now if self.first is None else torch.where(turned, self.first, now)
+        for x in (self.first, self.lost_now):
+            torch._dynamo.mark_static_address(x)
+
+    def leave_fixed(self) -> None:
+        if self.fixed is not None and self.lost_now is not None:
+            self.lost, self.lost_now = self.lost_now.tolist(), None
+        super().leave_fixed()
+
+    def before_fixed_attention(self) -> None:
+        if self.lost_now is None:
+            return
+        self.lost_now.copy_(self.fixed.seen - self.fixed.pads - self.fixed.live)
+        for suffix, part in self.codec.encode(self.turn(self.first, self.lost_now)).items():
+            self.fixed.slots.tensors["keys" + suffix][:, :, : self.budget.num_sinks] = part
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)

@@ -25,7 +25,7 @@ class Conversation:
     model, tokenizer: of one model; with a chat template turns are roles, without one lines of one text.
     make_cache: an empty cache.
     system: said before the first turn.
-    chunk: read what is said this many tokens at a time; None: in one go.
+    chunk: read what is said this many tokens at a time, through a cache of lcpatch's; None: in one go.
     options: of `model.generate`.
     """
 
@@ -33,7 +33,7 @@ class Conversation:
         self, model: nn.Module, tokenizer: Any, make_cache: Any, system: str | None, chunk: int | None, **options: Any
     ) -> None:
         self.model, self.tokenizer, self.make_cache = model, tokenizer, make_cache
-        self.options = options | ({"prefill_chunk_size": chunk} if chunk else {})
+        self.chunk, self.options = chunk, options
         self.messages = [{"role": "system", "content": system}] if system else []
         self.rendered = "" if tokenizer.chat_template else (system or "")
         self.ids = torch.zeros(1, 0, dtype=torch.long, device=next(model.parameters()).device)
@@ -43,6 +43,8 @@ class Conversation:
         """Answer `text`, writing to `streamer` as tokens come."""
         self.ids = torch.cat([self.ids, self._heard(text)], 1)
         begin = time.perf_counter()
+        if self.chunk and hasattr(self.cache, "read"):
+            self.cache.read(self.ids, chunk=self.chunk)
         clock = _Clock(streamer)
         out = self.model.generate(
             self.ids,

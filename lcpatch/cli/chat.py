@@ -17,7 +17,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder, an id on the Hub, or `demo`")
     parser.add_argument("--method", metavar="METHOD", help="patch the model with this method")
     parser.add_argument("--cache", metavar="CACHE", help="keep its past in this cache (default: all of it)")
-    parser.add_argument("--chunk", type=int, metavar="N", help="read what is said N tokens at a time")
+    parser.add_argument("--chunk", type=int, metavar="N", help="with a cache, read what is said N tokens at a time")
     parser.add_argument("--system", metavar="TEXT", help="said before the first turn")
     parser.add_argument("--new-tokens", type=int, default=256, metavar="N", help="at most, an answer (default 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")

@@ -64,7 +64,7 @@ def layer_states(
 
 def dense_states(config: Any, modules: Mapping[int, nn.Module], dense: str) -> dict[int, LayerState]:
     """The state of each module of a model that is not patched, whose attention is transformers' `dense`."""
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = _trained_range(config)
     return {
         index: LayerState(
             None,
@@ -77,6 +77,13 @@ def dense_states(config: Any, modules: Mapping[int, nn.Module], dense: str) -> d
         )
         for index, module in modules.items()
     }
+
+
+def _trained_range(config: Any) -> int | None:
+    """Positions beyond which the model is lost; None if unknown, or if its frequencies follow the length."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kind = parameters.get("full_attention", parameters).get("rope_type")
+    return None if kind == "dynamic" else getattr(config, "max_position_embeddings", None)
 
 
 def with_sink_tokens(rules: Iterable[Rule], sinks: str | None) -> list[Rule]:

@@ -7,6 +7,7 @@ from .load import from_pretrained
 from .preview import preview_card
 from .push import push_to_hub
 from .save import save_pretrained
+from .scorer import load_scorer
 from .upload import Push
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "export_kernels",
     "from_pretrained",
     "load_cache",
+    "load_scorer",
     "preview_card",
     "push_generate",
     "push_kernels",

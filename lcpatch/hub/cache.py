@@ -19,7 +19,7 @@ from ..caches import LongCache, caches, store
 from .about import HUB_ID, About
 from .card_files import write_card
 from .errors import sentence
-from .escape import Ready
+from .escape import Ready, argument
 from .template import metadata, render
 from .upload import Push, Target, publish
 
@@ -121,7 +121,7 @@ def cache_card(
         metadata=metadata(data),
         name=repo_id,
         repo_id=repo_id,
-        revision=Ready(f', revision="{revision}"' if revision else ""),
+        revision=argument("revision", revision),
         base=base,
         loader="lcpatch" if patch else "transformers",
         dtype=Ready(dtype),

@@ -19,15 +19,16 @@ from ..patching.resolve import pattern_of
 from ..patterns import AttentionPattern, LayerShape
 from . import measured
 from .about import HUB_ID, About
-from .escape import Ready, clean
+from .escape import argument, clean
 from .load import ADAPTER_CONFIG, MAX_MODEL_CONFIG_BYTES, adapters_in, patch_in
 from .save import needs_lcpatch
-from .sidecar import read_json
+from .sidecar import read_json, read_positions
 from .template import metadata, render
 from .upload import PICTURES
 
 DRAWN_LENGTH = 4096
 MAX_DRAWN_HEADS = 128
+MAX_DRAWN_LAYERS = 512
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Subject:
         has_tokenizer: whether a tokenizer lies beside it.
         revision: the branch it lies on, if not the main one.
         adapters: names of its adapters.
+        positions: what an adapter was trained with: the base must be set to it.
     """
 
     repo_id: str
@@ -51,6 +53,7 @@ class Subject:
     has_tokenizer: bool = False
     revision: str | None = None
     adapters: tuple[str, ...] = ()
+    positions: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -71,7 +74,8 @@ class Subject:
         one = adapters.get("default") or next(iter(adapters.values()), None)
         facts = None if one is None else read_json(one / ADAPTER_CONFIG, MAX_MODEL_CONFIG_BYTES)
         has_tokenizer = (folder / "tokenizer_config.json").is_file()
-        return cls(repo_id, patch, facts, config or {}, has_tokenizer, revision, tuple(adapters))
+        positions = read_positions(folder) if adapters else {}
+        return cls(repo_id, patch, facts, config or {}, has_tokenizer, revision, tuple(adapters), positions)
 
     @property
     def shape(self) -> LayerShape | None:
@@ -80,7 +84,8 @@ class Subject:
         kv_heads = self.config.get("num_key_value_heads") or heads
         fits = type(heads) is int and type(kv_heads) is int and 0 < kv_heads <= heads <= MAX_DRAWN_HEADS
         layers = self.patch.layers if isinstance(self.patch.layers, tuple) else ()
-        return LayerShape(heads, kv_heads, 0, len(layers)) if fits and layers and heads % kv_heads == 0 else None
+        fits = fits and heads % kv_heads == 0 and 0 < len(layers) <= MAX_DRAWN_LAYERS
+        return LayerShape(heads, kv_heads, 0, len(layers)) if fits else None
 
 
 def make_card(
@@ -111,10 +116,11 @@ def card_text(subject: Subject, about: About, report: Report | None = None, pict
     named = [name for name in subject.adapters if name != "default"]
     plain = not named or len(named) < len(subject.adapters)  # whether one lies where PEFT looks first
     values["adapters"] = named
-    values["active"] = Ready(f', adapter="{named[0]}"' if len(named) > 1 and not plain else "")
-    values["subfolder"] = Ready("" if plain else f', subfolder="{named[0]}"')
+    values["positions"] = list(subject.positions.items())
+    values["active"] = argument("adapter", named[0] if len(named) > 1 and not plain else None)
+    values["subfolder"] = argument("subfolder", None if plain else named[0])
     values["base_example"] = base
-    values["base_argument"] = Ready("" if base == adapter.get("base_model_name_or_path") else f', base="{base}"')
+    values["base_argument"] = argument("base", None if base == adapter.get("base_model_name_or_path") else base)
     return render("adapter", **values)
 
 
@@ -123,17 +129,23 @@ def _facts(subject: Subject, about: About) -> dict[str, Any]:
     patch, pattern = subject.patch, pattern_of(subject.patch)
     layers = patch.layers if isinstance(patch.layers, tuple) else ()
     total = subject.config.get("num_hidden_layers")
+    counted = type(total) is int and total > max(layers, default=0)
     kind, value = parse_sinks(patch.sinks) or ("", 0)
     training = about.training
     return {
         "name": subject.repo_id,
         "repo_id": subject.repo_id,
-        "revision": Ready(f', revision="{subject.revision}"' if subject.revision else ""),
+        "revision": argument("revision", subject.revision),
         "base": base_of(subject, about),
         "model_type": subject.config.get("model_type"),
         "patch": patch,
         "pattern": pattern,
-        "layers": {"sparse": len(layers), "total": _count(total, layers), "listed": _listed(layers)},
+        "layers": {
+            "sparse": len(layers),
+            "total": total if counted else "the model's",
+            "all": total == len(layers) if counted else None,
+            "listed": _listed(layers),
+        },
         "sinks": {"kind": kind, "value": int(value)},
         "density": _density(subject, pattern),
         "needs_lcpatch": needs_lcpatch(patch),
@@ -214,10 +226,6 @@ def _parameters(patch: PatchConfig) -> list[tuple[str, Any]]:
     layers = ", ".join(map(str, patch.layers)) if isinstance(patch.layers, tuple) else patch.layers
     rows += [("layers", layers), ("mode", patch.mode), ("sinks", patch.sinks or "none"), ("dense layers", patch.dense)]
     return [(key, value) for key, value in rows if value is not None]
-
-
-def _count(total: Any, layers: tuple[int, ...]) -> Any:
-    return total if type(total) is int and total > max(layers, default=0) else "the model's"
 
 
 def _listed(layers: tuple[int, ...]) -> str:

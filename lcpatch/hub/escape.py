@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 PUNCTUATION = re.compile(r"([\\`*_\[\]<>&|~#$])")
@@ -45,6 +46,11 @@ def block(value: object, language: str = "") -> Ready:
     body = "\n".join(lines).strip("\n")
     fence = "`" * max(3, _longest_run(body) + 1)
     return Ready(f"{fence}{language}\n{body}\n{fence}")
+
+
+def argument(name: str, value: str | None) -> Ready:
+    """A further argument of a call in a card's code: a string literal, whatever it says; nothing for None."""
+    return Ready("" if value is None else f", {name}={json.dumps(clean(value), ensure_ascii=False)}")
 
 
 def clean_line(line: str) -> str:

@@ -1,4 +1,4 @@
-"""Publish a patched model, an adapter or a cache: saved whole first, with its card, then one commit."""
+"""Publish a patched model, an adapter, a cache or a scorer: saved whole first, with its card, then one commit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..caches import LongCache
+from ..caches.scorers import Bookmarks
 from ..eval.saved import read_report
 from ..hf.models import unwrap
 from .about import About
@@ -15,6 +16,7 @@ from .cache import push_cache
 from .card import Subject, make_card
 from .card_files import write_card
 from .save import patch_of, save_pretrained
+from .scorer import push_scorer
 from .sidecar import LOGITS_FILE
 from .upload import Push, Target, publish
 
@@ -40,12 +42,13 @@ def push_to_hub(
     about: Any = None,
     **kwargs: Any,
 ) -> Push:
-    """Save a patched model, an adapter or a cache and push it to the Hub in one commit, with a card.
+    """Save a patched model, an adapter, a cache or a scorer and push it to the Hub in one commit, with a card.
 
     A README.md that is there already stays, unless it is a card of an earlier push that nobody changed.
 
     Args:
-        model: what `lcpatch.apply` patched, or a cache: what `lcpatch.load_cache` loads from there.
+        model: what `lcpatch.apply` patched; or a cache, which `lcpatch.load_cache` loads from there; or trained
+            `caches.scorers.Bookmarks`, which `lcpatch.hub.load_scorer` loads.
         repo_id: "user/name"; made if it does not exist.
         private: whether a new repository is private.
         revision: the branch; made if it does not exist.
@@ -66,11 +69,13 @@ def push_to_hub(
         HubError: the Hub refused or failed; the saved files are kept, and the message says where. Push again to repeat.
     """
     target = Target(repo_id, "model", private, revision, create_pr, token)
-    if isinstance(model, LongCache):
+    if isinstance(model, LongCache | Bookmarks):
         if report is not None or kwargs:
             raise ValueError(f"{['report', *kwargs][report is None]} is for a model; a cache has its own file and card")
-        said = {"tokenizer": tokenizer, "about": about, "message": commit_message, "dry_run": dry_run}
-        return push_cache(model, target, **said)
+        said = {"about": about, "message": commit_message, "dry_run": dry_run}
+        if isinstance(model, Bookmarks):
+            return push_scorer(model, target, **said)
+        return push_cache(model, target, tokenizer=tokenizer, **said)
     patch = patch_of(model)
     about = About.of(about)
     report = None if report is None else read_report(report)

@@ -71,8 +71,8 @@ def read_positions(folder: Path) -> dict[str, Any]:
     """
     file = folder / CONFIG_FILE
     data = read_json(file).get("positions", {}) if file.is_file() else {}
-    if not isinstance(data, dict) or (unknown := sorted(data.keys() - set(POSITIONS))):
-        raise ValueError(f"{CONFIG_FILE}: positions must hold {' and '.join(POSITIONS)} only, not {unknown or data!r}")
+    if not isinstance(data, dict) or data.keys() - set(POSITIONS):
+        raise ValueError(f"{CONFIG_FILE}: positions must hold {' and '.join(POSITIONS)} only, not {str(data)[:80]}")
     limit, rope = data.get("max_position_embeddings", 1), data.get("rope_parameters", {})
     if type(limit) is not int or limit < 1:
         raise ValueError(f"{CONFIG_FILE}: max_position_embeddings={limit!r} must be a whole number from 1 on")

@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import HubError
 from .card_files import README, is_ours
 from .errors import sentence
 
@@ -107,7 +108,12 @@ def upload(folder: Path, target: Target, message: str, replaced: Sequence[str] =
     """
     files = files_in(folder)
     with sentence(f"push to {target.repo_id}", target.token, afterwards):
-        info = _commit(files, target, message, replaced)
+        try:
+            info = _commit(files, target, message, replaced)
+        except ValueError as error:  # how huggingface_hub says that the Hub refused the card's metadata
+            if hasattr(error, "response"):  # an answer like any other
+                raise
+            raise HubError(f"cannot push to {target.repo_id}: {error}{afterwards}") from error
     sizes = {name: file.stat().st_size for name, file in files.items()}
     return Push(target.repo_id, sizes, info.oid, info.commit_url, info.pr_url)
 

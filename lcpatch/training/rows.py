@@ -37,6 +37,7 @@ class TextRows(Dataset):
 
     def __init__(self, store: TokenStore, length: int, masked: bool = True) -> None:
         self._store, self._length, self._masked = store, length, masked
+        self.key = store.key
         if len(store) < length:
             raise ValueError(
                 f"the data has {len(store)} tokens, and a row {length}: give more data, or a shorter --length"
@@ -67,6 +68,7 @@ class ChatRows(Dataset):
 
     def __init__(self, store: TokenStore, length: int, pad: int) -> None:
         self._store, self._length, self._pad = store, length, pad
+        self.key = store.key
         self._starts = np.concatenate([[0], store.ends])
         if not len(store.ends):
             raise ValueError(

@@ -55,6 +55,7 @@ class TokenStore:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.key = folder.name
         self.index: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         self._files = [safe_open(folder / name, framework="np") for name in self.index["shards"]]
         self._tokens = [file.get_slice("tokens") for file in self._files]

@@ -48,6 +48,9 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, Trainer):
         self.losses: list[float] = []
         """The loss of every step of this process's session, unrounded."""
         self._step_loss = 0.0
+        # Where parameters are in pieces (FSDP, DeepSpeed) only the model's own forward may put them together.
+        whole = self.accelerator.distributed_type in ("NO", "MULTI_GPU", "MULTI_CPU")
+        self._fuses = whole and can_fuse(self.model)
 
     def compute_loss(
         self,
@@ -58,7 +61,7 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, Trainer):
     ) -> Any:
         """The model's own loss, without a cache: with one, packed documents would see each other."""
         inputs = {**inputs, "use_cache": False}
-        if not can_fuse(self.model):
+        if not self._fuses:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         loss = fused_loss(model, inputs, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:

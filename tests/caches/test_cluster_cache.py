@@ -5,14 +5,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from cache_cases import LENGTH, feed, left_padding, make_model, randn, step
+from cache_cases import LENGTH, assert_bias, feed, left_padding, make_model, randn, step
 from models import build, tokens
 from noise import distance, model_budget
 
 import lcpatch
-from lcpatch.caches import scattered
 from lcpatch.caches.budget import Budget
-from lcpatch.caches.cluster import ClusterLayer, Clusters, Merging, reduce, shrink, with_bias
+from lcpatch.caches.cluster import ClusterLayer, Clusters, Merging, reduce, shrink
 from lcpatch.hf.state import own_spec
 from lcpatch.hf.watch import Call, attend
 
@@ -57,20 +56,7 @@ def test_attention_over_merged_equal_keys_is_exact(times, later):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_bias_in_further_dimensions_is_the_bias(dtype):
-    """Against adding it to the scores: twice what rounding of the inputs' dtype makes of those."""
-    q, k, v = (randn(2, h, n, 16, seed=h + n).to(dtype) for h, n in ((6, 9), (3, 50), (3, 51)))
-    v = v[:, :, :50]
-    bias = randn(2, 3, 50).abs().float() * 5
-    call = Call(q, k, v, own_spec(6, None), None, 0.3, None, "auto")
-    out, lse = attend(with_bias(call, k, v, bias))
-    position = torch.arange(50).expand(2, 3, -1)
-    queries = scattered.Queries(q.double(), position[:, 0, -9:], call.spec, 0.3, None, 50)
-    want, want_lse = scattered.attend(queries, scattered.Keys(k.double(), v.double(), position, bias))
-    eps = torch.finfo(dtype).eps
-    precise = max(eps**2, torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps)
-    assert distance(lse, want_lse) <= 32 * precise * want_lse.abs().max()
-    assert distance(out[..., :16], want) <= (eps + 32 * precise * want_lse.abs().max()) * v.abs().max()
-    assert (out[..., 16:] == 0).all()
+    assert_bias(dtype, "cpu", queries=9, keys=50, head_dim=16)
 
 
 @pytest.mark.parametrize("cut", [[LENGTH], [30, 1, 1, 28, 30], [50, *[1] * 40]])

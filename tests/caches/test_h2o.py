@@ -198,11 +198,18 @@ def test_a_model_of_windows_alone_is_refused():
         ({"decay": 1}, "between 0 and 1"),
         ({"codec": "int2"}, "codec='int2' is not one of"),
         ({"evict_every": 0}, "evict_every=0"),
+        ({"compiled": True, "codec": "int4"}, "codec='int4' does not allow"),
     ],
 )
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         lcpatch.H2OCache(build(), **options)
+
+
+def test_compiled_takes_no_pattern():
+    model = lcpatch.apply(build(), "sink", layers=[1])
+    with pytest.raises(ValueError, match="layer 1 follows the pattern 'sink'"):
+        lcpatch.H2OCache(model, compiled=True)
 
 
 def test_a_removed_route_is_noticed():

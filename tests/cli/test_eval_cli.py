@@ -1,6 +1,7 @@
 """`lcpatch eval` from the command line, with a tiny saved model."""
 
 import json
+import shlex
 
 import pytest
 from eval_cases import DOCUMENTS, model, tokenizer
@@ -38,6 +39,7 @@ def test_a_whole_run(folder, tmp_path, capsys):
     assert "passkey: a number hidden in nonsense" in printed
     report = json.loads((out / "report.json").read_text())
     assert report["tasks"]["passkey"]["digits"] == 3
+    assert shlex.split(report["command"]) == ["lcpatch", *words.split(), "--arm", "sink --window 9"]
     assert report["tasks"]["perplexity"]["max_windows"] == 2
     assert len((out / "results.jsonl").read_text().splitlines()) == 1 + 3 * (2 + 1)
 

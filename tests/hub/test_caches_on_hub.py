@@ -48,6 +48,20 @@ settings = {"max_new_tokens": 12, "do_sample": False}
 want["generated"] = base.generate(ids, past_key_values=lcpatch.H2OCache(base, budget=20, num_sinks=2), **settings)
 want["dense"] = build().generate(ids, **settings)
 push_generate("h2o", "me/h2o", token=token, budget=20, num_sinks=2)
+
+from lcpatch.caches.scorers import Bookmarks
+scorer = Bookmarks.of(base)
+for parameter in scorer.parameters():
+    torch.nn.init.normal_(parameter)
+lcpatch.push_to_hub(scorer, "me/scorer", token=token, about={"base_model": "me/base"})
+
+def read(cache, model):
+    model(ids[:, :60], past_key_values=cache)
+    return model(ids[:, 60:61], past_key_values=cache).logits.detach()
+
+small = {"budget": 16, "page": 4, "recent": 4, "num_sinks": 0}
+want["scorer"] = read(lcpatch.RetrievalCache(base, scorer=scorer, **small), base)
+want["mean"] = read(lcpatch.RetrievalCache(base, scorer="mean", **small), base)
 torch.save(want, out + "/want.pt")
 """
 
@@ -73,6 +87,23 @@ said["generated"] = torch.equal(got, want["generated"])
 said["apart"] = not torch.equal(got, want["dense"])
 wide = base.generate(ids, **settings, trust_remote_code=True, cache_options={"budget": 500})
 said["options"] = torch.equal(wide, want["dense"])
+
+from lcpatch.hub import load_scorer
+made = run_card("me/scorer", 0, "model", "cache")
+said["scorer card"] = type(made[1]).__name__
+scorer = load_scorer("me/scorer", base)
+
+def read(cache, model):
+    model(ids[:, :60], past_key_values=cache)
+    return model(ids[:, 60:61], past_key_values=cache).logits.detach()
+
+small = {"budget": 16, "page": 4, "recent": 4, "num_sinks": 0}
+got = read(lcpatch.RetrievalCache(base, scorer=scorer, **small), base)
+said["scorer"] = torch.equal(got, want["scorer"]) and not torch.equal(got, want["mean"])
+try:
+    load_scorer("me/scorer", build(num_hidden_layers=3))
+except ValueError as refused:
+    said["other geometry"] = str(refused)
 """
 
 
@@ -108,6 +139,12 @@ def test_generate_takes_the_cache_from_a_repository(story):
     assert said["generated"]
     assert said["apart"]
     assert said["options"]
+
+
+def test_a_scorer_travels_too(story):
+    assert story["pulled"]["scorer card"] == "RetrievalCache"
+    assert story["pulled"]["scorer"]
+    assert "this model has (3, " in story["pulled"]["other geometry"]
 
 
 # Without a Hub

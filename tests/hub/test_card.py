@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import jinja2
+import peft
 import pytest
 import yaml
 from card_cases import TEXTS, kinds
@@ -128,6 +129,14 @@ def test_every_method_has_a_card(method: str, adapter: bool):
     assert ("in silence" in card) == (adapter and always)
     assert "Nothing was measured" in card
     assert "None was stated" in card
+
+
+def test_the_positions_of_an_adapter_are_said(tmp_path: Path):
+    model = lcpatch.apply(build(max_position_embeddings=777), "sf", **SHORT["sf"])
+    lcpatch.save_pretrained(peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear")), tmp_path)
+    card = card_text(Subject.of(tmp_path, "me/adapter"), About())
+    assert "if the base has the positions below" in card
+    assert "`777`" in card
 
 
 def test_learned_sinks_and_switched_off_patches_are_said():

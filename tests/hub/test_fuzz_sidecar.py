@@ -15,9 +15,16 @@ from safetensors.torch import save_file
 
 from lcpatch import PatchConfig
 from lcpatch.caches import store
+from lcpatch.caches.scorers import Bookmarks
+from lcpatch.core.errors import LcpatchError
+from lcpatch.hf.layers import with_sink_tokens
+from lcpatch.hub.about import About
+from lcpatch.hub.card import Subject, card_text
 from lcpatch.hub.load import MAX_MODEL_CONFIG_BYTES, patch_in
-from lcpatch.hub.sidecar import MAX_CONFIG_BYTES, read_config
+from lcpatch.hub.sidecar import MAX_CONFIG_BYTES, read_config, read_positions
 from lcpatch.patching.resolve import pattern_of
+from lcpatch.patterns import LayerShape
+from lcpatch_kernels import BlockSparseSpec
 
 VALID = {
     "format": 1,
@@ -31,20 +38,28 @@ VALID = {
         "sinks": "tokens:4",
         "dense": "sdpa",
     },
+    "positions": {"max_position_embeddings": 512, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
 }
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+CONFIG = {"model_type": "llama", "lcpatch": {**VALID["patch"], "format": 2, "specs": {"0": "16 1 0", "1": "16 1 0"}}}
+CONFIG |= {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 512}
+LARGE = st.integers(28, 140).map(lambda n: 2**n) | st.integers(10, 60).map(lambda n: 10**n)
+SCALARS = st.none() | st.booleans() | st.integers() | LARGE | st.floats() | st.text(max_size=8)
 VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=8), v, max_size=3))
 PLACES = [(key,) for key in VALID] + [("patch", key) for key in VALID["patch"]]
 PLACES += [("patch", "options", key) for key in VALID["patch"]["options"]]
+PLACES += [("positions", key) for key in VALID["positions"]] + [("positions", "rope_parameters", "rope_theta")]
 
 
 def read(raw: bytes) -> PatchConfig | None:
-    """The patch in these bytes, or None if they were refused."""
+    """The patch in these bytes, which can be compiled and has a card, or None if they were refused."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "lcpatch_config.json").write_bytes(raw)
         try:
             patch = read_config(Path(folder))
-            pattern_of(patch)
+            rules = pattern_of(patch).rules(LayerShape(8, 2, 0, 2))
+            BlockSparseSpec.of(with_sink_tokens(rules, patch.sinks)).density(300)
+            read_positions(Path(folder))
+            card_text(Subject("me/model", patch, None, CONFIG), About())
         except ValueError:
             return None
         return patch
@@ -79,9 +94,6 @@ def carried(raw: bytes) -> PatchConfig | None:
             return patch_in(Path(folder), "x", is_adapter=False)
         except ValueError:
             return None
-
-
-CONFIG = {"model_type": "llama", "lcpatch": {**VALID["patch"], "format": 2, "specs": {"0": "16 1 0", "1": "16 1 0"}}}
 
 
 @given(st.sampled_from([(), *((key,) for key in CONFIG["lcpatch"]), ("specs", "0"), ("specs", "x")]), VALUES)
@@ -124,6 +136,38 @@ def test_one_value_of_a_header_replaced(key: str, value: Any):
         return
     kinds = {"format": int, "cache": str, "options": dict, "model": dict, "layers": list}
     assert isinstance(value, kinds.get(key, object))
+
+
+SHAPES = st.lists(st.integers(0, 40), max_size=5).map(tuple)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool])
+
+
+@given(SHAPES, SHAPES, DTYPES, st.sampled_from(["query", "key", "other"]), VALUES)
+@settings(max_examples=80, deadline=None)
+def test_scorers_of_any_shape(
+    shape: tuple[int, ...], other: tuple[int, ...], dtype: torch.dtype, name: str, about: Any
+):
+    valid = {"kind": "bookmarks", "version": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "scorer.safetensors")
+        tensors = {"query": torch.zeros(shape, dtype=dtype), name: torch.zeros(other, dtype=dtype)}
+        for said in (valid, about):
+            save_file(tensors, file, metadata={"lcpatch": json.dumps(said)})
+            try:
+                found = Bookmarks.load(file)
+            except LcpatchError:
+                continue
+            assert said == valid
+            assert found.query.shape == found.key.shape == shape
+            assert dtype.is_floating_point
+
+
+def test_a_scorer_is_not_built_larger_than_its_file(tmp_path: Path):
+    flat = torch.zeros(1, 1, 1, 100_000)  # square it would be 37 GiB
+    for text in (json.dumps({"kind": "bookmarks", "version": 1}), "[" * 10**6):
+        save_file({"query": flat, "key": flat.clone()}, tmp_path / "x", metadata={"lcpatch": text})
+        with pytest.raises(LcpatchError, match="not bookmarks of this version"):
+            Bookmarks.load(tmp_path / "x")
 
 
 READERS = {"sidecar": (read, MAX_CONFIG_BYTES), "config": (carried, MAX_MODEL_CONFIG_BYTES)}

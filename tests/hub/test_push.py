@@ -26,6 +26,7 @@ lfs, commit = "/_lfs/", "/commit/"
 FAULTS = {
     "409": (commit, 409, 1), "429": (commit, 429, 1), "500": (commit, 500, 1), "cut": (commit, 0, 1),
     "upload cut": (lfs, 0, 99), "upload 500": (lfs, 500, 99), "upload 403": (lfs, 403, 1),
+    "card": ("/validate-yaml", 400, 1),
 }
 for name, (path, status, times) in FAULTS.items():
     fail(path, status, times=times, retry_after=7 if status == 429 else None)
@@ -162,6 +163,7 @@ def test_a_dry_run_talks_to_nobody(story):
         ("upload cut", "no answer from the Hub"),
         ("upload 500", "500, the Hub has a fault"),
         ("upload 403", "403, this token may not do that"),
+        ("card", "Invalid metadata in README.md"),
     ],
 )
 def test_a_failed_push_says_why_and_keeps_the_files(case: str, message: str, story):

@@ -7,7 +7,9 @@ import torch
 from models import FAMILIES, build, config_for, tokens
 from transformers import GPT2Config
 
+import lcpatch
 from lcpatch.core.errors import UnsupportedModelError
+from lcpatch.hf import attention
 from lcpatch.training.rope import KINDS, extend
 
 
@@ -82,3 +84,14 @@ def test_a_model_without_rotary_positions_is_refused():
         extend(GPT2Config(), 4096)
     with pytest.raises(ValueError, match=r"rope='ntk' is not one of linear, yarn, dynamic, none"):
         extend(config_for("llama"), 4096, "ntk")
+
+
+def test_a_patched_model_warns_beyond_its_positions_unless_they_stretch(recwarn):
+    ids = tokens(1, 700)
+    for config, warned in ((config_for("llama"), True), (extend(config_for("llama"), 2048, "dynamic"), False)):
+        recwarn.clear()
+        attention._warn.cache_clear()
+        model = lcpatch.apply(build(config=config), "sink", window=30)
+        with torch.no_grad():
+            model(ids)
+        assert any("longer than the 512 positions" in str(w.message) for w in recwarn) == warned

@@ -3,18 +3,24 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
+import eval_cases
 import pytest
 import torch
 import training_cases
 from noise import FACTOR, distance, model_budget
+from safetensors.torch import load_file
 from training_cases import SETTINGS, STEPS, Interrupt, ids, run
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lcpatch
-from lcpatch.core.errors import TrainingError
+from lcpatch.cli import main
+from lcpatch.core.errors import TrainingError, UnsupportedModelError
 from lcpatch.hf.state import SINK_LOGIT
-from lcpatch.training import lora, trainer
+from lcpatch.training import lora, sources, trainer
+from lcpatch.training.model import load_model
 
 
 def mean(losses: list[float]) -> float:
@@ -99,6 +105,90 @@ def test_evaluation_is_dense_and_patched(trained):
     assert all(line["tokens_per_second"] > 0 for line in log if "loss" in line)
 
 
+def test_chats_are_trained_on(base, tmp_path: Path):
+    """SFT through the chat template: what the assistant says is learned, and records that are too long are told of."""
+    folder = shutil.copytree(base, tmp_path / "chatty")
+    template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    records = [{"instruction": f"Say {n}.", "output": "Very well, here it is."} for n in range(40)]
+    records.append({"instruction": "x " * 500, "output": "No."})
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.warns(UserWarning, match="1 of 41 records were left out: longer than 96 tokens"):
+        result = run(folder, tmp_path / "run", task="sft", data=(str(tmp_path / "chats.jsonl"),), attention="sf")
+    assert mean(result.losses[-3:]) < mean(result.losses[:3]) - 1  # the same answer every time is soon learned
+
+
+def test_half_precision_weights(base, tmp_path: Path):
+    """bf16 where nothing is trained, fp32 where it is; what comes out runs by itself, and comes back as it is."""
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(base).save_pretrained(half)
+    result = run(half, tmp_path / "run", dtype="bfloat16", attention="sf", sinks="logit:-3", eval_rows=0)
+    assert mean(result.losses[-5:]) < mean(result.losses[:5]) - 0.2
+    trained = {n: p.dtype for n, p in result.model.named_parameters() if p.requires_grad}
+    assert {dtype for n, dtype in trained.items() if "lora_" in n or n.endswith(SINK_LOGIT)} == {torch.float32}
+    assert {dtype for n, dtype in trained.items() if "norm" in n or "embed" in n} == {torch.bfloat16}
+    stored = load_file(tmp_path / "run" / "checkpoint-20" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}  # what an exact resumption needs
+    loaded = lcpatch.from_pretrained(tmp_path / "run" / "model")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids()).logits, result.model.eval()(ids()).logits)
+    merged = lora.merge(loaded)
+    assert {p.dtype for n, p in merged.named_parameters() if not n.endswith(SINK_LOGIT)} == {torch.bfloat16}
+
+
+def test_four_bit_weights(base, tmp_path: Path):
+    """QLoRA, on the CPU that bitsandbytes serves too; the adapter fits the unquantized base, and only there merges."""
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path / "wide"
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
+    eval_cases.model(tie_word_embeddings=True, initializer_range=0.05, **sizes).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    result = run(folder, tmp_path / "run", quantize="4bit", dtype="bfloat16", attention="sf", eval_rows=0)
+    assert mean(result.losses[-5:]) < mean(result.losses[:5]) - 0.2
+    assert "Linear4bit" in {type(module).__name__ for module in result.model.modules()}
+    with pytest.raises(UnsupportedModelError, match="a merge into 4-bit weights rounds"):
+        lora.merge(result.model)
+    assert lcpatch.from_pretrained(tmp_path / "run" / "model")(ids()).logits.isfinite().all()
+
+
+def test_four_bits_need_bitsandbytes(base, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="quantize='4bit' needs bitsandbytes: pip install bitsandbytes, or leave"):
+        load_model(training_cases.config(base, tmp_path, quantize="4bit"))
+
+
+def test_the_verb_trains(base, tmp_path: Path, capsys):
+    """By a recipe's name, and from a YAML file; the same run goes on, or has nothing left to do."""
+    words = [
+        "--model",
+        str(base),
+        "--length",
+        "96",
+        "--steps",
+        "2",
+        "--eval-rows",
+        "1",
+        "--output",
+        str(tmp_path / "a"),
+    ]
+    assert main(["train", "longlora", *words]) == 0
+    said = capsys.readouterr().out
+    assert "2 steps, loss " in said
+    assert "evaluation, patched: loss " in said
+    (tmp_path / "b.yaml").write_text(f"model: {base}\nlength: 96\nattention: shift\neval_rows: 1\nwarmup: 5\n")
+    file = ["train", str(tmp_path / "b.yaml"), "--output", str(tmp_path / "b")]
+    assert main([*file, "--steps", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-4:-1] == said.splitlines()[-4:-1]
+    assert main([*file, "--steps", "2"]) == 0
+    assert "2 steps" not in capsys.readouterr().out
+    assert main([*file, "--steps", "3"]) == 2
+    assert "holds a run with steps=2, this one has 3" in capsys.readouterr().err
+
+
 # Stopping, and going on
 
 
@@ -136,11 +226,15 @@ def test_a_stopped_run_goes_on_exactly(trained, base, tmp_path: Path, interrupt,
     assert rest.metrics["eval_dense_loss"] == whole.metrics["eval_dense_loss"]
 
 
-def test_a_run_with_another_config_is_refused(trained, base):
+def test_a_run_with_another_config_is_refused(trained, base, monkeypatch):
     _, output = trained["longlora"]
     before = sorted(output.rglob("*"))
     with pytest.raises(ValueError, match=r"holds a run with learning_rate=0.005, this one has 0.001: take another"):
         run(base, output, **SETTINGS["longlora"], learning_rate=1e-3)
+    with monkeypatch.context() as patch:  # the same name, another text
+        patch.setattr(sources, "read_texts", lambda names: (["Some other text. " * 2000], "other"))
+        with pytest.raises(ValueError, match=r"holds a run with data_content="):
+            run(base, output, **SETTINGS["longlora"])
     with pytest.raises(ValueError, match=r"holds a run already; take another --output"):
         run(base, output, **SETTINGS["longlora"], resume="never")
     assert sorted(output.rglob("*")) == before
@@ -194,12 +288,12 @@ def test_chunks_train_as_whole_rows_do(trained, base, tmp_path: Path):
 @pytest.mark.parametrize("rope", ["linear", "yarn", "dynamic"])
 def test_an_extended_adapter_comes_back_extended(base, tmp_path: Path, rope: str):
     """The base's own config knows nothing of it."""
-    result = run(base, tmp_path, attention="full", length=4200, rope=rope, steps=1, eval_rows=0, checkpointing="none")
+    result = run(base, tmp_path, attention="full", length=600, rope=rope, steps=1, eval_rows=0, checkpointing="none")
     model = result.model.eval()
     assert model.config.rope_parameters["rope_type"] == rope
-    assert model.config.max_position_embeddings == (4096 if rope == "dynamic" else 8192)
+    assert model.config.max_position_embeddings == (512 if rope == "dynamic" else 1024)
     loaded = lcpatch.from_pretrained(tmp_path / "model")
-    text = ids(4200)  # as long as a row: transformers' dynamic frequencies depend on the longest text seen so far
+    text = ids(600)  # as long as a row: transformers' dynamic frequencies depend on the longest text seen so far
     with torch.no_grad():
         assert torch.equal(loaded(text).logits, model(text).logits)
     plain = type(model.get_base_model()).from_pretrained(base)

@@ -30,6 +30,7 @@ def shard_batch(
     layout: str = "contiguous",
     num_items: int | Tensor | None = None,
     data_ranks: int = 1,
+    members: tuple[int, ...] | None = None,
 ) -> dict[str, Any]:
     """The arguments of a parallelized model's forward on `rank`.
 
@@ -37,10 +38,11 @@ def shard_batch(
         batch: the whole batch, as a collator makes it: `input_ids` [B, N]; `labels` [B, N], not shifted (-100: no
             target); a 2-D `attention_mask` of padding on either side; `position_ids` [B, N] that restart, or
             `cu_seq_lens_q`, where rows are packed. Other entries are passed on if they are not tensors.
-        rank, num_ranks: of the context-parallel group.
+        rank, num_ranks: of those that share the batch.
         layout: which rank gets which tokens: "contiguous" (for patterns), "head_tail" or "per_document".
         num_items: targets by which the loss is divided; default: those of this batch. For gradient accumulation, and
             for data parallelism around it, the number over all of a step's batches.
+        members: which ranks of the group share it; None: all.
         data_ranks: factor of the loss, for a host that averages gradients over ranks which should add up (DDP, FSDP).
 
     Raises:
@@ -56,7 +58,7 @@ def shard_batch(
         raise ParallelError(f"{unknown[0]} cannot be cut over ranks; known tensors: {', '.join(KNOWN)}")
     documents = documents_of(batch)
     cut = make_layout(layout, length, num_ranks, documents)
-    shard = Shard(cut, documents, rank)
+    shard = Shard(cut, documents, rank, members)
     places = cut.tokens(rank).to(ids.device)
     result: dict[str, Any] = {k: v for k, v in batch.items() if k not in KNOWN}
     result |= {"input_ids": ids[:, places], "position_ids": _positions(documents, length).to(ids.device)[:, places]}

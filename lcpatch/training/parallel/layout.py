@@ -7,7 +7,7 @@ row, is one stretch of the rank's own tokens too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -89,11 +89,18 @@ class Layout:
 
 @dataclass(frozen=True)
 class Shard:
-    """What a rank's model is told of the batch that it holds a part of. Equal on all ranks but for `rank`."""
+    """What a rank's model is told of the batch that it holds a part of. Equal on all ranks but for `rank`.
+
+    Args:
+        layout, documents: of the whole batch.
+        rank: this one's number among those that share it.
+        members: which ranks of the group those are; None: all.
+    """
 
     layout: Layout
     documents: Documents
-    rank: int = field(default=0)
+    rank: int
+    members: tuple[int, ...] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -42,6 +42,13 @@ class Link:
         self.pulse = pulse
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.sent = 0
+        self._among: dict[tuple[int, ...], Members] = {}
+
+    def among(self, members: tuple[int, ...]) -> Link:
+        """Some of the group's ranks as a group of their own, on the same communicator: by pairwise transfers."""
+        if members not in self._among:
+            self._among[members] = Members(self, members)
+        return self._among[members]
 
     def exchange(self, rows: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Callable[[], Tensor]:
         """Send the first `sends[0]` rows to rank 0, the next to rank 1, …; differentiable.
@@ -80,9 +87,9 @@ class Link:
             works = dist.batch_isend_irecv(ops)
         return lambda: self._wait(works, sends)
 
-    def gather(self, values: Sequence[int]) -> list[list[int]]:
-        """Each rank's whole numbers, by rank; waits for all."""
-        mine = torch.tensor(values, dtype=torch.int64, device=self.device)
+    def gather(self, values: Sequence[int], device: torch.device) -> list[list[int]]:
+        """Each rank's whole numbers, by rank; waits for all. They travel from and to `device`."""
+        mine = torch.tensor(values, dtype=torch.int64, device=device)
         found = [torch.empty_like(mine) for _ in range(self.size)]
         with self.named():
             dist.all_gather(found, mine, group=self.group)
@@ -93,12 +100,6 @@ class Link:
         with self.named():
             dist.all_reduce(x, group=self.group)
 
-    @property
-    def device(self) -> torch.device:
-        """Where this group's backend wants its tensors."""
-        nccl = "nccl" in dist.get_backend(self.group)
-        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-
     @contextmanager
     def named(self) -> Iterator[None]:
         """An error of the backend becomes one that names the rank that is gone."""
@@ -107,8 +108,7 @@ class Link:
         except ParallelError:
             raise
         except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
-            gone = self.pulse.gone() if self.pulse else []
-            who = f"rank {', '.join(map(str, gone))} is gone" if gone else "no rank is known to be gone"
+            who = self.pulse.who_is_gone() if self.pulse else "which rank is at fault is not known"
             reason = str(error).strip().splitlines()[0]
             raise ParallelError(f"rank {self.rank} cannot reach its group: {who} ({reason})") from error
 
@@ -120,6 +120,37 @@ class Link:
         with self.named():
             for work in works:
                 work.wait()
+
+
+class Members(Link):
+    """Some ranks of a link's group, numbered anew; the others need not know. See `Link.among`."""
+
+    def __init__(self, whole: Link, members: tuple[int, ...]) -> None:
+        self._whole, self._members = whole, members
+        self.rank, self.size = members.index(whole.rank), len(members)
+
+    @property
+    def sent(self) -> int:
+        """Bytes that the whole link sent."""
+        return self._whole.sent
+
+    def all_to_all(self, rows: Tensor, sends: list[int], receives: list[int]) -> tuple[Tensor, Callable[[], None]]:
+        arrived = rows.new_empty(sum(receives), *rows.shape[1:])
+        out, into = rows.split(sends), arrived.split(receives)
+        into[self.rank].copy_(out[self.rank])
+        others = [peer for peer in range(self.size) if peer != self.rank]
+        return arrived, self.transfer([(out[p], p) for p in others], [(into[p], p) for p in others])
+
+    def transfer(self, sends: Sequence[Message], receives: Sequence[Message]) -> Callable[[], None]:
+        sends, receives = ([(x, self._members[peer]) for x, peer in messages] for messages in (sends, receives))
+        return self._whole.transfer(sends, receives)
+
+    def gather(self, values: Sequence[int], device: torch.device) -> list[list[int]]:
+        mine = torch.tensor(values, dtype=torch.int64, device=device)
+        found = [mine if peer == self.rank else torch.empty_like(mine) for peer in range(self.size)]
+        others = [peer for peer in range(self.size) if peer != self.rank]
+        self.transfer([(mine, peer) for peer in others], [(found[peer], peer) for peer in others])()
+        return torch.stack(found).tolist()
 
 
 class _Flight:

@@ -102,7 +102,7 @@ class Parallel:
         setattr(base, ON_REMOVE, self.close)
         self.link.pulse = pulse_of(self.link.group)
         # Also makes NCCL's communicator, which may not come about in a pairwise transfer that only some take part in.
-        self.link.gather([self.rank])
+        self.link.gather([self.rank], next(base.parameters()).device)
 
     def __enter__(self) -> Parallel:
         return self
@@ -125,10 +125,29 @@ class Parallel:
             self.link.pulse.stop()
 
     def shard(
-        self, batch: Mapping[str, Any], num_items: int | Tensor | None = None, data_ranks: int = 1
+        self,
+        batch: Mapping[str, Any],
+        num_items: int | Tensor | None = None,
+        data_ranks: int = 1,
+        members: Sequence[int] | None = None,
     ) -> dict[str, Any]:
-        """This rank's part of a whole batch, as arguments of the model; see `batch.shard_batch`."""
-        return shard_batch(batch, self.rank, self.size, self._layout_of(batch), num_items, data_ranks)
+        """This rank's part of a whole batch, as arguments of the model; see `batch.shard_batch`.
+
+        Args:
+            batch, num_items, data_ranks: as there.
+            members: only these ranks of the group share the batch (as `balance.plan` says), and only they call the
+                model on it; several such batches may be under way at once.
+
+        Raises:
+            ParallelError: a batch that cannot be cut, or that is not this rank's.
+        """
+        layout = self._layout_of(batch)
+        if members is None:
+            return shard_batch(batch, self.rank, self.size, layout, num_items, data_ranks)
+        chosen = tuple(sorted(members))
+        if self.rank not in chosen:
+            raise ParallelError(f"rank {self.rank} is not among the ranks {list(chosen)} that share this batch")
+        return shard_batch(batch, chosen.index(self.rank), len(chosen), layout, num_items, data_ranks, chosen)
 
     def pool(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The batches of all ranks, by rank, where each has read one of its own; a collective."""
@@ -140,7 +159,7 @@ class Parallel:
 
     def total(self, loss: Tensor) -> Tensor:
         """The whole batch's loss from this rank's, detached; a collective."""
-        loss = loss.detach().clone().to(self.link.device)
+        loss = loss.detach().clone()
         self.link.add(loss)
         return loss
 
@@ -162,8 +181,9 @@ class Parallel:
 
     def attend(self, layer: int, call: Call, shard: Shard | None) -> tuple[Tensor, Tensor]:
         """Attention of one layer; called by `hf.attention`."""
+        link = self.link if shard is None or shard.members is None else self.link.among(shard.members)
         if shard is None or shard is not self._checked:
-            self._check(call, shard)
+            self._check(call, shard, link)
         work = Work.of(call, shard)
         if work not in self._choices:
             self._choices[work] = self._choose(layer, work)
@@ -171,7 +191,7 @@ class Parallel:
         if layer not in self.chosen:
             self.chosen[layer] = f"{strategy.name}: {why}"
             logger.info("layer %d: %s", layer, self.chosen[layer])
-        return strategy.attend(call, shard, self.link)
+        return strategy.attend(call, shard, link)
 
     def _choose(self, layer: int, work: Work) -> tuple[Strategy, str]:
         if len(self._choices) > 4096:  # packed batches differ every time
@@ -195,10 +215,11 @@ class Parallel:
             return "contiguous"
         return "per_document" if len(set(documents_of(batch))) == 1 else "contiguous"
 
-    def _check(self, call: Call, shard: Shard | None) -> None:
+    def _check(self, call: Call, shard: Shard | None, link: Link) -> None:
         """Before a batch's first exchange, and on every rank alike: are these the parts of one batch?"""
         rows, _, tokens, _ = call.query.shape
-        found = self.link.gather([int(shard is not None), rows, tokens, 0 if shard is None else shard.digest()])
+        mine = [int(shard is not None), rows, tokens, 0 if shard is None else shard.digest()]
+        found = link.gather(mine, call.query.device)
         for rank, (whole, _, _, digest) in enumerate(found):
             if not whole:
                 raise ParallelError(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from lcpatch_kernels import DENSE, BlockSparseSpec, block_sparse
 from lcpatch_kernels.block_sparse import block_sparse_backward
 
 from ...hf.watch import Call
-from .layout import Layout, Shard, sees
+from .layout import Documents, Layout, Shard, sees
 from .link import Link, Message
 from .strategy import Strategy, Volume, Work, bounds_tensor
 
@@ -53,7 +54,11 @@ class Piece(NamedTuple):
 
     queries: slice
     keys: slice
-    calls: list[list[list[tuple[int, ...]]]]
+    calls: tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]
+
+    def bounds(self, device: torch.device) -> list[Tensor]:
+        """The calls as `block_sparse` takes them."""
+        return [_bounds(call, str(device)) for call in self.calls]
 
 
 class Pairwise(Strategy):
@@ -76,13 +81,9 @@ class Pairwise(Strategy):
     def attend(self, call: Call, shard: Shard, link: Link) -> tuple[Tensor, Tensor]:
         return _Attend.apply(call.query, call.key, call.value, self, call, shard, link)
 
-    def plan(self, layout: Layout, documents: Any) -> list[dict[Pair, Piece]]:
+    def plan(self, layout: Layout, documents: Documents) -> list[dict[Pair, Piece]]:
         """The schedule's steps, without what sees nothing."""
-        steps = []
-        for step in self.schedule(layout.num_ranks):
-            pieces = {pair: _piece(layout, documents, pair) for pair in step}
-            steps.append({pair: piece for pair, piece in pieces.items() if piece is not None})
-        return steps
+        return _plan(type(self), layout, documents)
 
     def volume(self, work: Work) -> Volume:
         forward, backward = [0] * work.layout.num_ranks, [0] * work.layout.num_ranks
@@ -107,17 +108,31 @@ class Pairwise(Strategy):
         return Volume(tuple(forward), tuple(backward))
 
 
-def _piece(layout: Layout, documents: Any, pair: Pair) -> Piece | None:
+@lru_cache(maxsize=64)  # the layers of a batch, their backward and its recomputation
+def _plan(strategy: type[Pairwise], layout: Layout, documents: Documents) -> list[dict[Pair, Piece]]:
+    steps = []
+    for step in strategy().schedule(layout.num_ranks):
+        pieces = {pair: _piece(layout, documents, pair) for pair in step}
+        steps.append({pair: piece for pair, piece in pieces.items() if piece is not None})
+    return steps
+
+
+@lru_cache(maxsize=1024)
+def _bounds(call: tuple[tuple[tuple[int, ...], ...], ...], device: str) -> Tensor:
+    return bounds_tensor(call, 5, torch.device(device))
+
+
+def _piece(layout: Layout, documents: Documents, pair: Pair) -> Piece | None:
     rows = [sees(layout, row, pair.q, pair.kv) for row in documents]
     segments = [s for row in rows for call in row for s in call]
     if not segments:
         return None
     q0, q1 = min(s[0] for s in segments), max(s[1] for s in segments)
     k0, k1 = min(s[2] for s in segments), max(s[3] for s in segments)
-    calls = [
-        [[_within(s, q0, k0) for s in (row[n] if n < len(row) else [])] for row in rows]
+    calls = tuple(
+        tuple(tuple(_within(s, q0, k0) for s in (row[n] if n < len(row) else ())) for row in rows)
         for n in range(max(map(len, rows)))
-    ]
+    )
     return Piece(slice(q0, q1), slice(k0, k1), calls)
 
 
@@ -238,8 +253,8 @@ class _Forward(_Walk):
     def compute(self, piece: Piece, rows: Sequence[Tensor], k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         (q,) = rows
         out, lse = None, None
-        for call in piece.calls:
-            part = block_sparse(q, k, v, self.spec, bounds=bounds_tensor(call, 5, q.device), **self.options)
+        for bounds in piece.bounds(q.device):
+            part = block_sparse(q, k, v, self.spec, bounds=bounds, **self.options)
             if out is None:
                 out, lse = part[0].to(wide(q)), part[1]
             else:
@@ -270,10 +285,7 @@ class _Backward(_Walk):
     def compute(self, piece: Piece, rows: Sequence[Tensor], k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         q, grad_out, lse, delta = rows
         given = (grad_out, -delta, q, k, v, torch.zeros_like(grad_out), lse, self.spec)  # delta stands for the output
-        parts = [
-            block_sparse_backward(*given, bounds=bounds_tensor(call, 5, q.device), **self.options)
-            for call in piece.calls
-        ]
+        parts = [block_sparse_backward(*given, bounds=bounds, **self.options) for bounds in piece.bounds(q.device)]
         dq, dk, dv = (sum(x) for x in zip(*parts, strict=True))
         return [dq], [torch.stack([dk, dv])]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -78,7 +79,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def volume(self, work: Work) -> Volume:
-        """The bytes that `attend` and its backward send, from the same plan that they follow."""
+        """The bytes that `attend` and its backward send, from the same plan that they follow.
+
+        Of the backward of both results: where nothing asks for the LSE's gradient, `ulysses` does not send it.
+        """
 
     def problem(self, work: Work) -> str | None:
         """Why this strategy cannot serve the layer, or None."""
@@ -90,7 +94,28 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def bounds_tensor(rows: list[list[tuple[int, ...]]], columns: int, device: torch.device) -> Tensor:
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = rows.shape
+        return rows.index_select(0, index.flatten()).view(*index.shape, *rows.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        total = torch.zeros(ctx.shape, dtype=wide, device=grad.device)
+        total.index_add_(0, index.flatten(), grad.reshape(-1, *ctx.shape[1:]).to(wide))
+        return total.to(grad.dtype), None
+
+
+def take(rows: Tensor, index: Tensor) -> Tensor:
+    """`rows[index]`; gradients of a row that is taken several times, as one sent to several ranks, add up in fp32."""
+    return _Take.apply(rows, index)
+
+
+def bounds_tensor(rows: Sequence[Sequence[tuple[int, ...]]], columns: int, device: torch.device) -> Tensor:
     """int32 [B, N, columns] from each row's segments; short rows are filled with empty ones."""
     most = max(1, *(len(row) for row in rows)) if rows else 1
     filled = [[*(s[:columns] for s in row), *[(0,) * columns] * (most - len(row))] for row in rows]

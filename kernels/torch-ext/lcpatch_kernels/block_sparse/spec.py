@@ -20,7 +20,10 @@ from functools import lru_cache
 import torch
 
 UNBOUNDED = 1 << 30
-"""A `back` that reaches the first token of any sequence: the row is dense."""
+"""A `back` that reaches the first token of any sequence: the row is dense. No number of a rule may be larger."""
+
+MAX_BLOCK_SIZE = 1 << 12
+"""Implementations hold tiles of a block's size."""
 
 
 def cdiv(a: int, b: int) -> int:
@@ -60,6 +63,8 @@ class Rule:
     def __post_init__(self) -> None:
         if self.sinks < 0 or self.stride < 0 or self.back < 0 or self.group <= 0:
             raise ValueError(f"{self}: sinks, stride and back must be >= 0 and group must be > 0")
+        if max(self.sinks, self.stride, self.back, self.group) > UNBOUNDED:
+            raise ValueError(f"{self}: sinks, stride, back and group must be at most {UNBOUNDED}")
         if self.stride and not 0 <= self.residue < self.stride:
             raise ValueError(f"residue={self.residue} must lie in [0, stride={self.stride})")
         if isinstance(self.group, Fraction) and self.group > 1:
@@ -116,8 +121,12 @@ class BlockSparseSpec:
     head_rules: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.block_size < 16 or self.block_size & (self.block_size - 1):
-            raise ValueError(f"block_size={self.block_size} must be a power of two and at least 16: 16, 32, 64, 128, …")
+        if not 16 <= self.block_size <= MAX_BLOCK_SIZE or self.block_size & (self.block_size - 1):
+            raise ValueError(
+                f"block_size={self.block_size} must be a power of two from 16 to {MAX_BLOCK_SIZE}: 16, 32, 64, 128, …"
+            )
+        if any(rule.stride * self.block_size > UNBOUNDED for rule in self.rules):
+            raise ValueError(f"a stripe's period, stride * block_size, must be at most {UNBOUNDED} tokens")
         if not self.head_rules:
             raise ValueError("a spec needs at least one query head")
         if not all(0 <= r < len(self.rules) for r in self.head_rules):

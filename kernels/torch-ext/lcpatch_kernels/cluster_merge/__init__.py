@@ -11,10 +11,11 @@ from torch import Tensor
 from .._ops import add_op_namespace_prefix
 from ..block_sparse import TRITON_DTYPES, TRITON_MAX_HEAD_DIM, has_triton, interpreting
 
-__all__ = ["TRITON_MAX_CHUNK", "MergeImpl", "cluster_merge", "num_merged"]
+__all__ = ["MergeImpl", "cluster_merge", "num_merged"]
 
 MergeImpl = Literal["auto", "triton", "reference"]
 TRITON_MAX_CHUNK = 256  # a program holds the chunk's chunk / 2 x chunk / 2 similarities in registers
+TRITON_MAX_BYTES = 64 << 10  # and its keys in shared memory, of which sm_86 has 99 KiB
 
 
 def cluster_merge(
@@ -38,7 +39,7 @@ def cluster_merge(
     Args:
         k, v: [B, K, S, D], any strides with a contiguous last dimension; fp32, fp16, bf16 (float64: reference only).
         size: fp32 [B, K, S], n: how many tokens a slot stands for; 0: a pad.
-        chunk: slots in a chunk, even; the last chunk may be shorter. Triton: at most 256.
+        chunk: slots in a chunk, even; the last chunk may be shorter. Triton: at most 256, and 64 KiB of keys.
         merges: slots that a chunk gives up, 0 … chunk // 2 (a shorter last chunk: its share, rounded down); None:
             chunk // 2, the most that one pass can.
         weighted: False takes the plain mean of a cluster's slots instead (an ablation: forgets the sizes in k and v).
@@ -68,7 +69,8 @@ def num_merged(size: int, chunk: int, merges: int) -> int:
 def _choose(impl: str, k: Tensor, chunk: int) -> str:
     if impl not in get_args(MergeImpl):
         raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, get_args(MergeImpl)))}")
-    fits = k.dtype in TRITON_DTYPES and k.shape[-1] <= TRITON_MAX_HEAD_DIM and chunk <= TRITON_MAX_CHUNK
+    largest = _largest_chunk(k)
+    fits = k.dtype in TRITON_DTYPES and k.shape[-1] <= TRITON_MAX_HEAD_DIM and chunk <= largest
     if impl == "auto":
         return "triton" if k.is_cuda and has_triton() and fits else "reference"
     if impl == "triton":
@@ -77,9 +79,15 @@ def _choose(impl: str, k: Tensor, chunk: int) -> str:
         if not (k.is_cuda or interpreting()) or not fits:
             raise ValueError(
                 f"impl='triton' cannot run {k.dtype} with head dim {k.shape[-1]} and chunks of {chunk} on "
-                f"{k.device.type} (at most {TRITON_MAX_HEAD_DIM} and {TRITON_MAX_CHUNK}); use impl='auto'"
+                f"{k.device.type} (at most {TRITON_MAX_HEAD_DIM} and {largest}); use impl='auto'"
             )
     return impl
+
+
+def _largest_chunk(k: Tensor) -> int:
+    """The most slots of a chunk that the kernel can match."""
+    block_d = 1 << max(k.shape[-1] - 1, 15).bit_length()
+    return min(TRITON_MAX_CHUNK, TRITON_MAX_BYTES // (block_d * k.element_size()))
 
 
 def _check(k: Tensor, v: Tensor, size: Tensor, chunk: int, merges: int) -> None:

@@ -2,7 +2,8 @@
 
 Matching a chunk is one small matrix product and a few reductions over it, all in registers. Merging reads every key
 and value once; the sums over a cluster are a product with a matrix of sizes, zero where a slot does not belong. That
-product is in full fp32: sizes beyond 256 are not exact in bf16, and sum n v must be conserved.
+product is in three parts of tf32, together as precise as fp32: sizes beyond 256 are not exact in bf16, and sum n v must
+be conserved.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from ..block_sparse._triton_common import INTERPRETED, _load, _store
 
-BLOCK_N = 64  # slots of a chunk that are read at a time
+BLOCK_N = 32  # slots of a chunk that are read at a time
 BLOCK_O = 32  # output slots of a program
+MERGE_STAGES = 2  # three of fp32 would not fit the shared memory of sm_86
 
 
 def match(k: Tensor, size: Tensor, chunk: int, merges: int) -> Tensor:
@@ -50,7 +52,7 @@ def merge(
         _merge_kernel[(triton.cdiv(slots, chunk) * tiles, heads, batch)](
             k, v, size, target, k_out, v_out, size_out, *k.stride()[:3], *v.stride()[:3], slots, heads, merges, num_out,
             tiles, CHUNK=chunk, D=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            BLOCK_N=BLOCK_N, BLOCK_O=BLOCK_O, WEIGHTED=weighted, num_warps=4,
+            BLOCK_N=BLOCK_N, BLOCK_O=BLOCK_O, WEIGHTED=weighted, num_warps=4, num_stages=MERGE_STAGES,
         )  # fmt: skip
     return k_out, v_out, size_out
 
@@ -94,7 +96,7 @@ def _match_kernel(
     o_s = o.to(tl.int64) * 2 * stride_ks
     a = _load(p_k, o_s, real_a, D, BLOCK_D, True, UPCAST)
     b = _load(p_k + stride_ks, o_s, real_b, D, BLOCK_D, True, UPCAST)
-    cosine = tl.dot(a, tl.trans(b), input_precision="ieee")
+    cosine = tl.dot(a, tl.trans(b), input_precision="tf32x3")
     a, b = a.to(tl.float32), b.to(tl.float32)
     cosine = cosine / tl.maximum(tl.sqrt(tl.sum(a * a, 1)), 1e-12)[:, None]
     cosine = cosine / tl.maximum(tl.sqrt(tl.sum(b * b, 1)), 1e-12)[None, :]
@@ -172,8 +174,8 @@ def _merge_kernel(
         o_s = s.to(tl.int64)
         k_s = _load(p_k, o_s * stride_ks, real, D, BLOCK_D, True, True)
         v_s = _load(p_v, o_s * stride_vs, real, D, BLOCK_D, True, True)
-        k = tl.dot(weight, k_s, k, input_precision="ieee")
-        v = tl.dot(weight, v_s, v, input_precision="ieee")
+        k = tl.dot(weight, k_s, k, input_precision="tf32x3")
+        v = tl.dot(weight, v_s, v, input_precision="tf32x3")
         total += tl.sum(weight, 1)
         size += tl.sum(n, 1)
     total = tl.where(total > 0, total, 1.0)

@@ -217,7 +217,7 @@ def _decode_kernel(
         length = tl.maximum(k1 - k0, 0)
         rule = _rule(p_pack, length, HAS_RATIO)
         i = length - 1
-        steps = _steps(rule, i, i, length, BLOCK_N, BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
+        steps = _steps(rule, i, i, length, BLOCK_N, BLOCK_SIZE, HAS_SINK, HAS_STRIPE, False)
         lo = _lo(rule, i)
         begin, end = _part(tl.where(length > 0, steps[0] + steps[1], 0), i_split)
         for t in range(begin, tl.minimum(end, steps[1])):

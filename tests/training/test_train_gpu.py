@@ -1,0 +1,62 @@
+"""Training runs on a GPU: bf16 weights, the Triton kernels, selective recomputation, offloading, exact resumption."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from noise import FACTOR
+from training_cases import run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+ARMS = {
+    "full": {"attention": "full"},
+    "short": {"attention": "short"},
+    "shift": {"attention": "shift"},
+    "sf": {"attention": "sf", "sinks": "logit:-3"},
+    "s2": {"attention": "s2", "options": {"local_blocks": 2, "stride": 4}},
+    "chunks": {"attention": "full", "chunk_size": 200},
+}
+FAST = {"length": 1000, "steps": 20, "eval_rows": 1}
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_trains(base: Path, tmp_path: Path, name: str):
+    result = run(base, tmp_path, **FAST, **ARMS[name])
+    trained = [p for p in result.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert {p.dtype for p in result.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert sum(result.losses[-5:]) < sum(result.losses[:5]) - 1
+    assert result.metrics["eval_dense_loss"] > 0
+
+
+@pytest.mark.parametrize("documents", ["masked", "joined"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_what_is_kept_changes_no_loss(base: Path, tmp_path: Path, checkpointing: str, documents: str):
+    """What is computed again is what was: losses differ no more than those of two equal runs."""
+    settings = {**FAST, "steps": 4, "eval_rows": 0, "attention": "sf", "documents": documents}
+    want, again = (run(base, tmp_path / name, **settings, checkpointing="none").losses for name in "ab")
+    got = run(base, tmp_path / "c", **settings, checkpointing=checkpointing, offload=True).losses
+
+    def apart(losses: list[float]) -> float:
+        return max(abs(x - y) for x, y in zip(losses, want, strict=True))
+
+    assert apart(got) <= FACTOR * max(apart(again), torch.finfo(torch.float32).eps * max(want))
+
+
+def test_memory_is_saved(base: Path, tmp_path: Path):
+    """Less is held with every setting that is to save memory."""
+    peaks = []
+    for name, settings in {
+        "none": {"checkpointing": "none"},
+        "selective": {"checkpointing": "selective"},
+        "full": {"checkpointing": "full"},
+        "chunks": {"checkpointing": "none", "chunk_size": 1024},
+    }.items():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run(base, tmp_path / name, length=16000, steps=2, eval_rows=0, attention="full", rope="linear", **settings)
+        peaks.append(torch.cuda.max_memory_allocated())
+    none, selective, full, chunks = peaks
+    assert full < selective < none
+    assert chunks < none
