@@ -92,7 +92,7 @@ TINY = Setup(
     lengths=(64, 128),
     both=128,
     sparse=128,
-    limit=(64, 160),
+    limit=(64, 192),
     limit_offloaded=128,
     chunk=32,
     wide=(64,),
@@ -271,8 +271,8 @@ class Bench:
         """How long a text's last chunk still fits."""
         low, high = self.setup.limit
         step = 2 * self.setup.chunk
-        while high - low > step:
-            middle = (low + high) // 2 // step * step
+        while high - low >= 2 * step:
+            middle = low + (high - low) // 2 // step * step
             row = self._measure("e", "last chunk, all on the GPU", middle, lambda n=middle: self._rehearse(n))
             self._note(row)
             low, high = (middle, high) if row.why is None else (low, middle)

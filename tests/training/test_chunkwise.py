@@ -71,7 +71,7 @@ def test_labels(kind: str):
         labels[:] = -100
         labels[1, 50] = ids[1, 50]
     want, allowed = plain(model, ids, labels), rounding(model)
-    for size in (32, 16, 7):
+    for size in (32, 7):
         assert_same(chunked(model, ids, labels, size), want, allowed)
 
 
@@ -133,7 +133,7 @@ def test_packed_documents(family: str, attn: str):
     model, (ids, positions) = double(family, attn=attn), pack(documents())
     want = plain(model, ids, ids, position_ids=positions)
     allowed = rounding_of_attention(model, ids, ids, position_ids=positions)  # eager rounds to fp32 inside
-    for size in (64, 16, 7):
+    for size in (64, 7):
         assert_same(chunked(model, ids, ids, size, position_ids=positions), want, allowed)
     assert far(chunked(model, ids, ids, 16)[1], want[1]) > 1000 * allowed
 
@@ -262,14 +262,13 @@ def test_autocast():
     assert 0 < far(got, exact) <= 2 * error
 
 
-@pytest.mark.parametrize("attention", ["own", "lcpatch"])
-def test_half_precision(attention: str):
+def test_half_precision():
     """Keys' gradients are summed over 32 chunks in bf16: at most twice a plain backward's error (it is 1.1 times)."""
     model, ids = build("mistral", initializer_range=0.1).to(torch.bfloat16), tokens(1, 257)
     exact = plain(copy.deepcopy(model).float(), ids, ids)[1]
     budget = 2 * total_error(plain(model, ids, ids)[1], exact)
-    assert total_error(chunked(model, ids, ids, 8, attention=attention)[1], exact) <= budget
-    cut = chunked(model, ids, ids, 8, attention=attention, estimator=lambda count: spaco.seco(count, hop=0.0))[1]
+    assert total_error(chunked(model, ids, ids, 8, attention="lcpatch")[1], exact) <= budget
+    cut = chunked(model, ids, ids, 8, attention="lcpatch", estimator=lambda count: spaco.seco(count, hop=0.0))[1]
     assert total_error(cut, exact) > budget
 
 
