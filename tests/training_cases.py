@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import eval_cases
+import models
 import torch
 from transformers import TrainerCallback
 
@@ -26,7 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def base(folder: Path, tied: bool = True) -> Path:
     """A random model of 2 layers and its tokenizer, saved."""
-    eval_cases.model(tie_word_embeddings=tied, initializer_range=0.05).save_pretrained(folder)
+    models.build(vocab_size=eval_cases.VOCAB, tie_word_embeddings=tied, initializer_range=0.05).save_pretrained(folder)
     tokenizer = eval_cases.tokenizer(special=True)
     tokenizer.save_pretrained(folder)
     return folder

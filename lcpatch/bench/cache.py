@@ -20,8 +20,11 @@ from transformers import DynamicCache, StaticCache
 
 from lcpatch_kernels import attn_mass
 
+from ..caches.cluster import ClusterCache
 from ..caches.h2o import H2OCache
 from ..caches.layer import bytes_held
+from ..caches.retrieval import RetrievalCache
+from ..caches.tiered import TieredCache
 from ..core.errors import BenchmarkError
 from ..patching import remove
 from . import measure
@@ -33,21 +36,29 @@ NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class Arm:
-    """A cache, how it is made for (model, batch, most tokens), and in what chunks a prompt is read (None: at once)."""
+    """A cache, how it is made for (model, batch, most tokens), and in what chunks a prompt is read (None: at once).
+
+    `partial`: a step reads less than the cache holds, so that reading all of it is no floor.
+    """
 
     name: str
     make: Callable[[nn.Module, int, int], Any]
     chunk: int | None = None
     static: bool = False
+    partial: bool = False
 
 
 ARMS = (
     Arm("DynamicCache", lambda model, batch, most: DynamicCache(config=model.config)),
-    Arm("StaticCache, compiled", lambda model, batch, most: StaticCache(model.config, max_cache_len=most), static=True),
+    Arm("StaticCache, compiled", lambda model, batch, most: StaticCache(model.config, max_cache_len=most), CHUNK, True),
     Arm("H2O 0.2", lambda model, batch, most: H2OCache(model, budget=0.2), CHUNK),
     Arm("H2O 0.2, at once", lambda model, batch, most: H2OCache(model, budget=0.2)),
     Arm("H2O 0.2, compiled", lambda model, batch, most: H2OCache(model, budget=0.2, compiled=True), CHUNK),
     Arm("H2O 0.2, int8", lambda model, batch, most: H2OCache(model, budget=0.2, codec="int8"), CHUNK),
+    Arm("Cluster 0.2", lambda model, batch, most: ClusterCache(model, budget=0.2), CHUNK),
+    Arm("Retrieval 4K", lambda model, batch, most: RetrievalCache(model, budget=4096), CHUNK, partial=True),
+    Arm("Tiered, 2 GB", lambda model, batch, most: TieredCache(model, gpu_bytes=2 << 30), CHUNK, partial=True),
+    Arm("DynamicCache, offloaded", lambda model, batch, most: _offloaded(model), CHUNK, partial=True),
 )
 
 
@@ -58,7 +69,7 @@ class Row:
     Args:
         prefill_s: seconds to read one row's prompt.
         peak_gib: the most memory held while reading it, weights included.
-        cache_gib: what the cache holds afterwards, all rows.
+        cache_gib: what the cache holds on the GPU afterwards, all rows.
         decode_ms: milliseconds a generated token.
         floor_ms: what reading the weights and the cache once would take at the bandwidth of a copy.
     """
@@ -173,12 +184,17 @@ def score_cost(length: int, geometry: dict[str, Any]) -> dict[str, Any]:
     return {"length": length, "fa2_ms": fa2, "ms": ms, "share": ms / fa2}
 
 
+def _offloaded(model: nn.Module) -> DynamicCache:
+    """transformers' cache that keeps all layers but the current one in host memory; that takes a GPU."""
+    return DynamicCache(config=model.config, offloading=next(model.parameters()).is_cuda)
+
+
 def _measured(model: nn.Module, arm: Arm, batch: int, length: int, chunk: int, rate: float | None) -> Row:
     on_gpu = next(model.parameters()).is_cuda
     gc.collect()
     try:
         rows, most = batch if arm.static else 1, length + 4 * NEW_TOKENS
-        step = chunk if arm.chunk else length if rows == 1 else max(chunk // rows, 1)
+        step = max(chunk // rows, 1) if arm.chunk or rows > 1 else length
         warm = min(length, 2 * chunk)
         _prefill(model, arm.make(model, batch, most), warm, min(step, chunk), rows)  # compiles
         if on_gpu:
@@ -195,8 +211,10 @@ def _measured(model: nn.Module, arm: Arm, batch: int, length: int, chunk: int, r
         return Row(arm.name, batch, length, why="out of memory")
     finally:
         remove(model)
+        model.__dict__.pop("_compiled_call", None)  # the next arm compiles for itself, not for a shape that changed
+        torch.compiler.reset()
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
-    floor = None if rate is None else (weights + held) / rate / 1e6
+    floor = None if rate is None or arm.partial else (weights + held) / rate / 1e6
     return Row(arm.name, batch, length, prefill, peak, held / 2**30, token_s * 1e3, floor)
 
 

@@ -92,12 +92,12 @@ TINY = Setup(
     lengths=(64, 128),
     both=128,
     sparse=128,
-    limit=(64, 192),
+    limit=(64, 160),
     limit_offloaded=128,
     chunk=32,
     wide=(64,),
     loss_tokens=32,
-    draws=2,
+    draws=1,
     full=(128, True),
 )
 """Sizes at which a CPU runs through every part, in seconds: a test of the benchmark, not a measurement."""

@@ -26,7 +26,7 @@ from ..hf.watch import Call, attend
 from . import scattered
 from .budget import Budget
 from .codec import BFloat16, Plain, codec_named
-from .fixed import FixedSlots
+from .fixed import FixedDecoding
 from .layer import AttendingLayer, decode, negative, to_list
 from .slots import GRAIN, GROWTH, Slots, grown
 from .state import fitting, whole, wholes
@@ -55,7 +55,7 @@ class Step(NamedTuple):
         return self._replace(query=self.query.index_select(0, index), lse=self.lse.index_select(0, index))
 
 
-class EvictingLayer(AttendingLayer):
+class EvictingLayer(FixedDecoding, AttendingLayer):
     """Keeps at most a budget of tokens for every (row, KV head).
 
     A method overrides what it decides:
@@ -65,6 +65,8 @@ class EvictingLayer(AttendingLayer):
         score     how much each kept token is worth; the lowest go
         evict     instead of `score`: make every row's count its target some other way (merging)
         bias      what is added to a kept key's scores (the log of the tokens that it stands for)
+
+    Where `score` compares with `slots["position"]` it asks `now()`, which is a tensor while generating is compiled.
 
     Args:
         budget: how much is kept.
@@ -90,7 +92,6 @@ class EvictingLayer(AttendingLayer):
         self._pending: Step | None = None  # a step that nothing was evicted after yet
         self._buffers: Slots | None = None  # buffers from before that step, to be filled again
         self._span: Tensor | None = None  # int32 [B, 2]: each row's slots
-        self.fixed: FixedSlots | None = None  # instead of `slots`, `counts` and `seen` while it generates
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -110,9 +111,6 @@ class EvictingLayer(AttendingLayer):
     def evict(self, targets: list[int]) -> None:
         """Make row r keep `targets[r]` of its `counts[r]` tokens, sorted, its sinks and recent ones among them."""
         self.keep(self.best(targets))
-
-    def before_fixed_attention(self) -> None:
-        """Change `fixed.slots` once the newest token lies in them; nothing here may wait for the device."""
 
     def bias(self) -> Tensor | None:
         """fp32 [B, K, capacity], or None."""
@@ -154,10 +152,6 @@ class EvictingLayer(AttendingLayer):
             real = min(count, num_queries)
             rows.append([[num_queries - real, num_queries, length - count, length]])
         return torch.tensor(rows, dtype=torch.int32).to(self.device)
-
-    def now(self) -> int | Tensor:
-        """How many tokens were seen; for what is compared with `slots["position"]`."""
-        return self.seen if self.fixed is None else self.fixed.seen
 
     def key_positions(self) -> Tensor:
         """[B, K, slots], counted from the row's first real token; -1 for empty slots."""
@@ -239,35 +233,6 @@ class EvictingLayer(AttendingLayer):
     def _fixed_step(self, call: Call) -> tuple[Tensor, Tensor]:
         new, self._new = self._new, None
         return self.fixed.step(self, call, new, lambda lse: self.observe(_step(call, lse)))
-
-    def enter_fixed(self) -> None:
-        """Get ready for single tokens, where that is asked for and can be: nothing of it happens within a graph."""
-        if not self.is_compileable or self.fixed is not None or self.record_past or self._pending is not None:
-            return
-        began = self.budgets is not None and all(self.seen > pads for pads in self.pads)
-        if began and self.codec.in_kernel(self.device):
-            self.fixed = FixedSlots(self)
-            self.slots, self._span = self.fixed.slots, None
-
-    def leave_fixed(self) -> None:
-        """Put what is kept in order again."""
-        if self.fixed is None:
-            return
-        before = self.seen
-        self.slots, self.counts, self.seen = self.fixed.ordered()
-        self.intact += self.seen - before
-        if any(count >= most for count, most in zip(self.counts, self.budgets, strict=True)):
-            self.intact = min(self.intact, *(self.budget.protected(b)[1] for b in self.budgets))
-        self.fixed = None
-
-    def get_seq_length(self) -> int:
-        return self.now() if torch.compiler.is_compiling() else int(self.now())
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.fixed is not None and torch.compiler.is_compiling():
-            return self.slots.capacity, 0  # a fixed step asks no mask, and nothing may be read back here
-        # One key more than there is, so that no mask is left out as needless: made ahead, it stays out of the graph.
-        return self.get_seq_length() + query_length + (self.fixed is not None), 0
 
     # What may happen to a step afterwards.
 

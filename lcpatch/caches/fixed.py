@@ -121,3 +121,50 @@ class FixedSlots:
         index = order[..., order.shape[-1] - most :]
         index = torch.where(torch.arange(most, device=place.device) >= most - counts[:, None, None], index, -1)
         return self.slots.take(index, self.slots.capacity), counts.tolist(), int(self.seen)
+
+
+class FixedDecoding:
+    """The part of an `EvictingLayer` that enters and leaves fixed buffers: entered when a mask for one token is asked
+    for, which `generate` does ahead of a step; left by whatever needs the tokens in order."""
+
+    fixed: FixedSlots | None = None  # instead of `slots`, `counts` and `seen` while it generates
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.fixed = None
+
+    def now(self) -> int | Tensor:
+        """How many tokens were seen; for what is compared with `slots["position"]`."""
+        return self.seen if self.fixed is None else self.fixed.seen
+
+    def before_fixed_attention(self) -> None:
+        """Change `fixed.slots` once the newest token lies in them; nothing here may wait for the device."""
+
+    def enter_fixed(self) -> None:
+        """Get ready for single tokens, where that is asked for and can be: nothing of it happens within a graph."""
+        if not self.is_compileable or self.fixed is not None or self.record_past or self._pending is not None:
+            return
+        began = self.budgets is not None and all(self.seen > pads for pads in self.pads)
+        if began and self.codec.in_kernel(self.device):
+            self.fixed = FixedSlots(self)
+            self.slots, self._span = self.fixed.slots, None
+
+    def leave_fixed(self) -> None:
+        """Put what is kept in order again."""
+        if self.fixed is None:
+            return
+        before = self.seen
+        self.slots, self.counts, self.seen = self.fixed.ordered()
+        self.intact += self.seen - before
+        if any(count >= most for count, most in zip(self.counts, self.budgets, strict=True)):
+            self.intact = min(self.intact, *(self.budget.protected(b)[1] for b in self.budgets))
+        self.fixed = None
+
+    def get_seq_length(self) -> int:
+        return self.now() if torch.compiler.is_compiling() else int(self.now())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.fixed is not None and torch.compiler.is_compiling():
+            return self.slots.capacity, 0  # a fixed step asks no mask, and nothing may be read back here
+        # One key more than there is, so that no mask is left out as needless: made ahead, it stays out of the graph.
+        return self.get_seq_length() + query_length + (self.fixed is not None), 0

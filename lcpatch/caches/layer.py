@@ -388,8 +388,12 @@ def _tiers(layer: Any) -> dict[str, int]:
         return layer.tiers()
     if hasattr(layer, "memory"):
         return {"device": layer.memory()}
-    held = {x.data_ptr(): x.untyped_storage().nbytes() for x in vars(layer).values() if isinstance(x, Tensor)}
-    return {"device": sum(held.values())}
+    held: dict[str, dict[int, int]] = {"device": {}}
+    for x in vars(layer).values():
+        if isinstance(x, Tensor):  # transformers' offloaded layers leave the device that they were made on
+            tier = "device" if x.device == getattr(layer, "device", x.device) else "host"
+            held.setdefault(tier, {})[x.data_ptr()] = x.untyped_storage().nbytes()
+    return {tier: sum(sizes.values()) for tier, sizes in held.items()}
 
 
 def _grown(x: Tensor, capacity: int, filled: int) -> Tensor:

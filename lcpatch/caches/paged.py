@@ -30,8 +30,11 @@ class Index(Protocol):
     def append(self, keys: Tensor, rows: list[int], begin: int, room: int) -> None:
         """Take the keys [rows, K, tokens, D] of the pages from `begin` on; `room` pages are reserved in all."""
 
-    def scores(self, query: Tensor, marks: Marks) -> Tensor:
-        """How well the pages before each row's newest fit, fp32 [B, K, most of a row]; -inf: not at all."""
+    def scores(self, query: Tensor, marks: Marks, scale: float | None) -> Tensor:
+        """How well the pages before each row's newest fit, fp32 [B, K, most of a row]; -inf: not at all.
+
+        `scale` is the attention's factor of q k; None: 1 / sqrt(D).
+        """
 
     def cut(self, row: int, pages: int) -> None:
         """Forget the pages of a row from `pages` on."""
@@ -131,14 +134,15 @@ class PagedLayer(AttendingLayer):
 
     def look_ahead(self, query: Tensor) -> None:
         """Begin to fetch what `query`, the one of the layer before, would choose here."""
-        if self._marks is not None and self.pages.apart and self._over():
-            self.pages.prefetch(self.choose(query, self._marks))
+        ready = self._marks is not None and self.pages.apart and self._over()
+        if ready and query.shape[1] % self.pages.num_heads == 0 and query.shape[3] == self.pages.keys.shape[3]:
+            self.pages.prefetch(self.choose(query.to(self.device), self._marks))
 
-    def choose(self, query: Tensor, marks: Marks) -> Tensor:
+    def choose(self, query: Tensor, marks: Marks, scale: float | None = None) -> Tensor:
         """The pages [B, K, M] that `query` reads, int64, -1 for none; each row's newest page comes last."""
         place = torch.arange(marks.most, device=self.device)
         if self._over():
-            scores = self.index.scores(query, marks)
+            scores = self.index.scores(query.to(self.dtype), marks, scale)  # autocast leaves q in fp32
             scores = scores.masked_fill(marks.newest < marks.budgets, 0)  # rows that read everything
         else:
             scores = torch.zeros(len(self.pads), self.pages.num_heads, marks.most, device=self.device)
@@ -156,7 +160,7 @@ class PagedLayer(AttendingLayer):
 
     def _retrieve(self, call: Call) -> tuple[Tensor, Tensor]:
         marks = self._mark()
-        keys, values, slots = self.pages.fetch(self.choose(call.query, marks))
+        keys, values, slots = self.pages.fetch(self.choose(call.query, marks, call.scale))
         if self.next is not None and (layer := self.next()) is not None:
             layer.look_ahead(call.query)
         self.read = min(self.reads.page * slots.shape[2], max(self.pages.lengths))

@@ -111,14 +111,15 @@ class ScorerIndex:
         for own, x in zip(self.summary, new, strict=True):
             own[rows, :, begin : begin + x.shape[2]] = x
 
-    def scores(self, query: Tensor, marks: Marks) -> Tensor:
+    def scores(self, query: Tensor, marks: Marks, scale: float | None) -> Tensor:
         scores = self.scorer.score(query, tuple(x[:, :, : marks.most] for x in self.summary))
         scores = scores.unflatten(1, (self.summary[0].shape[1], -1))  # [B, K, H // K, pages]
         if self.group == "max":
             return scores.amax(2)
         # A row's shares are its own: pages that it has not must not get any.
         none = torch.arange(marks.most, device=scores.device) >= marks.newest[:, None]
-        return (scores * query.shape[-1] ** -0.5).masked_fill(none, -torch.inf).softmax(-1).sum(2).nan_to_num()
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return (scores * scale).masked_fill(none, -torch.inf).softmax(-1).sum(2).nan_to_num()
 
     def cut(self, row: int, pages: int) -> None:
         """Nothing to do: a page that is not full is not looked at, and written anew when it is."""

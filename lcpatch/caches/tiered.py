@@ -209,7 +209,7 @@ class TreeIndex:
     def append(self, keys: Tensor, rows: list[int], begin: int, room: int) -> None:
         self.tree.append(keys, rows)
 
-    def scores(self, query: Tensor, marks: Marks) -> Tensor:
+    def scores(self, query: Tensor, marks: Marks, scale: float | None) -> Tensor:
         """The upper bounds of the pages that may hold one of the best keys; -inf for those that provably do not."""
         top = self.top or max(marks.chosen * self.reads.page // 4, 1)
         pages, upper = self.tree.search(query, top)

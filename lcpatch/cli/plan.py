@@ -17,6 +17,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--gpu", default="80GB", metavar="MEMORY", help="memory of the GPU (default 80GB)")
     parser.add_argument("--attention", default="full,sf,s2", metavar="A,B", help="arms (default full,sf,s2)")
     parser.add_argument("--tune", default="lora+", choices=["lora+", "lora", "full"], help="default lora+")
+    parser.add_argument("--ranks", type=int, metavar="N", help="also say how N GPUs would share a row's attention")
+    parser.add_argument(
+        "--bandwidth", type=float, default=50.0, metavar="GB/S", help="that a GPU sends to others with (default 50)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -45,6 +49,33 @@ def run(args: argparse.Namespace) -> None:
         "One row a step, bf16, checkpointing. Times are an H100's; measured there within 10 % for dense and S2 without "
         "chunks, the formula's word for the rest."
     )
+    if args.ranks:
+        _over_ranks(args, config)
+
+
+def _over_ranks(args: argparse.Namespace, config: Any) -> None:
+    """Print which strategy of `training.parallel` each arm's layers take."""
+    from lcpatch_kernels import DENSE, BlockSparseSpec
+
+    from ..hf.layers import shape_of
+    from ..patching.resolve import pattern_of
+    from ..training.arms import patch_for
+    from ..training.parallel.cost import Rates, choose_for
+
+    if not 1 <= args.ranks <= args.length or not args.bandwidth > 0:
+        raise ValueError(f"--ranks {args.ranks} must be 1 to {args.length}, and --bandwidth {args.bandwidth} above 0")
+    shape = shape_of(config, 0, config.num_hidden_layers)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rates = Rates(bandwidth=args.bandwidth * 1e9)
+    print(
+        f"\nOne layer's attention over {args.ranks} GPUs of {args.bandwidth:g} GB/s, by the bytes that its plan sends:"
+    )
+    for arm in args.attention.split(","):
+        patch = patch_for(arm)
+        dense = patch.mode == "never"
+        spec = BlockSparseSpec.of([DENSE] * shape.num_heads) if dense else pattern_of(patch).spec(shape)
+        choice = choose_for(spec, shape.num_kv_heads, head_dim, args.length, args.ranks, rates)
+        print(f"{arm}: {choice.name}, {choice.why}")
 
 
 def _memory(text: str) -> float:

@@ -109,6 +109,7 @@ def describe(row: Mapping[str, Any]) -> str:
 
 
 def _one(study: Study, arm: str, seed: int, folder: Path) -> dict[str, Any]:
+    from ..training.lora import settle
     from ..training.model import load_model, load_tokenizer
     from ..training.run import train
 
@@ -119,6 +120,7 @@ def _one(study: Study, arm: str, seed: int, folder: Path) -> dict[str, Any]:
     begin = time.perf_counter()
     if arm == UNTUNED:
         model, losses = load_model(config).to("cuda" if torch.cuda.is_available() else "cpu"), []
+        settle(model)
     else:
         result = train(config, None)
         model, losses = result.model, result.losses

@@ -87,6 +87,8 @@ def attention(
     if state is not None:
         packed = bounds is not None and bounds.shape[1] > 1
         _check_length(state, spec, query.shape[2], key.shape[2], packed)
+    if layer is not None:  # under autocast caches hold half-precision keys, rotary embeddings leave queries in fp32
+        query = query.to(key.dtype)
     call = Call(query, key, value, spec, bounds, scaling, softcap, "auto" if state is None else state.impl)
     out, lse = attend(call) if layer is None else layer.attend(call)
     return _with_sink_logit(module, out, lse, s_aux).transpose(1, 2), None

@@ -157,8 +157,23 @@ def _peft() -> Any:
 
 def keep_dtype(model: nn.Module) -> list[Any]:
     """Hooks that round what fp32 embeddings hand on to the dtype of the frozen weights; remove them after training."""
-    base = unwrap(model)
-    dtype = next((p.dtype for p in base.parameters() if not p.requires_grad and p.is_floating_point()), torch.float32)
+    dtype = _frozen_dtype(model)
     if dtype == torch.float32:
         return []
-    return [base.get_input_embeddings().register_forward_hook(lambda module, args, out: out.to(dtype))]
+    return [unwrap(model).get_input_embeddings().register_forward_hook(lambda module, args, out: out.to(dtype))]
+
+
+def settle(model: nn.Module) -> None:
+    """After training: norms and embeddings in the dtype of the frozen weights, so that the model runs without autocast.
+
+    As it is when it is loaded; PEFT's layers see to LoRA's own fp32 weights.
+    """
+    dtype = _frozen_dtype(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" not in name and not name.endswith(SINK_LOGIT):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _frozen_dtype(model: nn.Module) -> torch.dtype:
+    frozen = (p.dtype for p in unwrap(model).parameters() if not p.requires_grad and p.is_floating_point())
+    return next(frozen, torch.float32)

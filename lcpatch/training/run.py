@@ -18,7 +18,7 @@ from ..hf.demo_model import cache_folder
 from . import encode, lora, rows, tokens
 from .checkpoints import arriving, claim
 from .config import TrainConfig
-from .model import checkpointing_settings, enable_inputs, load_model, load_tokenizer
+from .model import checkpointing_settings, dtype_of, enable_inputs, load_model, load_tokenizer
 from .sources import sources
 
 LOG_FILE = "log.json"
@@ -30,7 +30,7 @@ class Result:
     """What a run came to.
 
     Args:
-        model: as it was trained, patched.
+        model: as it was trained, patched, and in the dtype of its frozen weights.
         losses: of every step that this process ran.
         metrics: of the last evaluation.
         finished: False if it was asked to stop before its last step.
@@ -98,8 +98,15 @@ def train(config: TrainConfig, save: Save | None) -> Result:
     if state.is_main_process:
         with arriving(output / LOG_FILE) as new:
             new.write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
-    if finished and save is not None and state.is_main_process:
-        write(result, config, output, tokenizer, save)
+    writes = finished and save is not None and state.is_main_process
+    if writes:
+        with arriving(output / "model") as folder:
+            save(model, folder, tokenizer=tokenizer)
+    lora.settle(trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False))  # which takes its autocast off
+    if writes and config.merged:
+        result.model = lora.merge(model)
+        with arriving(output / "merged") as folder:
+            save(result.model, folder, tokenizer=tokenizer)
     state.wait_for_everyone()
     return result
 
@@ -136,7 +143,7 @@ def arguments(config: TrainConfig, output: Path) -> Any:
         adam_beta2=config.beta2,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
-        bf16=gpu and config.dtype != "float32",
+        bf16=dtype_of(config) == torch.bfloat16,
         use_cpu=not gpu,
         **checkpointing_settings(config.checkpointing),
         save_strategy="steps" if config.save_every else "no",
@@ -163,16 +170,6 @@ def chunks(config: TrainConfig) -> dict[str, Any] | None:
         generator = torch.Generator().manual_seed(config.seed)
         told |= {"estimator": "bernoulli", "keep": config.keep_chunks, "generator": generator}
     return told
-
-
-def write(result: Result, config: TrainConfig, output: Path, tokenizer: Any, save: Save) -> None:
-    """The model, whole or not at all; with `config.merged` also the one that needs no adapter."""
-    with arriving(output / "model") as folder:
-        save(result.model, folder, tokenizer=tokenizer)
-    if config.merged:
-        result.model = lora.merge(result.model)
-        with arriving(output / "merged") as folder:
-            save(result.model, folder, tokenizer=tokenizer)
 
 
 def _rows(config: TrainConfig, tokenizer: Any, names: tuple[str, ...]) -> Dataset:

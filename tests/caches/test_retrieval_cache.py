@@ -7,6 +7,7 @@ import torch
 from cache_cases import LENGTH, feed, make, make_model, randn, step
 from models import build, tokens
 from noise import distance, model_budget
+from transformers import DynamicCache
 
 import lcpatch
 import lcpatch_kernels
@@ -132,6 +133,19 @@ def test_a_share_of_the_row_grows_with_it():
         cache.reset()
         model.generate(tokens(1, length), max_new_tokens=3, do_sample=False, past_key_values=cache)
         assert cache.stats()["attended"] == length // 2 // 4 * 4
+
+
+@pytest.mark.parametrize("name", ["cluster", "retrieval", "tiered"])
+def test_autocast(name):
+    """Rotary embeddings leave queries in fp32 beside values in bf16; with room for everything nothing else happens."""
+    model, ids, cut = build(), tokens(2, LENGTH), [50, 20, *[1] * 20]
+    with torch.autocast("cpu", torch.bfloat16):
+        small = feed(model, ids, make(name, model, small=True), cut)
+        got = feed(model, ids, make(name, model), cut)
+        want = feed(model, ids, DynamicCache(config=model.config), cut)
+    exact = feed(model, ids, DynamicCache(config=model.config), cut)
+    assert small.isfinite().all()
+    assert distance(got, want) <= 2 * distance(want, exact)
 
 
 def test_layers_with_a_pattern_follow_it():

@@ -141,6 +141,7 @@ def test_a_folder_that_cannot_be_used(tmp_path):
         PageFile(RECORD, tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_killed_processes_on_one_folder_leave_nothing_and_disturb_no_one(tmp_path):
     """Two write at a time, one is killed in the middle: the other reads its own, the folder is empty."""
     code = (

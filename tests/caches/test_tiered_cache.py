@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 
 import pytest
 import torch
@@ -241,3 +242,35 @@ def test_a_folder_that_cannot_be_used_is_said_at_the_first_step(tmp_path):
     cache = lcpatch.TieredCache(model, **SMALL, disk=str(tmp_path / "file"))
     with pytest.raises(lcpatch.LcpatchError, match="no file can be made there"):
         feed(model, tokens(1, 10), cache, [10])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_schedules_on_disk_are_those_in_memory(seed, tmp_path):
+    """Little room, steps taken back, rows chosen and repeated: where the pages lie changes no bit."""
+    rng, model = random.Random(seed), build()
+    caches = [
+        lcpatch.TieredCache(model, **SMALL, ahead=False),
+        lcpatch.TieredCache(model, **SMALL, disk=str(tmp_path), host_bytes=rng.choice([0, 20000])),
+    ]
+    texts, pads, seen = [tokens(1, 300, seed=n)[0] for n in range(2)], [0, rng.choice([0, 21])], 0
+    while seen < 130:
+        size = rng.choice([1, 1, 1, 1, 3, 40])
+        ids, mask = torch.stack([text[seen : seen + size] for text in texts]), left_padding(pads, seen + size)
+        position = (mask.cumsum(-1) - 1).clamp(min=0)[:, seen:]
+        with torch.no_grad():
+            one, other = (
+                model(ids, attention_mask=mask, position_ids=position, past_key_values=c).logits for c in caches
+            )
+        assert torch.equal(one, other)
+        seen += size
+        change = rng.choice(["crop", "rows", None, None])
+        if change == "crop" and seen > 60:
+            num = rng.randint(1, 11)
+            seen -= num
+            for cache in caches:
+                cache.crop(-num)
+        elif change == "rows":
+            index = torch.tensor([rng.randrange(len(texts)) for _ in range(rng.randint(1, 3))])
+            texts, pads = [texts[n].roll(seen) for n in index], [pads[n] for n in index]
+            for cache in caches:
+                cache.reorder_cache(index)

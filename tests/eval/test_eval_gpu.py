@@ -29,6 +29,7 @@ def test_scores_as_on_a_cpu(name):
     assert cells("cuda", name) == pytest.approx(cells("cpu", name), rel=1e-3)
 
 
+@pytest.mark.xdist_group("much memory")
 def test_a_long_window_of_a_large_model():
     """32K tokens, 32 layers of 4,096, a vocabulary of 128,256: at most 2 GiB above the forward that it needs."""
     net, ids = build(32), torch.randint(1000, 100000, (1, 32768), device="cuda")

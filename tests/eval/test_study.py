@@ -73,6 +73,17 @@ def test_a_study_goes_on_where_it_stopped(reproduce, words, tmp_path, monkeypatc
         reproduce.main([*words, "--out", str(tmp_path), "--arms", "nothing"])
 
 
+def test_half_precision_weights(words, tmp_path, monkeypatch):
+    """As on a GPU: bf16 weights, trained and untrained, are evaluated without autocast."""
+    monkeypatch.setenv("LCPATCH_CACHE", str(tmp_path / "cache"))
+    config = training_cases.config(Path(words[1]), tmp_path, dtype="bfloat16", documents="joined", steps=1)
+    arms = {"sf": {"attention": "sf", "options": {"group_size": 32}}}
+    found = study.run(study.Study(config, arms, (0,), None, (48,), 2, 0), tmp_path / "out")
+    losses = found.rows["sf/0"]["perplexity"]
+    assert losses["dense"] != losses["patched"]
+    assert all(5 < nll < 8 for way in losses.values() for nll in way["48"])  # log 512 = 6.2: it knows next to nothing
+
+
 def test_recovery_follows_from_the_rows():
     """Of made-up losses: an arm a quarter of the way from full to short, in nats."""
     store = Store(None, {"lengths": [64]})

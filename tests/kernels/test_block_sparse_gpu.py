@@ -170,6 +170,7 @@ def test_a_graph_replays_with_other_bounds():
         assert_within(got, problem)
 
 
+@pytest.mark.xdist_group("much memory")
 def test_128k_tokens():
     """A length at which tiles no longer all run at once, and offsets pass 2^31 bytes: against the reference in fp32.
 

@@ -15,7 +15,14 @@ pytestmark = pytest.mark.slow
 SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10}  # bytes a program may have
 HEAD_DIMS = (64, 128, 256)
 KERNELS = ("fwd", "dq", "dkdv", "sink")
-POINTERS = {"p_lse": "fp32", "p_delta": "fp32", "p_sums": "fp32", "p_packs": "i32", "p_starts": "i32"}  # others: bf16
+POINTERS = {
+    "p_bounds": "i32",
+    "p_lse": "fp32",
+    "p_delta": "fp32",
+    "p_sums": "fp32",
+    "p_packs": "i32",
+    "p_starts": "i32",
+}  # others: bf16
 
 
 @pytest.mark.parametrize("arch", SHARED)
@@ -51,6 +58,9 @@ def main(arch: int) -> None:
             }
             for choice, spec in tiles.items():
                 rows.append({"kernel": kernel, "head_dim": head_dim, **build(kernel, head_dim, choice, spec, arch)})
+        for gap in (False, True):  # packed rows, and queries that stand past their keys
+            choice = config(kernel, divmod(arch, 10), torch.bfloat16, 128, stripe, 1, 1 << 14, 1 << 14)
+            rows.append({"kernel": kernel, "head_dim": 128, **build(kernel, 128, choice, stripe, arch, 2, gap)})
     for head_dim in HEAD_DIMS:
         for sinks in (16, 32):
             choice = sink_tiles(torch.bfloat16, head_dim, sinks)
@@ -58,7 +68,7 @@ def main(arch: int) -> None:
     print(json.dumps(rows))
 
 
-def build(kernel, head_dim, tiles, spec, arch) -> dict:
+def build(kernel, head_dim, tiles, spec, arch, segments=0, gap=False) -> dict:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -76,25 +86,24 @@ def build(kernel, head_dim, tiles, spec, arch) -> dict:
     tma = arch >= 90 and (kernel == "dkdv" or not has_stripe or tiles.block_n <= block_size)
     constants = {
         "D": head_dim, "BLOCK_D": head_dim, "BLOCK_M": tiles.block_m, "PACK": tiles.pack, "BLOCK_N": tiles.block_n,
-        "BLOCK_SIZE": block_size, "SEGMENTS": 0, "GAP": False, "HAS_SINK": False, "HAS_STRIPE": has_stripe,
-        "HAS_RATIO": False, "HAS_SOFTCAP": False, "UPCAST": False, "TMA": tma, "FIXED": True, "UNIFORM": True,
-        "REORDER": True, "SHIFTS": 1, "COPIES": max(1, tiles.num_warps * 32 // tiles.block_m), "SINKS": tiles.block_n,
+        "BLOCK_SIZE": block_size, "SEGMENTS": segments, "GAP": gap, "HAS_SINK": False, "HAS_STRIPE": has_stripe,
+        "HAS_RATIO": False, "HAS_SOFTCAP": False, "UPCAST": False, "TMA": tma, "FIXED": not gap, "UNIFORM": True,
+        "REORDER": True, "SHIFTS": 4 if segments else 1, "SINKS": tiles.block_n,
+        "COPIES": max(1, tiles.num_warps * 32 // tiles.block_m),
     }  # fmt: skip
     box = {"d_k": tiles.block_n, "d_v": tiles.block_n, "d_q": tiles.block_m, "d_do": tiles.block_m}
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):
         if name in constants:
             signature[name], values[(i,)] = "constexpr", constants[name]
-        elif name == "p_bounds" or (name.startswith("d_") and not tma):
+        elif (name == "p_bounds" and not segments) or (name.startswith("d_") and not tma):
             signature[name], values[(i,)] = "constexpr", None
         elif name in box:
             signature[name] = f"tensordesc<bf16[1, 1, {box[name]}, {head_dim}]>"
         elif name in ("d_lse", "d_delta"):
             signature[name] = f"tensordesc<fp32[1, {tiles.block_m}]>"
         elif name.startswith("p_"):
-            kind = {"p_lse": "fp32", "p_delta": "fp32", "p_sums": "fp32", "p_packs": "i32", "p_starts": "i32"}.get(
-                name, "bf16"
-            )
+            kind = POINTERS.get(name, "bf16")
             signature[name], attributes[(i,)] = f"*{kind}", [["tt.divisibility", 16]]
         elif name in ("scale", "qk_scale", "cap_in", "cap_out"):
             signature[name] = "fp32"

@@ -71,19 +71,22 @@ def attention_cases(num_ranks: int, shapes: list[tuple[int, int]]) -> Iterator[t
                             yield work, strategy
 
 
-def attend_everywhere(rank: int, num_ranks: int, shapes: list[tuple[int, int]]) -> tuple[int, list[str]]:
+def attend_everywhere(
+    rank: int, num_ranks: int, shapes: list[tuple[int, int]], device: str = "cpu"
+) -> tuple[int, list[str]]:
     """Output, LSE and every gradient against one process, and the bytes sent against the plan: `(cases, failures)`."""
     link, failures, count = Link(), [], 0
+    link.gather([rank], torch.device(device))  # NCCL's communicator must not come about in a pairwise transfer
     want: dict[Any, list[Tensor]] = {}
     for work, name in attention_cases(num_ranks, shapes):
         count += 1
-        inputs, grads = _problem(work)
+        inputs, grads = ([t.to(device) for t in found] for found in _problem(work))
         key = (work.spec, work.num_kv_heads, work.documents)
         if key not in want:
             want[key] = _whole(work, inputs, grads)
         link.sent = 0
         got, forward = _part(work, name, rank, link, inputs, grads)
-        mine = work.layout.tokens(rank)
+        mine = work.layout.tokens(rank).to(device)
         errors = [distance(g, w[:, :, mine]) if g.numel() else 0.0 for g, w in zip(got, want[key], strict=True)]
         volume = strategies.get(name)().volume(work)
         planned = volume.forward[rank], volume.backward[rank]
@@ -110,9 +113,9 @@ def _whole(work: Work, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor
     x = [t.clone().requires_grad_() for t in inputs]
     most = max(map(len, work.documents))
     rows = [[[*d, *d] for d in row] + [[0] * 4] * (most - len(row)) for row in work.documents]
-    bounds = torch.tensor(rows, dtype=torch.int32)
-    impl = "sdpa"  # the oracle, which shares no index arithmetic with what is tested
-    out, lse = block_sparse(*x, work.spec, bounds=bounds, softcap=2.0, impl=impl)
+    bounds = torch.tensor(rows, dtype=torch.int32, device=x[0].device)
+    # By the oracle, which shares no index arithmetic with what is tested.
+    out, lse = block_sparse(*x, work.spec, bounds=bounds, softcap=2.0, impl="sdpa")
     torch.autograd.backward([out, lse], grads)
     return [out, lse, *(t.grad for t in x)]
 
@@ -120,7 +123,7 @@ def _whole(work: Work, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor
 def _part(
     work: Work, name: str, rank: int, link: Link, inputs: list[Tensor], grads: list[Tensor]
 ) -> tuple[list[Tensor], int]:
-    mine = work.layout.tokens(rank)
+    mine = work.layout.tokens(rank).to(inputs[0].device)
     x = [t[:, :, mine].clone().requires_grad_() for t in inputs]
     call = Call(*x, work.spec, None, None, 2.0, "auto")
     out, lse = strategies.get(name)().attend(call, Shard(work.layout, work.documents, rank), link)
@@ -210,8 +213,8 @@ def train_everywhere(rank: int, cases: list[dict[str, Any]]) -> list[str]:
         make = [case[k] for k in ("family", "patch", "dtype", "lora", "checkpoint")]
         want = single(make_model(*make), docs)
         allowed = EXACT
-        if case["dtype"] == torch.float32:
-            make[2] = torch.float64
+        if case["dtype"] != torch.float64:
+            make[2] = torch.float64 if case["dtype"] == torch.float32 else torch.float32
             exact = single(make_model(*make), docs)
             allowed = FACTOR * worst(want, exact)
         model = make_model(*[case[k] for k in ("family", "patch", "dtype", "lora", "checkpoint")])

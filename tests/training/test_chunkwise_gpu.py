@@ -96,6 +96,7 @@ def test_streams_do_not_race():
         assert error(gradient(model, chunks(tokens, tokens, offload=True, **options)), exact) <= budget
 
 
+@pytest.mark.xdist_group("much memory")
 def test_memory():
     """2 kappa a token and what one layer's attention returns; next to nothing when offloaded."""
     model = make(num_layers=32)
@@ -118,6 +119,7 @@ def test_memory():
         assert slope <= allowed, (options, slope)
 
 
+@pytest.mark.xdist_group("much memory")
 def test_rehearsal_has_the_peak_of_the_step():
     model = make(num_layers=16)
     tokens = ids(16385)

@@ -11,8 +11,8 @@ import lcpatch
 from lcpatch.training import buffers, chunkwise, offload, pieces, spaco
 from lcpatch_kernels import DENSE, BlockSparseSpec, block_sparse, block_sparse_backward
 
-DEEP = {"num_hidden_layers": 16, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 16, "head_dim": 32}
-KAPPA = 16 * 2 * 2 * 32 * 4
+DEEP = {"num_hidden_layers": 8, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 16, "head_dim": 32}
+KAPPA = 8 * 2 * 2 * 32 * 4
 """Bytes of a token's keys and values in a model of `DEEP`, in fp32: layers, K and V, KV heads, head dim, bytes."""
 
 
@@ -78,7 +78,7 @@ def test_nothing_else_grows(deep: nn.Module):
         chunked(deep, tokens(1, length), tokens(1, length), 32, **settings)
 
     allowed = 2 + slope(attention_alone)
-    assert allowed < 2.5
+    assert allowed < 3  # what the published code takes
     assert 2 <= slope(lambda length: run(length, attention="lcpatch")) <= allowed
     assert slope(lambda length: run(length, attention="own")) > 3  # masked SDPA keeps repeated heads
 
@@ -89,7 +89,7 @@ def test_offloaded_the_device_holds_two_slots(deep: nn.Module, stores: list, mon
     for length in (97, 161):
         chunked(deep, tokens(1, length), tokens(1, length), 32, offload=True)
     short, long = stores
-    units = 16 * 2  # two KV heads a layer, one a unit
+    units = 8 * 2  # two KV heads a layer, one a unit
     assert long["device"] - short["device"] == 2 * KAPPA * 64 // units
     # Of 160 tokens' pages, all of the keys and values, and gradients of all but the last chunk, whose none asks for.
     assert long["host"] == KAPPA * (160 + 128)
@@ -157,12 +157,12 @@ def test_units_arrive_ahead(deep: nn.Module, monkeypatch: pytest.MonkeyPatch):
     chunked(deep, tokens(1, 129), tokens(1, 129), 32, offload=True)
     assert load is offload.HostStore._load
     after_one = [held for recording, _, start, held in late if not recording and start < 96]
-    assert len(after_one) == 3 * 2 * 32  # three chunks, forward and backward, 32 units
+    assert len(after_one) == 3 * 2 * 16  # three chunks, forward and backward, 16 units
     assert sum(after_one) >= len(after_one) - 3  # but for the first unit of a chunk
     monkeypatch.setattr(offload.HostStore, "_predict", lambda self, unit, now: None)
     late.clear()
     chunked(deep, tokens(1, 129), tokens(1, 129), 32, offload=True)
-    assert sum(held for recording, _, start, held in late if not recording and start < 96) < 20
+    assert sum(held for recording, _, start, held in late if not recording and start < 96) < 15
 
 
 def test_pool():

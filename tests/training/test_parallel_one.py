@@ -10,7 +10,7 @@ from parallel_cases import EXACT, batch_of, distance, gradients, loss_of, make_m
 
 import lcpatch
 from lcpatch.core.errors import ParallelError, UnknownNameError
-from lcpatch.training.parallel import parallelize
+from lcpatch.training.parallel import alive, parallelize
 from lcpatch.training.parallel.balance import plan
 from lcpatch.training.parallel.link import Link
 
@@ -102,3 +102,25 @@ def test_without_a_group():
     with pytest.raises(ParallelError, match=r"torch.distributed is not initialised: start with torchrun"):
         Link()
     assert plan([5, 6], 1, 8).counts() == [2]
+
+
+def test_a_pulse_tells_who_beats(monkeypatch):
+    """Ranks as objects on one store: one stops, one never starts, and then the store itself goes."""
+    monkeypatch.setattr(alive, "BEAT", 0.05)
+    store = dist.HashStore()
+    mine, other, third = (alive.Pulse(store, "test", rank, 4) for rank in (0, 1, 2))
+    assert mine.who_is_gone() == "rank 3 is gone"
+    other.stop()
+    assert mine.who_is_gone() == "ranks 1, 3 are gone"
+    third.stop()
+
+    def closed(*_: object) -> None:
+        raise RuntimeError("connection closed")
+
+    monkeypatch.setattr(mine, "_read", closed)
+    assert mine.who_is_gone().startswith("the process that keeps torch.distributed's store")
+    mine.stop()
+    pair = [alive.Pulse(store, "two", rank, 2) for rank in (0, 1)]
+    assert pair[0].who_is_gone().startswith("all ranks are alive")
+    for pulse in pair:
+        pulse.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parallel_cases import batch_of
@@ -12,13 +13,15 @@ from transformers import DataCollatorWithFlattening
 import lcpatch
 from lcpatch.bench import parallel as bench
 from lcpatch.bench.attention import Shape
+from lcpatch.cli import main
 from lcpatch.core.errors import BenchmarkError, ParallelError, UnknownNameError
 from lcpatch.patterns import LayerShape
 from lcpatch.training.parallel.batch import IGNORE, documents_of, shard_batch, shifted
 from lcpatch.training.parallel.cost import Rates, choose
-from lcpatch.training.parallel.halo import Shorter, _part
+from lcpatch.training.parallel.halo import _part
 from lcpatch.training.parallel.layout import make_layout, sees
 from lcpatch.training.parallel.lightseq import LightSeq, idle_fraction
+from lcpatch.training.parallel.shorter import Shorter
 from lcpatch.training.parallel.strategy import Work, strategies
 from lcpatch_kernels import DENSE, BlockSparseSpec, Rule
 
@@ -259,3 +262,16 @@ def test_what_no_strategy_can_serve():
         ValueError, match=r"no strategy fits: halo: rolled groups .*ulysses: 3 ranks cannot share 4 query"
     ):
         choose(work_of(lcpatch.Shift(group_size=64, wrap=True), 4, 2, 300, 3))
+
+
+def test_the_plan_says_how_ranks_would_share_a_row(tmp_path, capsys):
+    transformers.LlamaConfig(hidden_size=512, num_attention_heads=8, num_key_value_heads=2).save_pretrained(tmp_path)
+    words = ["plan", str(tmp_path), "--length", "16384", "--attention", "full,sf", "--ranks"]
+    assert main([*words, "4"]) == 0
+    said = capsys.readouterr().out
+    assert "One layer's attention over 4 GPUs of 50 GB/s" in said
+    assert "\nsf: halo, " in said
+    assert "MiB sent" in said
+    assert main([*words, "0"]) == 0  # not asked for
+    assert main([*words, "4", "--bandwidth", "-1"]) == 2
+    assert "--bandwidth -1.0 above 0" in capsys.readouterr().err

@@ -6,17 +6,21 @@ import os
 import shutil
 from pathlib import Path
 
+import eval_cases
 import pytest
 import torch
 import training_cases
 from noise import FACTOR, distance, model_budget
+from safetensors.torch import load_file
 from training_cases import SETTINGS, STEPS, Interrupt, ids, run
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lcpatch
 from lcpatch.cli import main
-from lcpatch.core.errors import TrainingError
+from lcpatch.core.errors import TrainingError, UnsupportedModelError
 from lcpatch.hf.state import SINK_LOGIT
 from lcpatch.training import lora, sources, trainer
+from lcpatch.training.model import load_model
 
 
 def mean(losses: list[float]) -> float:
@@ -115,6 +119,46 @@ def test_chats_are_trained_on(base, tmp_path: Path):
     with pytest.warns(UserWarning, match="1 of 41 records were left out: longer than 96 tokens"):
         result = run(folder, tmp_path / "run", task="sft", data=(str(tmp_path / "chats.jsonl"),), attention="sf")
     assert mean(result.losses[-3:]) < mean(result.losses[:3]) - 1  # the same answer every time is soon learned
+
+
+def test_half_precision_weights(base, tmp_path: Path):
+    """bf16 where nothing is trained, fp32 where it is; what comes out runs by itself, and comes back as it is."""
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(base).save_pretrained(half)
+    result = run(half, tmp_path / "run", dtype="bfloat16", attention="sf", sinks="logit:-3", eval_rows=0)
+    assert mean(result.losses[-5:]) < mean(result.losses[:5]) - 0.2
+    trained = {n: p.dtype for n, p in result.model.named_parameters() if p.requires_grad}
+    assert {dtype for n, dtype in trained.items() if "lora_" in n or n.endswith(SINK_LOGIT)} == {torch.float32}
+    assert {dtype for n, dtype in trained.items() if "norm" in n or "embed" in n} == {torch.bfloat16}
+    stored = load_file(tmp_path / "run" / "checkpoint-20" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}  # what an exact resumption needs
+    loaded = lcpatch.from_pretrained(tmp_path / "run" / "model")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids()).logits, result.model.eval()(ids()).logits)
+    merged = lora.merge(loaded)
+    assert {p.dtype for n, p in merged.named_parameters() if not n.endswith(SINK_LOGIT)} == {torch.bfloat16}
+
+
+def test_four_bit_weights(base, tmp_path: Path):
+    """QLoRA, on the CPU that bitsandbytes serves too; the adapter fits the unquantized base, and only there merges."""
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path / "wide"
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
+    eval_cases.model(tie_word_embeddings=True, initializer_range=0.05, **sizes).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    result = run(folder, tmp_path / "run", quantize="4bit", dtype="bfloat16", attention="sf", eval_rows=0)
+    assert mean(result.losses[-5:]) < mean(result.losses[:5]) - 0.2
+    assert "Linear4bit" in {type(module).__name__ for module in result.model.modules()}
+    with pytest.raises(UnsupportedModelError, match="a merge into 4-bit weights rounds"):
+        lora.merge(result.model)
+    assert lcpatch.from_pretrained(tmp_path / "run" / "model")(ids()).logits.isfinite().all()
+
+
+def test_four_bits_need_bitsandbytes(base, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="quantize='4bit' needs bitsandbytes: pip install bitsandbytes, or leave"):
+        load_model(training_cases.config(base, tmp_path, quantize="4bit"))
 
 
 def test_the_verb_trains(base, tmp_path: Path, capsys):
@@ -244,12 +288,12 @@ def test_chunks_train_as_whole_rows_do(trained, base, tmp_path: Path):
 @pytest.mark.parametrize("rope", ["linear", "yarn", "dynamic"])
 def test_an_extended_adapter_comes_back_extended(base, tmp_path: Path, rope: str):
     """The base's own config knows nothing of it."""
-    result = run(base, tmp_path, attention="full", length=4200, rope=rope, steps=1, eval_rows=0, checkpointing="none")
+    result = run(base, tmp_path, attention="full", length=600, rope=rope, steps=1, eval_rows=0, checkpointing="none")
     model = result.model.eval()
     assert model.config.rope_parameters["rope_type"] == rope
-    assert model.config.max_position_embeddings == (4096 if rope == "dynamic" else 8192)
+    assert model.config.max_position_embeddings == (512 if rope == "dynamic" else 1024)
     loaded = lcpatch.from_pretrained(tmp_path / "model")
-    text = ids(4200)  # as long as a row: transformers' dynamic frequencies depend on the longest text seen so far
+    text = ids(600)  # as long as a row: transformers' dynamic frequencies depend on the longest text seen so far
     with torch.no_grad():
         assert torch.equal(loaded(text).logits, model(text).logits)
     plain = type(model.get_base_model()).from_pretrained(base)

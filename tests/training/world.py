@@ -17,8 +17,10 @@ TIMEOUT = timedelta(seconds=60)
 """Of a collective: a test that hangs fails after it."""
 
 
-def run_world(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
-    """`function(rank, *args)` in `num_ranks` processes of one gloo group.
+def run_world(
+    num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 240, backend: str = "gloo"
+) -> list[Any]:
+    """`function(rank, *args)` in `num_ranks` processes of one group; under nccl each has a GPU.
 
     Returns:
         What each rank returned; for one that raised its exception's text ("Type: message"), for one that died None.
@@ -28,7 +30,7 @@ def run_world(num_ranks: int, function: Callable[..., Any], *args: Any, timeout:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     answers = context.Queue()
     ranks = [
-        context.Process(target=_rank, args=(rank, num_ranks, store.port, answers, function, args))
+        context.Process(target=_rank, args=(rank, num_ranks, store.port, answers, backend, function, args))
         for rank in range(num_ranks)
     ]
     for process in ranks:
@@ -54,10 +56,12 @@ def run_world(num_ranks: int, function: Callable[..., Any], *args: Any, timeout:
     return [results[rank] for rank in range(num_ranks)]
 
 
-def _rank(rank: int, num_ranks: int, port: int, answers: Any, function: Callable, args: tuple) -> None:
+def _rank(rank: int, num_ranks: int, port: int, answers: Any, backend: str, function: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=TIMEOUT)
     try:
         result = function(rank, *args)
     except Exception as error:

@@ -1,5 +1,7 @@
 """Past one GPU: ranks that each hold a part of every row and exchange what the layers' patterns need, no more."""
 
+from .cost import Choice, Rates, choose
 from .model import Parallel, parallelize
+from .strategy import Work
 
-__all__ = ["Parallel", "parallelize"]
+__all__ = ["Choice", "Parallel", "Rates", "Work", "choose", "parallelize"]

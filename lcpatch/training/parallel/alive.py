@@ -38,15 +38,22 @@ class Pulse:
         self._stop.set()
         self._thread.join(timeout=5 * BEAT)
 
-    def gone(self) -> list[int]:
-        """Ranks that do not beat; takes as long as `PATIENCE` beats."""
-        others = [rank for rank in range(self._size) if rank != self._rank]
-        before = {rank: self._read(rank) for rank in others}
-        waiting, deadline = set(others), time.monotonic() + PATIENCE * BEAT
-        while waiting and time.monotonic() < deadline:
-            time.sleep(BEAT / 2)
-            waiting = {rank for rank in waiting if self._read(rank) == before[rank]}
-        return sorted(waiting)
+    def who_is_gone(self) -> str:
+        """Names the ranks that do not beat, in words; takes up to `PATIENCE` beats."""
+        waiting = {rank for rank in range(self._size) if rank != self._rank}
+        deadline = time.monotonic() + PATIENCE * BEAT
+        try:
+            before = {rank: self._read(rank) for rank in waiting}
+            while waiting and time.monotonic() < deadline:
+                time.sleep(BEAT / 2)
+                waiting = {rank for rank in waiting if self._read(rank) == before[rank]}
+        except RuntimeError:
+            return "the process that keeps torch.distributed's store, often rank 0, is gone"
+        if not waiting:
+            return "all ranks are alive, so one waits elsewhere or is late"
+        if len(waiting) == 1:
+            return f"rank {waiting.pop()} is gone"
+        return f"ranks {', '.join(map(str, sorted(waiting)))} are gone"
 
     def _run(self) -> None:
         while not self._stop.wait(BEAT):
@@ -61,11 +68,8 @@ class Pulse:
             self._store.set(self._key(self._rank), str(self._count))
 
     def _read(self, rank: int) -> bytes | None:
-        try:
-            with self._lock:
-                return self._store.get(self._key(rank)) if self._store.check([self._key(rank)]) else None
-        except RuntimeError:
-            return None
+        with self._lock:
+            return self._store.get(self._key(rank)) if self._store.check([self._key(rank)]) else None
 
     def _key(self, rank: int) -> str:
         return f"lcpatch/{self._name}/{rank}"

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from lcpatch_kernels import BlockSparseSpec
+from lcpatch_kernels import DENSE, BlockSparseSpec
 
 from .halo import PARTS
-from .layout import sees
+from .layout import make_layout, sees
 from .pairs import Pairwise
 from .strategy import Strategy, Work, strategies
 
@@ -81,6 +81,19 @@ def choose(work: Work, rates: Rates = Rates()) -> Choice:
         f"{best.sent / 2**20:.1f} MiB sent in {best.transfer * 1e3:.2f})"
     )
     return Choice(best.name, why + (f"; {', '.join(told)}" if told else ""), estimates)
+
+
+def choose_for(
+    spec: BlockSparseSpec, num_kv_heads: int, head_dim: int, length: int, ranks: int, rates: Rates
+) -> Choice:
+    """`choose` for one layer over one row of `length` tokens in bf16, in the layout that `parallelize` would take.
+
+    Raises:
+        ValueError: none can serve it.
+    """
+    documents = (((0, length),),)
+    layout = "head_tail" if set(spec.rules) == {DENSE} else "contiguous"
+    return choose(Work(spec, num_kv_heads, head_dim, make_layout(layout, length, ranks, documents), documents), rates)
 
 
 def estimate(strategy: Strategy, work: Work, rates: Rates) -> Estimate:

@@ -4,14 +4,7 @@ From the pattern's neutral description (`BlockSparseSpec`) every rank computes, 
 needs there. One uneven all-to-all brings them, its reverse takes their gradients back. Dense layers work too; they need
 everything before.
 
-Keys that arrive are put in order as a shorter sequence in which the same rules hold. Of a document's positions
-
-    [0 ................ s) [s ........ last query]
-
-the second part is kept as it is; s is a multiple of the rule's period (group and block), so that groups and stripes
-fall as before. Of the first part, its far keys (sinks, stripe) are kept one behind the other: every row sees them, so
-they become the sinks of the shorter sequence. A rank thus holds its own keys, one period, and the far keys of each
-head: nothing that grows with the sequence for `shift`, `sf` and `sink`; its share of the stripe, N / stride, for `s2`.
+Keys that arrive are put in order as a shorter sequence in which the same rules hold (`shorter`).
 
 KV heads are exchanged in `PARTS` groups, so that the attention of one runs while the next one's keys travel.
 """
@@ -21,19 +14,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import lcm
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lcpatch_kernels import UNBOUNDED, BlockSparseSpec, Rule, block_sparse
-from lcpatch_kernels.block_sparse.reference import keys_of
+from lcpatch_kernels import BlockSparseSpec, Rule, block_sparse
 
 from ...hf.watch import Call
 from .layout import Documents, Layout, Piece, Run, Shard
 from .link import Link, tie
-from .strategy import Strategy, Volume, Work, bounds_tensor, flat, strategies
+from .shorter import Shorter, fixed, keys_seen
+from .strategy import Strategy, Volume, Work, bounds_tensor, flat, strategies, take
 
 PARTS = 2
 
@@ -48,7 +40,7 @@ class Halo(Strategy):
         parts = [_part(work.spec, work.num_kv_heads, n, *layout) for n in range(_num_parts(work))]
         rows = [_rows(call, part) for part in parts]
         arriving = [
-            link.exchange(own[part.send], part.sends, part.receives) if part.counts.any() else None
+            link.exchange(take(own, part.send), part.sends, part.receives) if part.counts.any() else None
             for part, own in zip(parts, rows, strict=True)
         ]
         results = []
@@ -82,7 +74,7 @@ class PartCall:
         group: number of the head class that the call belongs to.
         spec: the rules, as they hold for the shorter sequence.
         bounds: [B, N, 4].
-        index: [B, V, S] into the part's rows (own, then arrived, then one of zeros); None: own keys as they are.
+        index: [B, V, S] into the part's rows (own, then arrived); None: own keys as they are.
     """
 
     group: int
@@ -138,9 +130,8 @@ def _attend_part(call: Call, part: Part, own: Tensor, arrived: Tensor | None) ->
             k, v = (x[:, part.kv_heads][:, kv] for x in (call.key, call.value))
         else:
             if table is None:
-                zeros = own.new_zeros(1, *own.shape[1:])
-                table = torch.cat([own, zeros] if arrived is None else [own, arrived, zeros])
-            k, v = table[c.index].unbind(3)
+                table = own if arrived is None else torch.cat([own, arrived])
+            k, v = take(table, c.index).unbind(3)
         q = call.query[:, heads]
         result = block_sparse(q, k, v, c.spec, bounds=c.bounds, scale=call.scale, softcap=call.softcap, impl=call.impl)
         known = results[c.group]
@@ -203,17 +194,11 @@ def _missing_of(
     for piece in layout.pieces(rank, documents):
         first, last, length = _positions(piece)
         if first:  # else all that its rows see is in the piece
-            needed += [_keys(_fixed(r, length), block_size, first, last, length) + piece.document[0] for r in rules]
+            needed += [keys_seen(fixed(r, length), block_size, first, last, length) + piece.document[0] for r in rules]
     places = torch.cat(needed).unique()
     owner, local = layout.locate(places)
     missing = owner != rank
     return places[missing], owner[missing], local[missing]
-
-
-@lru_cache(maxsize=256)
-def _keys(rule: Rule, block_size: int, first: int, last: int, length: int) -> Tensor:
-    """Positions, ascending, of what rows [first, last) see."""
-    return keys_of(rule, block_size, first, last, length, torch.device("cpu"))
 
 
 def _positions(piece: Piece) -> tuple[int, int, int]:
@@ -302,7 +287,7 @@ class _Builder:
                     first, last, length = _positions(piece)
                     shorter = Shorter.of(rules, self.spec.block_size, first, last, length) if first else None
                     if shorter is None:  # the document begins here
-                        key = (True, tuple(_fixed(rule, length) for rule in rules))
+                        key = (True, tuple(fixed(rule, length) for rule in rules))
                     else:
                         key = (not shorter.num_far and shorter.start == first, tuple(shorter.rules))
                     found.setdefault(key, [[] for _ in self.documents])[b].append((piece, shorter))
@@ -323,7 +308,9 @@ class _Builder:
         """Bounds and index of pieces whose keys are not simply the rank's own."""
         bounds: list[list[tuple[int, ...]]] = []
         most = max(sum(shorter.length for _, shorter in row) for row in rows)
-        index = torch.full((len(rows), len(kv), most), self.num_own + self.num_arrived)  # of the zeros
+        # Slots that no row sees hold any keys, each another: a backward adds its zeros to them.
+        index = torch.arange(len(rows) * len(kv) * most).view(len(rows), len(kv), most)
+        index %= self.num_own + self.num_arrived
         for b, row in enumerate(rows):
             bounds.append([])
             at = 0
@@ -351,64 +338,3 @@ def _run_of_heads(spec: BlockSparseSpec, num_kv_heads: int) -> int:
     sizes = [n for n in range(1, group + 1) if group % n == 0]
     rules = spec.head_rules
     return max(n for n in sizes if all(len(set(rules[i : i + n])) == 1 for i in range(0, len(rules), n)))
-
-
-@dataclass(frozen=True)
-class Shorter:
-    """The shorter sequence in which rows [first, last) of a document see what they saw; see the top of this file.
-
-    Args:
-        start: s, the position from which on everything is kept.
-        num_far: slots for far keys, a multiple of the period.
-        length: slots in all; the last one is the last row's.
-        rules: of each virtual head, as they hold in the shorter sequence.
-        keys: for each virtual head the positions of its keys, and their slots.
-    """
-
-    start: int
-    num_far: int
-    length: int
-    rules: list[Rule]
-    keys: list[tuple[Tensor, Tensor]]
-
-    @classmethod
-    def of(cls, rules: Sequence[Rule], block_size: int, first: int, last: int, length: int) -> Shorter:
-        """For rules that differ in nothing but their stripe's residue."""
-        rules = [_fixed(rule, length) for rule in rules]
-        period = lcm(rules[0].group, block_size) if rules[0].stride else rules[0].group
-        start = rules[0].lo(first, length) // period * period
-        keys = [_keys(rule, block_size, first, last, length) for rule in rules]
-        most = max(int((k < start).sum()) for k in keys)
-        num_far = min(-(-most // period) * period, start)
-        if num_far == start:  # nothing to leave out
-            return cls(start, start, last, rules, [(k, k) for k in keys])
-        shift = start - num_far
-        pairs = list(zip(rules, keys, strict=True))
-        moved = [_moved(rule, int((k < start).sum()), num_far, shift, block_size) for rule, k in pairs]
-        slots = [torch.cat([far, k[k >= start] - shift]) for (_, far), k in zip(moved, keys, strict=True)]
-        return cls(start, num_far, last - shift, [rule for rule, _ in moved], list(zip(keys, slots, strict=True)))
-
-
-def _fixed(rule: Rule, length: int) -> Rule:
-    """The rule for a document of `length` tokens: a group that is a share of it as a number; dense as dense."""
-    if rule.stride == 1 or rule.back >= min(length, UNBOUNDED):
-        return Rule()
-    group, offset = rule.resolve(length)
-    return replace(rule, group=group, shifted=offset > 0)
-
-
-def _moved(rule: Rule, count: int, num_far: int, shift: int, block_size: int) -> tuple[Rule, Tensor]:
-    """The rule after `shift` positions were taken out, and the slots of its `count` far keys: all that it sees there.
-
-    The stripe also falls on some of the `num_far` slots: those of real far keys, so they are never too many. The first
-    slots become sinks, as many as make the number right.
-    """
-    slots = torch.arange(num_far)
-    striped = torch.zeros(num_far, dtype=torch.bool)
-    if rule.stride:
-        rule = replace(rule, residue=(rule.residue - shift // block_size) % rule.stride)
-        striped = slots // block_size % rule.stride == rule.residue
-    beyond = striped.sum() - striped.cumsum(0) + striped.long()  # striped slots from each slot on
-    seen = torch.cat([slots + beyond, torch.tensor([num_far])])  # if the sinks end there
-    sinks = int((seen == count).nonzero()[0])
-    return replace(rule, sinks=sinks), ((slots < sinks) | striped).nonzero()[:, 0]

@@ -108,8 +108,7 @@ class Link:
         except ParallelError:
             raise
         except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
-            gone = self.pulse.gone() if self.pulse else []
-            who = f"rank {', '.join(map(str, gone))} is gone" if gone else "no rank is known to be gone"
+            who = self.pulse.who_is_gone() if self.pulse else "which rank is at fault is not known"
             reason = str(error).strip().splitlines()[0]
             raise ParallelError(f"rank {self.rank} cannot reach its group: {who} ({reason})") from error
 

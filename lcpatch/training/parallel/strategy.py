@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -92,6 +92,27 @@ class Strategy(ABC):
 def flat(x: Tensor) -> Tensor:
     """[B, heads, t, D] -> [B * heads * t, D]."""
     return x.reshape(-1, x.shape[-1])
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = rows.shape
+        return rows.index_select(0, index.flatten()).view(*index.shape, *rows.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        total = torch.zeros(ctx.shape, dtype=wide, device=grad.device)
+        total.index_add_(0, index.flatten(), grad.reshape(-1, *ctx.shape[1:]).to(wide))
+        return total.to(grad.dtype), None
+
+
+def take(rows: Tensor, index: Tensor) -> Tensor:
+    """`rows[index]`; gradients of a row that is taken several times, as one sent to several ranks, add up in fp32."""
+    return _Take.apply(rows, index)
 
 
 def bounds_tensor(rows: Sequence[Sequence[tuple[int, ...]]], columns: int, device: torch.device) -> Tensor:

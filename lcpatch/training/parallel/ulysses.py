@@ -17,7 +17,7 @@ from lcpatch_kernels import BlockSparseSpec, block_sparse
 from ...hf.watch import Call
 from .layout import Layout, Shard
 from .link import Link
-from .strategy import Strategy, Volume, Work, bounds_tensor, flat, strategies
+from .strategy import Strategy, Volume, Work, bounds_tensor, flat, strategies, take
 
 
 @strategies.register("ulysses")
@@ -43,14 +43,14 @@ class Ulysses(Strategy):
         tokens = [shard.layout.num_tokens(r) for r in range(ranks)]
         lines = batch * (h + 2 * kv)
         table = torch.cat([flat(x) for x in (call.query, call.key, call.value)])
-        whole = link.exchange(table[send], [lines * tokens[shard.rank]] * ranks, [lines * n for n in tokens])()
-        q, k, v = whole[places].split([h, kv, kv], 1)
+        whole = link.exchange(take(table, send), [lines * tokens[shard.rank]] * ranks, [lines * n for n in tokens])()
+        q, k, v = take(whole, places).split([h, kv, kv], 1)
         first = shard.rank * h
         spec = BlockSparseSpec(work.spec.block_size, work.spec.rules, work.spec.head_rules[first : first + h])
         bounds = bounds_tensor([[(*d, *d) for d in row] for row in shard.documents], 4, q.device)
         out, lse = block_sparse(q, k, v, spec, bounds=bounds, scale=call.scale, softcap=call.softcap, impl=call.impl)
         counts = [batch * h * n for n in tokens], [batch * h * tokens[shard.rank]] * ranks
-        arriving = [link.exchange(x[home], *counts) for x in (flat(out), lse.reshape(-1))]
+        arriving = [link.exchange(take(x, home), *counts) for x in (flat(out), lse.reshape(-1))]
         out, lse = (arrive() for arrive in arriving)
         shape = (ranks, batch, h, tokens[shard.rank])
         out = out.view(*shape, dim).transpose(0, 1).flatten(1, 2)

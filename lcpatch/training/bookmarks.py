@@ -1,0 +1,148 @@
+"""Trains the page scorer "bookmark" of retrieval caches on any text: the model's own attention says which page matters.
+
+Source: RetroLM, arXiv 2502.11444 (stage 1: the backbone is frozen, only the bookmarks' projections learn, by contrast).
+Departure: the paper takes question and passage pairs as labels. Here the label of a query is the share of its
+attention that each page before it gets, per layer and head; the loss is the cross-entropy of the scores against those
+shares. Pages that are always read (sinks, the newest ones) are left out, and a query counts by the mass of the others.
+Its stage 2, training the model itself over retrieved pages, is not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..caches.layer import AttendingLayer, LongCache, routed_layers
+from ..caches.scattered import is_dense
+from ..caches.scorers import Bookmarks
+from ..hf.models import unwrap
+from ..hf.route import is_routed, unroute
+from ..hf.watch import Call, attend
+
+
+def train_bookmarks(
+    model: nn.Module,
+    texts: Iterable[Tensor],
+    *,
+    bookmarks: Bookmarks | None = None,
+    page: int = 128,
+    num_sinks: int = 4,
+    recent: int = 128,
+    num_queries: int = 64,
+    lr: float = 1e-3,
+    seed: int = 0,
+    say: Callable[[int, float, float], None] | None = None,
+) -> Bookmarks:
+    """Train on one text after the other: one forward of the frozen model and one step of Adam for each.
+
+    Args:
+        model: a causal language model of transformers; its weights stay as they are, layers under a pattern left out.
+        texts: token ids [B, T] without padding, of several pages each.
+        bookmarks: to go on with; None: new ones, which score as the mean does.
+        page, num_sinks, recent: as in `RetrievalCache`.
+        num_queries: queries of a text that each layer learns from, drawn at random.
+        lr, seed: of Adam, and of that draw.
+        say: called with the step, its loss, and the share of the attention that the best quarter of the pages holds.
+
+    Returns:
+        The bookmarks, for `RetrievalCache(model, scorer=bookmarks)`; `bookmarks.save(path)` writes them.
+
+    Raises:
+        UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.
+        ValueError: a text too short for a page to choose, or a model whose layers all follow a pattern.
+    """
+    base = unwrap(model)
+    routed, training = is_routed(base), model.training
+    device = next(model.parameters()).device
+    bookmarks = (Bookmarks.of(model) if bookmarks is None else bookmarks).to(device)
+    optimiser = torch.optim.Adam(bookmarks.parameters(), lr)
+    lesson = Lesson(bookmarks, page, -(-num_sinks // page), recent, num_queries, torch.Generator().manual_seed(seed))
+    model.eval()
+    try:
+        for step, ids in enumerate(texts):
+            if ids.shape[1] < lesson.least:
+                raise ValueError(f"a text of {ids.shape[1]} tokens has no page to choose; give {lesson.least} or more")
+            optimiser.zero_grad()
+            lesson.begin()
+            with torch.no_grad():
+                model(ids.to(device), past_key_values=_LessonCache(model, lesson), logits_to_keep=1)
+            if not lesson.losses:
+                raise ValueError("every layer follows a pattern, so none reads pages: lcpatch.remove(model) first")
+            optimiser.step()
+            if say is not None:
+                say(step, *lesson.means())
+    finally:
+        model.train(training)
+        if not routed:
+            unroute(model)
+    return bookmarks
+
+
+class Lesson:
+    """What every layer learns from a text, and how well it does; see `train_bookmarks`."""
+
+    def __init__(
+        self, bookmarks: Bookmarks, page: int, sink_pages: int, recent: int, num_queries: int, rng: torch.Generator
+    ) -> None:
+        self.bookmarks, self.page, self.sink_pages, self.recent = bookmarks, page, sink_pages, recent
+        self.num_queries, self.rng = num_queries, rng
+        self.least = (sink_pages + 2) * page + recent  # then the last token has two pages to choose from
+        self.begin()
+
+    def begin(self) -> None:
+        self.losses: list[Tensor] = []
+        self.recalls: list[Tensor] = []
+
+    def means(self) -> tuple[float, float]:
+        return tuple(float(torch.stack(x).mean()) for x in (self.losses, self.recalls))
+
+    def learn(self, layer: int, call: Call) -> None:
+        """Add this layer's gradients: nothing of it is kept, so memory does not grow with the number of layers."""
+        length, page = call.key.shape[2], self.page
+        position = torch.randint(self.least - 1, length, (self.num_queries,), generator=self.rng).to(call.key.device)
+        query, keys = call.query[:, :, position].detach().float(), call.key.detach().float()
+        scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
+        pages = torch.arange(length // page, device=keys.device)
+        ours = (pages >= self.sink_pages) & (pages < ((position - self.recent) // page)[:, None])  # [queries, pages]
+        share = self._attention(query, keys, position, scale, call.softcap)[..., : len(pages) * page]
+        share = share.unflatten(-1, (-1, page)).sum(-1).masked_fill(~ours, 0)  # [B, H, queries, pages]
+        with torch.enable_grad():
+            scores = self.bookmarks.scores(layer, query, keys, page) * scale
+            log = scores.masked_fill(~ours, -torch.inf).log_softmax(-1).masked_fill(~ours, 0)
+            loss = -(share * log).sum() / share.sum()
+            loss.backward()
+        self.losses.append(loss.detach())
+        best = log.detach().masked_fill(~ours, -torch.inf).topk(max(len(pages) // 4, 1), -1).indices
+        self.recalls.append(share.gather(-1, best).sum() / share.sum())
+
+    @staticmethod
+    def _attention(query: Tensor, keys: Tensor, position: Tensor, scale: float, softcap: float | None) -> Tensor:
+        """Probabilities [B, H, queries, S] of full attention."""
+        scores = (query.unflatten(1, (keys.shape[1], -1)) @ keys[:, :, None].mT * scale).flatten(1, 2)
+        scores = softcap * (scores / softcap).tanh() if softcap else scores
+        hidden = torch.arange(keys.shape[2], device=keys.device) > position[:, None]
+        return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+
+
+class _LessonCache(LongCache):
+    """Not a cache: it sees every layer's queries and keys on their way."""
+
+    def __init__(self, model: nn.Module, lesson: Lesson) -> None:
+        super().__init__(layers=routed_layers(model, "train_bookmarks", lambda index, _: _LessonLayer(index, lesson)))
+
+
+class _LessonLayer(AttendingLayer):
+    owner = "train_bookmarks"
+
+    def __init__(self, layer: int, lesson: Lesson, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.layer, self.lesson = layer, lesson
+
+    def attend(self, call: Call) -> tuple[Tensor, Tensor]:
+        self._begin(call)
+        if is_dense(call.spec):
+            self.lesson.learn(self.layer, call)
+        return attend(call)

@@ -1,0 +1,97 @@
+"""Bookmarks learn from the model's own attention, which stays as it is; what they learn shows in a retrieval cache."""
+
+import copy
+
+import pytest
+import torch
+from cache_cases import feed
+from models import build, tokens
+from transformers import DynamicCache
+
+import lcpatch
+from lcpatch.caches.scorers import Bookmarks
+from lcpatch.training.bookmarks import Lesson, train_bookmarks
+
+PAGES = {"page": 4, "num_sinks": 4, "recent": 4}
+
+
+def texts(steps, length=120):
+    return [tokens(2, length, seed=n) for n in range(steps)]
+
+
+def test_pages_with_much_attention_come_to_score_high():
+    """Begun badly: a model of random weights has nothing to teach that its mean keys do not say."""
+    model = build()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    bad = Bookmarks.of(model)
+    with torch.no_grad():
+        bad.key += torch.randn(bad.key.shape, generator=torch.Generator().manual_seed(0))
+    seen = []
+    trained = train_bookmarks(
+        model, texts(40), bookmarks=copy.deepcopy(bad), **PAGES, lr=0.03, say=lambda *what: seen.append(what)
+    )
+    losses, recalls = (torch.tensor([row[n] for row in seen]) for n in (1, 2))
+    assert losses[-8:].mean() < losses[:8].mean()
+    assert recalls[-8:].mean() > recalls[:8].mean()
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert model.config._attn_implementation == "sdpa"
+    assert all(p.grad is None for p in model.parameters())
+
+    ids, cut = tokens(2, 120, seed=99), [80, *[1] * 40]
+    want = feed(model, ids, DynamicCache(config=model.config), cut).log_softmax(-1)
+
+    def far(scorer):
+        """How far tokens that read by `scorer` are from those that read everything."""
+        cache = lcpatch.RetrievalCache(model, 24, scorer=scorer, page=4, recent=4)
+        return (want.exp() * (want - feed(model, ids, cache, cut).log_softmax(-1))).sum(-1)[:, 80:].mean()
+
+    assert far(trained) < far(bad)
+
+
+def test_the_loss_is_the_cross_entropy_of_attention_over_pages():
+    """Against a loop over queries and pages, for one layer; the gradient by autograd through that."""
+    from lcpatch.hf.state import own_spec
+    from lcpatch.hf.watch import Call
+
+    rng = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, h, 60, 8, generator=rng) for h in (4, 2))
+    bookmarks = Bookmarks(1, 2, 8)
+    torch.nn.init.normal_(bookmarks.key, std=0.3)
+    lesson = Lesson(bookmarks, 4, 1, 4, 7, torch.Generator().manual_seed(3))
+    lesson.learn(0, Call(q, k, k, own_spec(4, None), None, None, None, "auto"))
+    got = bookmarks.key.grad.clone(), bookmarks.query.grad.clone()
+
+    bookmarks.zero_grad()
+    position = torch.randint(lesson.least - 1, 60, (7,), generator=torch.Generator().manual_seed(3)).tolist()
+    loss, mass = 0, 0
+    for head in range(4):
+        keys = k[0, head // 2]
+        for i in position:
+            p = (q[0, head, i] @ keys[: i + 1].T * 8**-0.5).softmax(-1)
+            pages = range(1, (i - 4) // 4)
+            share = torch.stack([p[4 * n : 4 * n + 4].sum() for n in pages])
+            means = torch.stack([keys[4 * n : 4 * n + 4].mean(0) for n in pages]) @ bookmarks.key[0, head // 2]
+            scores = means @ (q[0, head, i] @ bookmarks.query[0, head // 2]) * 8**-0.5
+            loss, mass = loss - (share * scores.log_softmax(-1)).sum(), mass + share.sum()
+    (loss / mass).backward()
+    assert torch.allclose(lesson.losses[0], (loss / mass).detach(), rtol=1e-5)
+    for x, y in zip(got, (bookmarks.key.grad, bookmarks.query.grad), strict=True):
+        assert (x - y).abs().max() <= 1e3 * torch.finfo(torch.float32).eps * y.abs().max()
+
+
+def test_windows_and_patterns_are_left_out():
+    model = build("gemma3_text")
+    with pytest.warns(UserWarning, match="keep transformers' own cache"):
+        bookmarks = train_bookmarks(model, texts(1), **PAGES)
+    changed = [not torch.equal(x, torch.eye(16).expand_as(x)) for x in bookmarks.query]
+    assert changed == [True, False, True]
+    model = lcpatch.apply(build(), "sink", num_sinks=2, window=9)
+    with pytest.raises(ValueError, match="every layer follows a pattern"):
+        train_bookmarks(model, texts(1), **PAGES)
+
+
+def test_a_text_without_pages_to_choose():
+    model = build()
+    with pytest.raises(ValueError, match="a text of 15 tokens has no page to choose; give 16"):
+        train_bookmarks(model, texts(1, 15), **PAGES)
+    assert model.config._attn_implementation == "sdpa"
