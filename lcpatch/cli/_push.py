@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ def add_target(parser: argparse.ArgumentParser, revision: bool = True) -> None:
         parser.add_argument("--revision", metavar="BRANCH", help="made if it does not exist")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--dry-run", action="store_true", help="list the files and talk to nobody")
-    parser.set_defaults(token=os.environ.get("HF_TOKEN"))
+    parser.set_defaults(token=None)  # that of `hf auth login`, or HF_TOKEN
 
 
 def say(push: Push) -> None:

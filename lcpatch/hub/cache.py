@@ -18,8 +18,8 @@ from torch import nn
 from ..caches import LongCache, caches, store
 from .about import HUB_ID, About
 from .card_files import write_card
-from .errors import sentence
 from .escape import Ready, argument
+from .load import file_of
 from .template import metadata, render
 from .upload import Push, Target, publish
 
@@ -55,15 +55,8 @@ def load_cache(
         StoreError: no such file, a broken or unknown one, or a cache of another model.
         HubError: the Hub did not give the file; the message says why and what to do.
     """
-    path = Path(id_or_path)
-    if path.is_dir():
-        path = path / CACHE_FILE
-    elif not path.is_file() and HUB_ID.fullmatch(str(id_or_path)) and path.suffix != ".safetensors":
-        from huggingface_hub import hf_hub_download
-
-        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        with sentence(f"load {id_or_path}", token):
-            path = Path(hf_hub_download(str(id_or_path), CACHE_FILE, revision=revision, **hub))
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    path = file_of(id_or_path, CACHE_FILE, revision, hub)
     return store.load_cache(path, model, tokenizer)
 
 

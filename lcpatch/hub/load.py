@@ -12,6 +12,7 @@ from ..hf.models import attention_modules, unwrap
 from ..hf.state import SINK_LOGIT
 from ..patching import apply
 from ..patching.resolve import pattern_of
+from .about import HUB_ID
 from .errors import sentence
 from .sidecar import CONFIG_FILE, read_config, read_json, read_logits, read_patch, read_positions
 
@@ -98,6 +99,28 @@ def folder_of(id_or_path: str | Path, revision: str | None, files: list[str], hu
 
     with sentence(f"load {id_or_path}", hub.get("token")):
         return Path(snapshot_download(str(id_or_path), revision=revision, allow_patterns=files, **hub))
+
+
+def file_of(id_or_path: str | Path, name: str, revision: str | None, hub: dict[str, Any]) -> Path:
+    """Where one file lies: the path itself, `name` in a folder or, of a repository, `name` at one commit.
+
+    A path that does not exist is given back as it is: whoever opens it says so.
+
+    Args:
+        hub: what `huggingface_hub.hf_hub_download` takes beside them.
+
+    Raises:
+        HubError: the Hub did not give the file.
+    """
+    path = Path(id_or_path)
+    if path.is_dir():
+        return path / name
+    if path.is_file() or path.suffix == ".safetensors" or not HUB_ID.fullmatch(str(id_or_path)):
+        return path
+    from huggingface_hub import hf_hub_download
+
+    with sentence(f"load {id_or_path}", hub.get("token")):
+        return Path(hf_hub_download(str(id_or_path), name, revision=revision, **hub))
 
 
 def patch_in(folder: Path, name: str | Path, is_adapter: bool) -> PatchConfig:

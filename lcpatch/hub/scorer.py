@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..caches.scorers import Bookmarks
-from .about import HUB_ID, About
+from .about import About
 from .card_files import write_card
-from .errors import sentence
 from .escape import Ready, argument
+from .load import file_of
 from .template import metadata, render
 from .upload import Push, Target, publish
 
@@ -41,16 +41,8 @@ def load_scorer(
         ValueError: a scorer of another geometry.
         HubError: the Hub did not give the file; the message says why and what to do.
     """
-    path = Path(id_or_path)
-    if path.is_dir():
-        path = path / SCORER_FILE
-    elif not path.is_file() and HUB_ID.fullmatch(str(id_or_path)) and path.suffix != ".safetensors":
-        from huggingface_hub import hf_hub_download
-
-        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        with sentence(f"load {id_or_path}", token):
-            path = Path(hf_hub_download(str(id_or_path), SCORER_FILE, revision=revision, **hub))
-    scorer = Bookmarks.load(path)
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    scorer = Bookmarks.load(file_of(id_or_path, SCORER_FILE, revision, hub))
     found, wanted = tuple(scorer.query.shape), tuple(Bookmarks.of(model).query.shape)
     if found != wanted:
         names = "layers, KV heads and head dim"
