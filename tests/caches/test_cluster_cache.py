@@ -104,7 +104,7 @@ def test_old_text_keeps_its_share():
 
 
 def test_rows_of_clusters_become_as_many_as_asked_for():
-    for slots in (7, 64, 129, 500):
+    for slots in (7, 64, 129):
         for to in {1, 2, slots // 3 + 1, slots // 2 + 1, slots - 1}:
             for chunk, passes in ((2, 1), (16, 1), (128, 3)):
                 k = randn(1, 2, slots, 4)

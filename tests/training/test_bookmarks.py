@@ -106,6 +106,7 @@ def test_a_text_without_pages_to_choose():
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.slow
 def test_the_recipe(base, tmp_path):
     """As a program: trained on text files, measured on rows it has not seen, saved where it was asked to."""
     text = tmp_path / "text.txt"
