@@ -101,7 +101,8 @@ class PageFile:
         numbers = np.arange(self.count, self.count + len(records))
         self._reserve(self.count + len(records))
         self._writes = [f for f in self._writes if not f.done() or f.exception()]
-        self._writes.append(self._pool.submit(self._write, self.count, records))
+        if len(records):
+            self._writes.append(self._pool.submit(self._write, self.count, records))
         self.count += len(records)
         return numbers
 

@@ -35,7 +35,7 @@ def growths(draw):
     return steps, draw(st.integers(1, 40)), draw(st.sampled_from([2, 5])), widest, draw(st.integers(0, 999))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(growths())
 def test_the_search_gives_a_superset_of_the_best(case):
     steps, top, leaf, widest, seed = case

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lcpatch import LcpatchError
@@ -33,7 +33,8 @@ def records(first, count):
 steps = st.lists(st.tuples(st.sampled_from(["append", "read"]), st.integers(0, 90), st.integers(0, 99)), max_size=12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
+@example([("append", 0, 0), ("append", 1, 0), ("read", 1, 0)], "file")  # nothing is also a write
 @given(steps, st.sampled_from(["arena", "file", "home", "home on disk", "no host"]))
 def test_what_is_read_is_what_was_written(tmp_path_factory, case, kind):
     folder = tmp_path_factory.mktemp("tier")
@@ -55,7 +56,7 @@ def test_what_is_read_is_what_was_written(tmp_path_factory, case, kind):
     assert list(folder.iterdir()) == [], "the file has no name"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 30), unique=True, max_size=6), max_size=15), st.integers(6, 9))
 def test_the_page_used_longest_ago_leaves_first(rounds, slots):
     """No page that has a slot was used before one that has lost its own. The second group sees every other round."""

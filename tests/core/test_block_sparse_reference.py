@@ -78,13 +78,13 @@ def assert_equal_in_float64(got: Results, want: Results) -> None:
         assert distance(a, b) <= 200 * 8 * eps * largest, field.name  # sums of up to 200 keys x 8 channels
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 @given(problems())
 def test_random_rules_and_bounds(problem: Problem):
     assert_equal_in_float64(run(problem, "reference"), exact(problem))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.lists(rules(), min_size=1, max_size=3), st.integers(1, 200))
 def test_random_densities(drawn: list[Rule], length: int):
     spec = BlockSparseSpec.of(drawn, BLOCK)
@@ -97,7 +97,7 @@ def test_random_densities(drawn: list[Rule], length: int):
     assert spec.density(length) == pytest.approx(pairs / (len(drawn) * length * (length + 1) // 2))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.lists(rules(), min_size=1, max_size=4))
 def test_random_specs_survive_the_schema(drawn: list[Rule]):
     spec = BlockSparseSpec.of(drawn, BLOCK)

@@ -65,7 +65,7 @@ VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionari
 
 
 @given(st.sampled_from(PLACES), VALUES, st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_one_value_replaced_or_removed(place: tuple[Any, ...], value: Any, remove: bool):
     data = copy.deepcopy(made())
     inner = data

@@ -212,7 +212,7 @@ KEYS = st.sampled_from(["name", "dtype", "patch", "class"])
 
 
 @given(KEYS, VALUES, VALUES, TEXTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_cards_header_may_say_anything(key: str, value: Any, other: Any, text: str):
     def card(key: str, value: Any, other: Any, text: str) -> str:
         model = {"name": "org/base", "dtype": "float32", "patch": None, key: value}

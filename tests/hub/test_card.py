@@ -165,7 +165,7 @@ def test_an_undefined_variable_is_an_error():
 
 
 @given(TEXTS, TEXTS, TEXTS, TEXTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_text_is_markup(key: str, value: str, limit: str, tag: str):
     def card(key: str, value: str, limit: str, tag: str) -> str:
         about = {"training": {key: value, "text": "t"}, "limits": [limit], "tags": [tag]}
@@ -182,7 +182,7 @@ def test_no_text_is_markup(key: str, value: str, limit: str, tag: str):
 
 
 @given(TEXTS.filter(lambda text: clean(text) not in ("", "dense")), TEXTS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_no_text_of_a_report_is_markup(label: str, name: str):
     def card(label: str, name: str) -> str:
         data = report(label)

@@ -66,7 +66,7 @@ def read(raw: bytes) -> PatchConfig | None:
 
 
 @given(st.sampled_from(PLACES), VALUES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_one_value_replaced(place: tuple[str, ...], value: Any):
     data = json.loads(json.dumps(VALID))
     inner = data
@@ -79,7 +79,7 @@ def test_one_value_replaced(place: tuple[str, ...], value: Any):
 
 
 @given(st.integers(0, 10**6), st.binary(max_size=4), st.integers(0, 4))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_bytes_replaced(place: int, inserted: bytes, removed: int):
     raw = json.dumps(VALID).encode()
     place %= len(raw)
@@ -97,7 +97,7 @@ def carried(raw: bytes) -> PatchConfig | None:
 
 
 @given(st.sampled_from([(), *((key,) for key in CONFIG["lcpatch"]), ("specs", "0"), ("specs", "x")]), VALUES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_one_value_of_a_config_replaced(place: tuple[str, ...], value: Any):
     data = json.loads(json.dumps(CONFIG))
     inner, way = data, ("lcpatch", *place)
@@ -126,7 +126,7 @@ def header(raw: bytes) -> None:
 
 
 @given(st.sampled_from(["format", "cache", "options", "model", "layers", "tokenizer", "more"]), VALUES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_one_value_of_a_header_replaced(key: str, value: Any):
     valid = {"format": 1, "cache": "h2o", "options": {}, "model": {}, "layers": [], "tokenizer": None}
     header(json.dumps(valid).encode())
@@ -143,7 +143,7 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool
 
 
 @given(SHAPES, SHAPES, DTYPES, st.sampled_from(["query", "key", "other"]), VALUES)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_scorers_of_any_shape(
     shape: tuple[int, ...], other: tuple[int, ...], dtype: torch.dtype, name: str, about: Any
 ):

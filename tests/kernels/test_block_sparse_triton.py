@@ -194,7 +194,7 @@ def segment_rows(draw, max_segments=3):
     return row
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6)
 @given(st.lists(rules, min_size=2, max_size=2), segment_rows(), st.sampled_from([16, 64]))
 def test_random_rules_and_segments(two_rules, row, block_size):
     queries, keys = max(s[1] for s in row) + 2, max(s[3] for s in row) + 2

@@ -26,7 +26,7 @@ def passes(draw):
     return {"chunk": chunk, "merges": draw(st.integers(0, chunk // 2))}, slots, pads, draw(st.integers(0, 99))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(passes())
 def test_a_pass_conserves_tokens_and_values_and_order(case):
     options, slots, pads, seed = case
@@ -43,7 +43,7 @@ def test_a_pass_conserves_tokens_and_values_and_order(case):
     assert_merges((k, v, size), target, (k_out, v_out, n), *options.values())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 3), st.integers(1, 12), st.integers(0, 99))
 def test_merging_identical_keys_is_exact(num_passes, groups, seed):
     """2^p neighbours that share a key: after p passes softmax(q k + log n) v is what it was."""

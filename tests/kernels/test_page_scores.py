@@ -23,7 +23,7 @@ def rows(draw):
     return size, page_size, make_bounds(*edges), draw(st.integers(0, 99))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows())
 def test_the_bounds_hold_always(case):
     """upper >= every q k of the page >= lower, and equal to it where a page has one token; without tokens: -inf."""

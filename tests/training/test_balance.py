@@ -26,7 +26,7 @@ def batches(draw) -> tuple[list[int], int, int]:
     return lengths, ranks, capacity
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(batches())
 def test_every_sequence_once_and_nothing_overflows(batch):
     lengths, ranks, capacity = batch
@@ -47,7 +47,7 @@ def test_every_sequence_once_and_nothing_overflows(batch):
     assert [len(found.of(rank)) for rank in range(ranks)] == found.counts()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(batches())
 def test_no_sequence_has_ranks_that_neither_memory_nor_time_asks_for(batch):
     """One rank fewer would not hold it, or would make it the last to finish."""
@@ -111,7 +111,7 @@ def test_unequal_counts_are_refused_under_fsdp():
     check_host(Plan((MicroBatch((0,), (0, 1), 5, 1.0),), 2), FSDPLinear(2, 2))
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(st.integers(1, 1 << 20), st.floats(0, 1e4), st.integers(3, 80))
 def test_offload_ratio_is_the_least_that_saves_ranks(tokens: int, bandwidth: float, layers: int):
     costs = Costs(1e-6, 1e-3, 0.0, bytes_per_token=2.0, bandwidth=bandwidth, num_layers=layers)

@@ -252,7 +252,7 @@ def test_what_is_too_long_or_without_an_answer_is_left_out(tmp_path, chatty):
         rows.ChatRows(store(tmp_path, [{"prompt": "a" * 50, "completion": "b"}], encode.chats(chatty, 5)), 5, 0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 40), max_size=200))
 def test_first_fit(sizes):
     """Every document in one row, no row too full, and no two neighbours that would fit into one."""

@@ -41,7 +41,7 @@ def cuts(draw):
     ), documents
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(cuts())
 def test_layouts_deal_out_every_token_once(cut):
     layout, documents = cut
@@ -57,7 +57,7 @@ def test_layouts_deal_out_every_token_once(cut):
         assert max(sizes) - min(sizes) <= 1
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(cuts())
 def test_rectangles_are_causal_attention(cut):
     """Every pair of tokens that causal attention within documents allows, in exactly one call, and no other."""
@@ -146,7 +146,7 @@ def test_layouts_that_do_not_exist():
 # halo
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     st.integers(0, 40),
     st.integers(0, 4),
