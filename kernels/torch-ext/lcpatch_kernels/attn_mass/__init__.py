@@ -9,12 +9,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .._impl import Impl, choose
 from .._ops import add_op_namespace_prefix
-from ..block_sparse import TRITON_DTYPES, TRITON_MAX_HEAD_DIM, has_triton, interpreting
 
 __all__ = ["MassImpl", "Reduce", "attn_mass"]
 
-MassImpl = Literal["auto", "triton", "reference"]
+MassImpl = Impl
 Reduce = Literal["sum", "mean", "max"]
 
 
@@ -53,23 +53,7 @@ def attn_mass(
     """
     _check(q, k, lse, bounds, reduce)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    return _forward(q, k, lse, bounds, scale, float(softcap or 0.0), reduce, _choose(impl, q))
-
-
-def _choose(impl: str, q: Tensor) -> str:
-    if impl not in get_args(MassImpl):
-        raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, get_args(MassImpl)))}")
-    fits = q.dtype in TRITON_DTYPES and q.shape[-1] <= TRITON_MAX_HEAD_DIM
-    if impl == "auto":
-        return "triton" if q.is_cuda and has_triton() and fits else "reference"
-    if impl == "triton":
-        if not has_triton():
-            raise ImportError("impl='triton' needs triton, which is not installed: pip install triton")
-        if not (q.is_cuda or interpreting()) or not fits:
-            raise ValueError(
-                f"impl='triton' cannot run {q.dtype} with head dim {q.shape[-1]} on {q.device.type}; use impl='auto'"
-            )
-    return impl
+    return _forward(q, k, lse, bounds, scale, float(softcap or 0.0), reduce, choose(impl, q))
 
 
 def _check(q: Tensor, k: Tensor, lse: Tensor, bounds: Tensor | None, reduce: str) -> None:

@@ -8,12 +8,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .._impl import Impl, choose
 from .._ops import add_op_namespace_prefix
-from ..block_sparse import TRITON_DTYPES, TRITON_MAX_HEAD_DIM, has_triton, interpreting
 
 __all__ = ["PageImpl", "page_bounds", "page_scores"]
 
-PageImpl = Literal["auto", "triton", "reference"]
+PageImpl = Impl
 Kind = Literal["upper", "lower"]
 
 
@@ -45,7 +45,7 @@ def page_bounds(
         raise ValueError(f"page_size={page_size} must be at least 1")
     if bounds is not None:
         _check_like("bounds", bounds, (k.shape[0], 2), torch.int32, k.device)
-    return _bounds(k, page_size, bounds, _choose(impl, k))
+    return _bounds(k, page_size, bounds, choose(impl, k))
 
 
 def page_scores(
@@ -82,7 +82,7 @@ def page_scores(
         _check_like("high", high, low.shape, q.dtype, q.device)
     if kind not in get_args(Kind):
         raise ValueError(f"kind={kind!r} is not one of {', '.join(map(repr, get_args(Kind)))}")
-    return _scores(q, low, high, kind == "lower", _choose(impl, q))
+    return _scores(q, low, high, kind == "lower", choose(impl, q))
 
 
 def _check_like(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -90,22 +90,6 @@ def _check_like(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype
         raise ValueError(
             f"{name} must be {list(shape)} in {dtype} on {device}; got {list(x.shape)} in {x.dtype} on {x.device}"
         )
-
-
-def _choose(impl: str, x: Tensor) -> str:
-    if impl not in get_args(PageImpl):
-        raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, get_args(PageImpl)))}")
-    fits = x.dtype in TRITON_DTYPES and x.shape[-1] <= TRITON_MAX_HEAD_DIM
-    if impl == "auto":
-        return "triton" if x.is_cuda and has_triton() and fits else "reference"
-    if impl == "triton":
-        if not has_triton():
-            raise ImportError("impl='triton' needs triton, which is not installed: pip install triton")
-        if not (x.is_cuda or interpreting()) or not fits:
-            raise ValueError(
-                f"impl='triton' cannot run {x.dtype} with head dim {x.shape[-1]} on {x.device.type}; use impl='auto'"
-            )
-    return impl
 
 
 @torch.library.custom_op(add_op_namespace_prefix("page_bounds"), mutates_args=())

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from .._impl import Impl, choose
 from .._ops import add_op_namespace_prefix
-from ..block_sparse import TRITON_DTYPES, TRITON_MAX_HEAD_DIM, has_triton, interpreting
 from ..block_sparse.spec import DENSE, BlockSparseSpec
 
 __all__ = ["DecodeImpl", "sparse_decode"]
 
-DecodeImpl = Literal["auto", "triton", "reference"]
+DecodeImpl = Impl
 
 
 def sparse_decode(
@@ -72,23 +71,7 @@ def sparse_decode(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     flat = [] if spec is None else spec.to_ints()
     lists = (bounds, slots, num_keys, page_size, bias, k_scale, v_scale)
-    return _forward(q, k, v, flat, *lists, scale, float(softcap or 0.0), _choose(impl, q))
-
-
-def _choose(impl: str, q: Tensor) -> str:
-    if impl not in get_args(DecodeImpl):
-        raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, get_args(DecodeImpl)))}")
-    fits = q.dtype in TRITON_DTYPES and q.shape[-1] <= TRITON_MAX_HEAD_DIM
-    if impl == "auto":
-        return "triton" if q.is_cuda and has_triton() and fits else "reference"
-    if impl == "triton":
-        if not has_triton():
-            raise ImportError("impl='triton' needs triton, which is not installed: pip install triton")
-        if not (q.is_cuda or interpreting()) or not fits:
-            raise ValueError(
-                f"impl='triton' cannot run {q.dtype} with head dim {q.shape[-1]} on {q.device.type}; use impl='auto'"
-            )
-    return impl
+    return _forward(q, k, v, flat, *lists, scale, float(softcap or 0.0), choose(impl, q))
 
 
 def _check(
