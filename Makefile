@@ -101,7 +101,7 @@ format: venv
 
 # Correct first, then fast: a speed is worth nothing while a test fails.
 gpu:
-	$(GPU_ENV) $(PYTHON) -m pytest tests -m gpu -n $(GPU_JOBS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(GPU_ENV) $(PYTHON) -m pytest tests -m gpu -n $(GPU_JOBS) --dist loadgroup
 	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench attention --out $(RESULTS)/attention-$(GPU_NAME).json
 	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench shapes --out $(RESULTS)/shapes-$(GPU_NAME).json
 	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench decode --out $(RESULTS)/decode-$(GPU_NAME).json

@@ -25,9 +25,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """What each recipe trains, at sizes that are sparse at `LENGTH`."""
 
 
-def base(folder: Path, tied: bool = True) -> Path:
-    """A random model of 2 layers and its tokenizer, saved."""
-    models.build(vocab_size=eval_cases.VOCAB, tie_word_embeddings=tied, initializer_range=0.05).save_pretrained(folder)
+def base(folder: Path, tied: bool = True, **sizes: int) -> Path:
+    """A random model, of 2 layers unless `sizes` says otherwise, and its tokenizer, saved."""
+    settings = {"vocab_size": eval_cases.VOCAB, "tie_word_embeddings": tied, "initializer_range": 0.05, **sizes}
+    models.build(**settings).save_pretrained(folder)
     tokenizer = eval_cases.tokenizer(special=True)
     tokenizer.save_pretrained(folder)
     return folder

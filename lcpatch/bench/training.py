@@ -8,7 +8,7 @@ backward at a small size first.
     b  growth of the peak memory with the length, in kappa (what a KV cache holds of a token), on the GPU and offloaded
     c  SeCO against checkpointed backpropagation of everything, at a length that both hold
     d  SpaCO, a sixteenth kept, against the time that its parts allow: F + n/k (F + B)
-    e  the longest text: memory of the last chunk, which is the peak, with the rest of the text only allocated
+    e  the longest text: memory of the last two chunks, where the peak is, with the rest of the text only allocated
     f  one real SeCO step at a given length, dense and under S2
 """
 
@@ -268,16 +268,16 @@ class Bench:
         self._note(Row("d", f"{self.setup.draws} draws", length, taken), ratio=taken / allowed, unit="of their bound")
 
     def part_e(self) -> None:
-        """How long a text's last chunk still fits."""
+        """How long a text's last two chunks still fit."""
         low, high = self.setup.limit
         step = 2 * self.setup.chunk
         while high - low >= 2 * step:
             middle = low + (high - low) // 2 // step * step
-            row = self._measure("e", "last chunk, all on the GPU", middle, lambda n=middle: self._rehearse(n))
+            row = self._measure("e", "last chunks, all on the GPU", middle, lambda n=middle: self._rehearse(n))
             self._note(row)
             low, high = (middle, high) if row.why is None else (low, middle)
         length = self.setup.limit_offloaded
-        row = self._measure("e", "last chunk, offloaded", length, lambda: self._rehearse(length, offload=True))
+        row = self._measure("e", "last chunks, offloaded", length, lambda: self._rehearse(length, offload=True))
         self._note(row, ratio=2 * length * self.setup.kappa / 2**30, unit="GiB of host memory for the whole text")
 
     def part_f(self) -> None:

@@ -109,31 +109,36 @@ def rehearse(
     attention: str = "auto",
     **model_kwargs: Any,
 ) -> None:
-    """Run the first chunk of a text of `length` tokens, then both passes over the last: there memory is at its peak.
+    """Run the first chunk of a text of `length` tokens, then both passes over the last two.
 
-    So a text that is too long fails in seconds, with the device's out-of-memory error, and not after an hour. What lies
+    There memory is at its peak: the last leaves gradients for all tokens before it, beside which the graph of the one
+    before it is built. So a text that is too long fails in seconds, with the device's out-of-memory error, and not after an hour. What lies
     between is only allocated; offloaded, not even that, and host memory is not tried. The model's `.grad` is left as it
     was found.
 
     Args:
         model, chunk_size, offload, attention, **model_kwargs: as for `backward`.
-        length, batch: of the text; all of the last chunk has labels.
+        length, batch: of the text; all of it has labels.
     """
     before = {p: p.grad for p in model.parameters()}
     ids = torch.zeros(batch, length + 1, dtype=torch.long, device=next(model.parameters()).device)
     text = make_text(ids, ids, None, None, None, chunk_size, False)
     chunks = text.chunks(chunk_size)
     base = check_model(model, text, len(chunks))
-    last = spaco.Plan((False,) * (len(chunks) - 1) + (True,), (1.0,) * len(chunks), (1.0,) * len(chunks))
+    count = len(chunks)
+    two = range(max(count - 2, 0), count)
+    plan = spaco.Plan(tuple(n in two for n in range(count)), (1.0,) * count, (1.0,) * count)
     try:
         for p in before:
             p.grad = None
         with _running(model, base, text, chunk_size, attention, offload, model_kwargs) as run:
-            states = [run.record(*chunks[0])] * len(chunks)
-            if len(chunks) > 1:
-                run.cache.store.skip(len(chunks) - 2)
-                states[-1] = run.record(*chunks[-1])
-            run.replay(chunks, states, last, 1.0)
+            states = [run.record(*chunks[0])] * count
+            if count > 3:
+                run.cache.store.skip(count - 3)
+            for n in two:
+                if n > 0:
+                    states[n] = run.record(*chunks[n])
+            run.replay(chunks, states, plan, 1.0)
     finally:
         for p, grad in before.items():
             p.grad = grad

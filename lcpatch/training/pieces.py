@@ -5,8 +5,9 @@ split: the prefix is cut into pieces that no mask cuts, the chunk itself is plai
 merged by their LSEs. Backward runs each part with the merged output and LSE, from which its probabilities are those of
 the whole row, so gradients add up: ring attention, in time.
 
-A piece is a power of two of chunks long, and contiguous: cuDNN makes a plan for each shape and stride, and so it sees a
-handful of them whatever the length.
+A piece is a power of two of chunks long, at most `MOST`, and contiguous: cuDNN makes a plan for each shape and stride,
+and so it sees four of them whatever the length; and what a piece takes beside the buffers (its copy, its gradients,
+cuDNN's own space) does not grow with the length.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from ..hf.watch import Call
 from .buffers import Now, Store, Unit, exact_gradients
 
 aten = torch.ops.aten
+MOST = 8
+"""Chunks in a piece: 4,096 queries against 32,768 keys keep a GPU busy."""
 
 
 class Part(NamedTuple):
@@ -45,10 +48,10 @@ def fits(call: Call) -> bool:
 
 
 def pieces(start: int, size: int) -> Iterator[slice]:
-    """The tokens before `start` in pieces of `size` times a power of two, longest first."""
+    """The tokens before `start` in pieces of `size` times a power of two up to `MOST`, longest first."""
     begin = 0
     while begin < start:
-        length = size << ((start - begin) // size).bit_length() - 1
+        length = min(size << ((start - begin) // size).bit_length() - 1, MOST * size)
         yield slice(begin, begin + length)
         begin += length
 

@@ -17,7 +17,8 @@ pytestmark = [
 def test_generate_compiles_once_and_skips_no_graph(codec):
     from torch._dynamo.utils import counters
 
-    model = build(head_dim=32, hidden_size=128, num_attention_heads=4, num_key_value_heads=2).cuda()
+    sizes = {"head_dim": 32, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = build(**sizes, pad_token_id=None).cuda()  # a 0 that was generated is no padding
     ids = tokens(2, 90).cuda()
     options = {"max_new_tokens": 60, "do_sample": False}
     torch._dynamo.reset()

@@ -33,6 +33,7 @@ def test_head_dims(head_dim):
     assert_merges((k, v, size), target, tuple(got), 128, 64)
 
 
+@pytest.mark.xdist_group("much memory")
 def test_offsets_beyond_int32():
     """17 rows of 128K keys in 8 heads of 128: the last row's offset is above 2^31 elements."""
     k = torch.randn(1, 8, 1 << 17, 128, dtype=torch.bfloat16, device="cuda").expand(17, -1, -1, -1).contiguous()

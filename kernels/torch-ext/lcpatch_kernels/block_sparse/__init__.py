@@ -151,6 +151,7 @@ def choose(impl: str, q: Tensor, spec: BlockSparseSpec) -> str:
     return impl
 
 
+@torch.compiler.assume_constant_result  # dynamo of torch before 2.13 breaks the graph at find_spec
 def has_triton() -> bool:
     """Whether triton can be imported; asked without importing it."""
     return find_spec("triton") is not None
