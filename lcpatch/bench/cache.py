@@ -93,8 +93,9 @@ def run(
     chunk: int = CHUNK,
     commit: str | None = None,
     say: Callable[[str], None] = print,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Measure every (batch, length) of `tasks` in every arm.
+    """Measure every (batch, length) of `tasks` in every arm; gives `keep` the result after each row as it is.
 
     Args:
         geometry: of the model; None: Llama-3.1-8B. A small one runs on a CPU too, where times say nothing.
@@ -125,12 +126,14 @@ def run(
         result["scores"] = [score_cost(length, geometry) for length in sorted({length for _, length in tasks})]
         for cost in result["scores"]:
             say(f"H2O's scores of {cost['length']} tokens: {cost['ms']:.2f} ms, {cost['share']:.2f} of an FA2 forward")
-    rows = []
+    result["rows"] = []
     for batch, length in tasks:
         for arm in (known[name] for name in arms or known):
-            rows.append(_measured(model, arm, batch, length, chunk, rate))
-            say(format_row(rows[-1]))
-    return {**result, "rows": [asdict(row) for row in rows]}
+            row = _measured(model, arm, batch, length, chunk, rate)
+            say(format_row(row))
+            result["rows"].append(asdict(row))
+            keep(result)
+    return result
 
 
 def format_row(row: Row) -> str:

@@ -16,6 +16,10 @@ from torch import Tensor
 
 FORMAT = 1
 """Version of the JSON that `write` makes."""
+SAME = ("format", "gpu", "torch", "triton", "transformers", "lcpatch", "commit", "geometry")
+"""What two results share whose rows may stand in one table."""
+WHAT = ("part", "task", "arm", "batch", "length")
+"""The columns that say what a row measured; the others say what came out."""
 
 
 def device_ms(run: Callable[[], Any], warmup_ms: float = 25, repeat_ms: float = 100) -> float:
@@ -77,12 +81,33 @@ def environment(commit: str | None = None) -> dict[str, Any]:
     }
 
 
+def with_earlier(result: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """`result` behind the rows of an earlier one, but for what it measured again.
+
+    Raises:
+        ValueError: the earlier one was measured elsewhere, with other code, or of another model.
+    """
+    for name in SAME:
+        if name in result and earlier.get(name) != result[name]:
+            raise ValueError(
+                f"--append: the file has {name} {earlier.get(name)!r}, this run {result[name]!r}: rows of both would "
+                "not compare; give another --out"
+            )
+    rows = result.get("rows", [])
+    measured = {_what(row) for row in rows}
+    return {**result, "rows": [row for row in earlier["rows"] if _what(row) not in measured] + rows}
+
+
 def write(result: dict[str, Any], path: Path) -> None:
     """Write `result` as JSON, atomically: a run that dies leaves no half file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def _what(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in WHAT)
 
 
 def _version(name: str) -> str | None:

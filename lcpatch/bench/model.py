@@ -48,8 +48,9 @@ def run(
     num_layers: int = 32,
     commit: str | None = None,
     say: Callable[[str], None] = print,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Measure every (task, length) of "prefill", "train" and "decode" in every arm.
+    """Measure every (task, length) of "prefill", "train" and "decode" in every arm; `keep` as for `cache.run`.
 
     Raises:
         BenchmarkError: no GPU, or arms that do not compute what they should.
@@ -62,16 +63,17 @@ def run(
     say(f"check: S2 with every block in reach against dense, logits {result['checks'][0]}")
     if not result["checks"][0]["passed"]:
         raise BenchmarkError("a patch that reaches every block does not give the dense logits: nothing is timed")
-    rows: list[Row] = []
+    result["rows"] = []
     for task, length in tasks:
         dense = None
         for arm in ARMS:
             with _arm(model, arm):
                 row = _measured(task, arm, length, model, dense)
             dense = row if dense is None else dense
-            rows.append(row)
             say(format_row(row))
-    return {**result, "rows": [asdict(row) for row in rows]}
+            result["rows"].append(asdict(row))
+            keep(result)
+    return result
 
 
 def format_row(row: Row) -> str:

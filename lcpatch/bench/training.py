@@ -118,9 +118,13 @@ class Row:
 
 
 def run(
-    parts: str = "abcde", setup: Setup | None = None, commit: str | None = None, say: Callable[[str], None] = print
+    parts: str = "abcde",
+    setup: Setup | None = None,
+    commit: str | None = None,
+    say: Callable[[str], None] = print,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Measure the parts that are asked for.
+    """Measure the parts that are asked for; gives `keep` the result after each as it is.
 
     Raises:
         BenchmarkError: no GPU, or chunks that do not give the gradient they should.
@@ -135,7 +139,9 @@ def run(
     bench = Bench(setup, say)
     for part in parts:
         getattr(bench, f"part_{part}")()
-    return {**result, "rows": [asdict(row) for row in bench.rows]}
+        result["rows"] = [asdict(row) for row in bench.rows]
+        keep(result)
+    return result
 
 
 def format_row(row: Row) -> str:

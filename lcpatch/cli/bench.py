@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     for verb in (attention, shapes, tune, decode, model, cache, training, parallel):
         verb.add_argument("--out", type=Path, help="write the results here as JSON")
         verb.add_argument("--commit", help="commit to record; default: this checkout's")
+    for verb in (model, cache, training):
+        verb.add_argument("--append", action="store_true", help="keep what --out holds and this run does not measure")
     parser.set_defaults(run=run)
 
 
@@ -78,13 +81,28 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, and write the JSON if asked."""
     if args.measure is None:
         return _tables(args)
-    from ..bench import measure
-
+    args.keep = _keep(args)
     result = args.measure(args)
     if args.out and result:  # of several processes one has the result
-        measure.write(result, args.out)
+        args.keep(result)
         print(f"written to {args.out}")
     return 0
+
+
+def _keep(args: argparse.Namespace) -> Callable[[dict[str, Any]], None]:
+    """Writes what there is of a result: minutes of work outlive an interruption."""
+    from ..bench import measure
+
+    earlier = None
+    if args.out and getattr(args, "append", False) and args.out.exists():
+        earlier = json.loads(args.out.read_text(encoding="utf-8"))
+        measure.with_earlier(measure.environment(args.commit), earlier)  # refused before anything is measured
+
+    def keep(result: dict[str, Any]) -> None:
+        if args.out:
+            measure.write(measure.with_earlier(result, earlier) if earlier else result, args.out)
+
+    return keep
 
 
 def _cases_and_shape(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
@@ -99,15 +117,11 @@ def _cases_and_shape(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
 
 def _attention(args: argparse.Namespace) -> dict[str, Any]:
-    from ..bench import attention, measure
+    from ..bench import attention
 
     cases, shape = _cases_and_shape(args)
 
-    def keep(result: dict[str, Any]) -> None:
-        if args.out:  # FlexAttention takes minutes to compile: what is measured outlives an interruption
-            measure.write(result, args.out)
-
-    return attention.run(args.lengths, cases, shape, peers=not args.no_peers, commit=args.commit, keep=keep)
+    return attention.run(args.lengths, cases, shape, peers=not args.no_peers, commit=args.commit, keep=args.keep)
 
 
 def _shapes(args: argparse.Namespace) -> dict[str, Any]:
@@ -144,7 +158,7 @@ def _model(args: argparse.Namespace) -> dict[str, Any]:
         if task not in ("prefill", "train", "decode") or not length.isdigit():
             raise ValueError(f"--tasks: {part!r} is not prefill:TOKENS, train:TOKENS or decode:TOKENS")
         tasks.append((task, int(length)))
-    return model.run(tuple(tasks), args.layers, commit=args.commit)
+    return model.run(tuple(tasks), args.layers, commit=args.commit, keep=args.keep)
 
 
 def _training(args: argparse.Namespace) -> dict[str, Any]:
@@ -157,7 +171,7 @@ def _training(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--part: {unknown[0]!r} is not one of {', '.join(training.PARTS)}")
     setup = training.TINY if args.tiny else training.Setup()
     full = (args.length or setup.full[0], args.offload or (args.length is None and setup.full[1]))
-    return training.run("".join(parts), replace(setup, full=full), commit=args.commit)
+    return training.run("".join(parts), replace(setup, full=full), commit=args.commit, keep=args.keep)
 
 
 def _cache(args: argparse.Namespace) -> dict[str, Any]:
@@ -172,7 +186,7 @@ def _cache(args: argparse.Namespace) -> dict[str, Any]:
     shape = geometry.TINY if args.tiny else {**geometry.LLAMA_8B, "num_hidden_layers": args.layers}
     arms = None if args.arms is None else tuple(name.strip() for name in args.arms.split(";"))
     small = {"device": "cpu", "chunk": 64} if args.tiny else {}
-    return cache.run(tuple(tasks), shape, arms=arms, commit=args.commit, **small)
+    return cache.run(tuple(tasks), shape, arms=arms, commit=args.commit, keep=args.keep, **small)
 
 
 def _tables(args: argparse.Namespace) -> int:

@@ -112,9 +112,9 @@ def rehearse(
     """Run the first chunk of a text of `length` tokens, then both passes over the last two.
 
     There memory is at its peak: the last leaves gradients for all tokens before it, beside which the graph of the one
-    before it is built. So a text that is too long fails in seconds, with the device's out-of-memory error, and not after an hour. What lies
-    between is only allocated; offloaded, not even that, and host memory is not tried. The model's `.grad` is left as it
-    was found.
+    before it is built. So a text that is too long fails in seconds, with the device's out-of-memory error, and not
+    after an hour. What lies between is only allocated; offloaded, not even that, and host memory is not tried. The
+    model's `.grad` is left as it was found.
 
     Args:
         model, chunk_size, offload, attention, **model_kwargs: as for `backward`.

@@ -28,6 +28,24 @@ def test_every_arm_runs_and_makes_a_table(tmp_path, capsys):
     assert main(["bench", "tables", str(out)]) == 0
 
 
+def test_a_result_grows_by_what_is_appended(tmp_path, capsys):
+    out = tmp_path / "cache-tiny.json"
+
+    def bench(*words: str, arms: str, task: str = "1:100") -> int:
+        return main(["bench", "cache", "--tiny", "--tasks", task, "--arms", arms, "--out", str(out), *words])
+
+    assert bench("--commit", "a", arms="H2O 0.2; DynamicCache") == 0
+    first = json.loads(out.read_text())["rows"]
+    assert bench("--commit", "a", "--append", arms="DynamicCache; Cluster 0.2") == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["H2O 0.2", "DynamicCache", "Cluster 0.2"]
+    assert rows[0] == first[0]
+    assert rows[1] != first[1]
+    assert bench("--commit", "b", "--append", arms="H2O 0.2") == 2
+    assert "the file has commit 'a', this run 'b'" in capsys.readouterr().err
+    assert json.loads(out.read_text())["rows"] == rows
+
+
 def test_a_wrong_cache_is_not_timed(monkeypatch):
     real = H2OLayer.attention
 
