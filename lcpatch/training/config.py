@@ -94,7 +94,12 @@ class TrainConfig:
         if self.keep_chunks < 1 and not self.chunk_size:
             raise ValueError(f"keep_chunks={self.keep_chunks} needs chunks: say chunk_size, such as 2048")
         if self.context_parallel > 1 and self.chunk_size:
-            raise ValueError(f"context_parallel={self.context_parallel} shares whole rows: leave chunk_size out")
+            self._at_least("chunk_size", self.context_parallel)
+            if self.offload:
+                raise ValueError(
+                    f"offload with chunk_size={self.chunk_size} keeps keys in the host's memory, which "
+                    f"context_parallel={self.context_parallel} cannot: leave one of the three out"
+                )
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")

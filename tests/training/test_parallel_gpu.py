@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from models import SHORT, build
 from noise import FACTOR, distance, model_budget
-from parallel_cases import attend_everywhere, batch_of
+from parallel_cases import attend_everywhere, attention_cases, batch_of
 from world import run_world
 
 import lcpatch
@@ -25,7 +25,7 @@ def test_every_strategy_over_nccl(num_ranks: int):
 
 
 def attend_on_gpu(rank: int, num_ranks: int) -> tuple[int, list[str]]:
-    return attend_everywhere(rank, num_ranks, [(8, 4)], f"cuda:{rank}")
+    return attend_everywhere(rank, attention_cases(num_ranks, [(8, 4)]), f"cuda:{rank}")
 
 
 @pytest.mark.parametrize("strategy", ["auto", "halo", "ring", "ulysses"])
