@@ -65,7 +65,8 @@ def backward(
         model: in the mode it is to train in.
         input_ids: [B, T].
         labels: [B, T], as transformers takes them: not shifted, -100 counts for nothing.
-        chunk_size: tokens a chunk; the last may be shorter. Memory grows with it; 2,048 or more keep a GPU busy.
+        chunk_size: tokens a chunk, over all ranks that share the model; the last may be shorter. Memory grows with it;
+            2,048 or more a rank keep a GPU busy.
         attention_mask: [B, T], 1 = token and 0 = pad (left or right).
         position_ids: [1 or B, T]; restarts mark packed documents.
         num_items_in_batch: divides the summed loss, as transformers' Trainer passes it; default: the valid labels.

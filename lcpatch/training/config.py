@@ -66,7 +66,7 @@ class TrainConfig:
     offload: bool = option(False, "keep what waits for the backward pass in the host's memory")
     chunk_size: int = option(0, "SeCO: exact gradients with so many tokens' activations at a time; 0: the whole row")
     keep_chunks: float = option(1.0, "SpaCO: how likely a chunk's gradient is computed; 1: SeCO, exact")
-    context_parallel: int = option(1, "processes that share each row; a step has as many rows as without")
+    context_parallel: int = option(1, "processes that share each row, or each chunk of it; a step has as many rows")
     parallel: str = option("auto", "how they share it: auto, halo, ring, lightseq, tokenring, ulysses")
 
     output: str = option("lcpatch-run", "folder of checkpoints and of the model")

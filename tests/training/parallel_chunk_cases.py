@@ -50,7 +50,13 @@ def chunk_works(num_ranks: int, heads: int, kv_heads: int) -> Iterator[tuple[Wor
 
 
 def labelled(kind: str) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """A batch whose labels count for the same in every way to read them: no document's first token has one."""
+    """A batch whose labels count for the same in every way to read them: no document's first token has one.
+
+    "answer" has labels at its end only, and no documents for them to be those of.
+    """
+    if kind == "answer":
+        ids = tokens(2, 61)
+        return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(61) < 55, -100)}, []
     batch, docs = batch_of(kind)
     labels = batch["labels"].clone()
     if kind == "packed":
@@ -79,20 +85,21 @@ def over_ranks(
         return (ranks.total(loss), gradients(model)), ranks.chosen
 
 
-def train_chunks(rank: int, cases: list[dict[str, Any]]) -> list[str]:
+def train_chunks(rank: int, cases: list[dict[str, Any]], device: str = "cpu") -> list[str]:
     """Each case's loss and gradients against one process's, plain and by chunks; the failures."""
     failures = []
     for case in cases:
         case = {**DEFAULTS, **case}
         batch, docs = labelled(case["batch"])
+        batch, docs = {k: v.to(device) for k, v in batch.items()}, [doc.to(device) for doc in docs]
         make = [case[k] for k in ("family", "patch", "dtype", "lora", "checkpoint")]
-        model = make_model(*make)
-        want = single(model, docs)
+        model = make_model(*make).to(device)
         alone = chunked_backward(model, batch, case["size"])
+        want = single(model, docs) if docs else alone
         allowed = EXACT
         if case["dtype"] != torch.float64:
             make[2] = torch.float64 if case["dtype"] == torch.float32 else torch.float32
-            allowed = FACTOR * worst(want, single(make_model(*make), docs))
+            allowed = FACTOR * worst(want, single(make_model(*make).to(device), docs))
         got, chosen = over_ranks(model, batch, case["size"], case["strategy"])
         errors = worst(got, want), worst(got, alone)
         if not max(errors) <= allowed:
@@ -147,6 +154,15 @@ def run_chunks(rank: int, shapes: list[tuple[int, int]], cases: list[dict[str, A
     works = [work for shape in shapes for work in chunk_works(dist.get_world_size(), *shape)]
     attention = attend_everywhere(rank, works)
     return {"attention": attention, "chunks": train_chunks(rank, cases), "spaco": spaco(rank), **held(rank)}
+
+
+def run_on_gpu(rank: int, num_ranks: int, cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same over NCCL, a GPU a rank."""
+    device = f"cuda:{rank}"
+    return {
+        "attention": attend_everywhere(rank, chunk_works(num_ranks, 8, 4), device),
+        "chunks": train_chunks(rank, cases, device),
+    }
 
 
 def run_with_chunks(rank: int, shapes: list, cases: list[dict[str, Any]], chunks: list[dict[str, Any]]) -> dict:

@@ -52,6 +52,8 @@ CHUNKS = [
 MORE_CHUNKS = [
     {"batch": "whole", "strategy": "tokenring", "size": 16, "lora": True, "checkpoint": True},
     {"batch": "whole", "strategy": "ring", "size": 41},  # and one token, too few to share
+    {"batch": "answer", "patch": SF, "strategy": "auto", "size": 16},  # most parts of most chunks have no label
+    {"batch": "answer", "strategy": "tokenring", "size": 16, "checkpoint": True},
     {"batch": "left", "patch": SF, "strategy": "auto", "size": 8, "checkpoint": True},
     {"batch": "right", "patch": S2, "strategy": "auto", "size": 31, "family": "mistral", "lora": True},
     {"batch": "packed", "patch": SINK, "strategy": "auto", "size": 25},

@@ -13,6 +13,7 @@ from models import SHORT, build, tokens
 from noise import FACTOR, distance
 from parallel_cases import EXACT, make_model, single, worst
 from parallel_chunk_cases import chunked_backward, labelled, over_ranks
+from peft import LoraConfig, get_peft_model
 from schedules import pad
 from test_chunkwise_memory import DEEP, slope
 
@@ -123,6 +124,19 @@ def test_one_rank_is_one_process(group, kind: str):
     want = single(model, docs)
     assert worst(over_ranks(model, batch, 20, "auto")[0], want) <= EXACT
     assert worst(chunked_backward(model, batch, 20), want) <= EXACT  # and afterwards it is one's own again
+
+
+def test_dropout_is_the_same_in_both_passes(group):
+    """One rank draws what one process draws, and draws it again."""
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    settings = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, lora_dropout=0.3)
+    model = get_peft_model(build(), settings).double().train()
+    batch, _ = labelled("whole")
+    torch.manual_seed(5)
+    want = chunked_backward(model, batch, 16)
+    torch.manual_seed(5)
+    assert worst(over_ranks(model, batch, 16, "tokenring")[0], want) <= EXACT
+    assert worst(chunked_backward(model, batch, 16), want) > 1e-3  # by other random numbers
 
 
 def test_under_autocast_keys_are_kept_as_they_are_attended_to(group, monkeypatch):
