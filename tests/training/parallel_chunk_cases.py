@@ -149,6 +149,13 @@ def held(rank: int) -> dict[str, Any]:
     return {"memory": seen[0], "two kappa": 2 * kappa * share, "rehearsed": gradients(model)}
 
 
+def other_text(rank: int) -> None:
+    """Rank 1 has read another batch."""
+    model = make_model("llama", None, torch.float64, lora=False, checkpoint=False)
+    with parallelize(model):
+        chunked_backward(model, labelled("whole" if rank == 0 else "packed")[0], 16)
+
+
 def run_chunks(rank: int, shapes: list[tuple[int, int]], cases: list[dict[str, Any]]) -> dict[str, Any]:
     """Everything about chunks."""
     works = [work for shape in shapes for work in chunk_works(dist.get_world_size(), *shape)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import SHORT
 from parallel_cases import dying_rank, other_batch, run_all, run_others, wrong_shard
-from parallel_chunk_cases import run_chunks, run_with_chunks
+from parallel_chunk_cases import other_text, run_chunks, run_with_chunks
 from world import run_world
 
 SF = {"method": "sf", **SHORT["sf"]}
@@ -45,6 +45,13 @@ MORE = [
     {"batch": "whole", "family": "qwen2", "strategy": "tokenring", "dtype": torch.float32, "checkpoint": True},
 ]
 
+TUNED = [{"lora": lora, "checkpoint": checkpoint} for lora in (False, True) for checkpoint in (False, True)]
+MATRIX = [
+    {"batch": "packed", "family": "mistral", "strategy": strategy, **tuned}
+    for strategy in ("halo", "ring", "lightseq", "tokenring", "ulysses")
+    for tuned in TUNED
+]
+
 CHUNKS = [
     {"batch": "packed", "patch": S2, "strategy": ["tokenring", "halo"], "size": 29, "lora": True, "checkpoint": True},
     {"batch": "whole", "strategy": "auto", "size": 17, "dtype": torch.float32},
@@ -64,6 +71,11 @@ MORE_CHUNKS = [
     # Gemma sums the gradients of its norms in fp32 whatever the model is.
     {"batch": "whole", "family": "gemma3_text", "strategy": "auto", "size": 16, "dtype": torch.float32, "lora": True},
     {"batch": "whole", "family": "gpt_oss", "strategy": "auto", "size": 16},
+]
+CHUNK_MATRIX = [
+    {"batch": "packed", "strategy": strategy, "patch": patch, "size": 18, **tuned}
+    for strategy, patch in (("halo", SF), ("ring", None), ("tokenring", None))
+    for tuned in TUNED
 ]
 
 
@@ -85,7 +97,7 @@ def test_two_ranks_compute_what_one_does():
 
 @pytest.mark.slow
 def test_two_ranks_on_every_shape():
-    assert_right(run_world(2, run_all, [(8, 1), (4, 4), (9, 3)], CASES + MORE, timeout=900))
+    assert_right(run_world(2, run_all, [(8, 1), (4, 4), (9, 3)], CASES + MORE + MATRIX, timeout=900))
 
 
 @pytest.mark.slow
@@ -99,7 +111,8 @@ def test_more_ranks(num_ranks: int):
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_chunks_inside_a_rank(num_ranks: int):
     """SeCO by every strategy that serves it: attention alone to the byte, and whole models."""
-    for answer in run_world(num_ranks, run_chunks, [(8, 2), (6, 6)], CHUNKS + MORE_CHUNKS, timeout=900):
+    cases = CHUNKS + MORE_CHUNKS + (CHUNK_MATRIX if num_ranks == 2 else [])
+    for answer in run_world(num_ranks, run_chunks, [(8, 2), (6, 6)], cases, timeout=900):
         assert isinstance(answer, dict), answer
         count, failures = answer["attention"]
         assert count > 100
@@ -116,6 +129,7 @@ def test_chunks_inside_a_rank(num_ranks: int):
     [
         (wrong_shard, "rank 1 was given 2 rows of 21 tokens; its part of the batch is 2 of 22"),
         (other_batch, "rank 1 holds a part of another batch than rank 0"),
+        (other_text, "rank 1 holds a part of another batch than rank 0"),
     ],
 )
 def test_what_does_not_fit_ends_every_rank(function, message):
