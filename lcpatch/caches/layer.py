@@ -251,6 +251,7 @@ class LongCache(Cache):
     name: ClassVar[str]
     attends = True
     chunks_differ: ClassVar[str] = ""
+    _inference = False  # a step was taken under torch.inference_mode
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LongCache:
         """Remember what the cache was made with and for: `save` writes it down."""
@@ -267,6 +268,27 @@ class LongCache(Cache):
                 if hasattr(layer, "enter_fixed"):
                     layer.enter_fixed()
         return super().get_mask_sizes(query_length, layer_idx)
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As transformers' caches: a layer's new keys and values.
+
+        Raises:
+            RuntimeError: what is held was written under `torch.inference_mode`, and this step is outside of it.
+        """
+        if torch.compiler.is_compiling():  # dynamo cannot ask; the steps before have
+            pass
+        elif torch.is_inference_mode_enabled():
+            self._inference = True
+        elif self._inference:
+            raise RuntimeError(
+                f"{type(self).__name__}: it was filled under torch.inference_mode(), where torch makes tensors that "
+                "cannot be changed outside: go on under torch.inference_mode(), or fill it under torch.no_grad()"
+            )
+        return super().update(*args, **kwargs)
+
+    def reset(self) -> None:
+        self._inference = False
+        super().reset()
 
     def model(self) -> nn.Module | None:
         """The model that the cache was made for, while it is there."""
