@@ -15,6 +15,7 @@ score has a learnable logit for each query head, which starts so low that the mo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ def sink_scores(
 
     Args:
         query: [B, H, T, D], rotated. A prefix sink's key is not, so to the queries it stands at position 0 of each
-            document, with the first token.
+            document, with the first token, also where `SinkCache` moves the tokens that it keeps.
         scale, softcap: of the layer's scores; a sink's logit is added after them.
         s_aux: [H], sink logits that are the model's own.
     """
@@ -106,18 +107,43 @@ def sink_scores(
             f"of size {head_dim}, but it has {num_heads} query heads of size {dim}: sinks='prefix' cannot serve this "
             "model; take sinks='logit'"
         )
-    with torch.autocast(query.device.type, enabled=False):  # scores keep fp32, as a kernel's sums do
-        groups = query.to(wide).unflatten(1, (num_kv_heads, -1))
-        scores = (groups @ key.to(wide)[:, None].mT).flatten(1, 2) * (dim**-0.5 if scale is None else scale)
-        if softcap:
-            scores = softcap * (scores / softcap).tanh()
-        return scores + logit.to(wide)[:, None]
+    scores = _Products.apply(query, key.to(wide)) * (dim**-0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    return scores + logit.to(wide)[:, None]
+
+
+class _Products(torch.autograd.Function):
+    """q k [B, H, T, n] in the keys' dtype, fp32, as a kernel's sums are, also under autocast.
+
+    The backward casts half-precision queries again: the fp32 copy would be the largest thing that a layer keeps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key)
+        with torch.autocast(query.device.type, enabled=False):
+            return (_by_kv_head(query.to(key.dtype), key) @ key[:, None].mT).flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = ctx.saved_tensors
+        with torch.autocast(query.device.type, enabled=False):
+            grad = _by_kv_head(grad, key)
+            grad_query = (grad @ key[:, None]).flatten(1, 2).to(query.dtype)
+            grad_key = (grad.mT @ _by_kv_head(query.to(key.dtype), key)).sum((0, 2))
+        return grad_query, grad_key
+
+
+def _by_kv_head(x: Tensor, sink: Tensor) -> Tensor:
+    """[B, H, T, …] as [B, K, H / K, T, …]."""
+    return x.unflatten(1, (len(sink), -1))
 
 
 def merge_sinks(module: nn.Module, out: Tensor, lse: Tensor, scores: Tensor | None) -> Tensor:
     """Attention over a layer's tokens and its sinks, from that over the tokens: out [B, H, T, D], lse [B, H, T].
 
-    One softmax over the tokens, together, and each sink: out' = (exp(lse) out + sum_j exp(s_j) v_j) / (exp(lse) +
+    One softmax over all tokens as one, and each sink: out' = (exp(lse) out + sum_j exp(s_j) v_j) / (exp(lse) +
     sum_j exp(s_j)).
     """
     if scores is None:
@@ -127,7 +153,7 @@ def merge_sinks(module: nn.Module, out: Tensor, lse: Tensor, scores: Tensor | No
         return add_sink_logit(out, lse, scores[..., 0])
     with torch.autocast(out.device.type, enabled=False):
         shares = torch.cat([lse[..., None], scores.to(lse.dtype)], -1).softmax(-1)
-        taken = shares[..., 1:].unflatten(1, (len(value), -1)) @ value.to(lse.dtype)[:, None]
+        taken = _by_kv_head(shares[..., 1:], value) @ value.to(lse.dtype)[:, None]
         return (out * shares[..., :1] + taken.flatten(1, 2)).to(out.dtype)
 
 

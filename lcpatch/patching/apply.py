@@ -76,7 +76,7 @@ def apply(
             "prefix:N:START": 4 or N learnable keys and values per KV head of each sparse layer, which every query
             attends to as if they stood before the first token. Values start at zero and the keys' logits at -8, so N
             take about the share N exp(-8 - LSE) of a row: .0013 for 4 of them where its LSE is 0, 9e-6 where it is 5.
-            (At -15 most of their gradients would drown in Adam's eps of 1e-8.)
+            (At -15 nearly all gradients of a small model's were below 1e-8, Adam's eps; at -8 one in a hundred.)
         impl: implementation of the attention op: "auto", "triton", "reference", "sdpa" or "flex".
         **options: the method's options, as fields of its pattern.
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import lcpatch
 from lcpatch.hf import attention
-from lcpatch.hf.sinks import NAMES, is_sink, sinks_of
+from lcpatch.hf.sinks import NAMES, is_sink, merge_sinks, sink_scores, sinks_of
 from lcpatch.hf.state import SINK_KEY, SINK_LOGIT, SINK_VALUE
 from lcpatch.hf.watch import Call
 from lcpatch_kernels.block_sparse import dense
@@ -214,6 +214,18 @@ def test_half_precision():
     assert distance(half(ids).logits.float(), want) <= allowed
     nn.init.zeros_(getattr(attention_layers(half)[0], SINK_VALUE))
     assert distance(half(ids).logits.float(), want) > allowed
+
+
+def test_a_half_precision_layer_keeps_no_fp32_copy_of_its_queries():
+    """For the backward pass: it would be the largest thing that a layer keeps."""
+    layer = attention_layers(sunk(build()))[0]
+    query, out = (torch.randn(2, 9, 50, 16).bfloat16().requires_grad_() for _ in range(2))
+    lse = torch.randn(2, 9, 50, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        merge_sinks(layer, out, lse, sink_scores(layer, query, None, None))
+    assert {x.dtype for x in kept if x.numel() >= query.numel()} == {torch.bfloat16}
+    assert len(kept) > 3
 
 
 def test_patched_brings_them_back():
