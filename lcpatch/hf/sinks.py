@@ -5,11 +5,11 @@ of each KV head, in front of the text. Neither is ever in the sequence: attentio
 merged with the (out, LSE) of the tokens, which is exact and differentiable whatever computed them. So positions, masks,
 bounds, cached tokens and the budgets of caches are those of a model without sinks.
 
-Source: the learnable sink token of StreamingLLM, arXiv 2309.17453, section 3.3; its form here, a key k' and a value v'
+Source: the learnable sink token of StreamingLLM, arXiv 2309.17453, section 3.3. Its form here, a key k' and a value v'
 for each head, is the explicit attention bias of "Massive Activations in Large Language Models", arXiv 2402.17762,
-section 5, and prefix tuning's, arXiv 2101.00190. Departures: StreamingLLM's is one input embedding, in a model trained
-with it from the start, and changes all that an existing model computes; ours belongs to a layer, n at a time, and its
-score has a learnable logit for each query head, which starts so low that the model is nearly as it was.
+section 4.3, and prefix tuning's, arXiv 2101.00190. Departures: StreamingLLM's is one input embedding, in a model that
+was trained with it from the start; it would change all that an existing model computes. Ours belongs to a layer, n at a
+time, and its score has a learnable logit for each query head, so low at the start that the model is nearly as it was.
 """
 
 from __future__ import annotations

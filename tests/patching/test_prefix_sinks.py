@@ -228,6 +228,17 @@ def test_a_half_precision_layer_keeps_no_fp32_copy_of_its_queries():
     assert len(kept) > 3
 
 
+def test_what_is_computed_again_gives_the_same_gradients():
+    """Gradient checkpointing, either kind."""
+    model, ids = sunk(build(), mode="train").train(), tokens(2)
+    want = results(model, input_ids=ids)
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        got = results(model, input_ids=ids)
+        assert all(torch.equal(got[name], x) for name, x in want.items())
+        model.gradient_checkpointing_disable()
+
+
 def test_patched_brings_them_back():
     model, ids = sunk(build()), tokens()
     before, held = model(ids).logits, [sinks_of(layer) for layer in attention_layers(model)]
