@@ -368,4 +368,6 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
 
 
 def _step(call: Call, lse: Tensor) -> Step:
+    if call.sinks is not None:  # what a query gives to sinks it does not give to keys
+        lse = torch.logaddexp(lse, call.sinks)
     return Step(call.query, lse, call.spec, call.scale, call.softcap, call.impl)

@@ -27,6 +27,7 @@ MORE = [
     {"batch": "whole", "patch": S2, "strategy": ["halo"], "dtype": torch.bfloat16},
     {"batch": "flattened", "patch": SHIFT, "strategy": "halo", "checkpoint": True},
     {"batch": "packed", "patch": SINK, "strategy": "halo"},
+    {"batch": "left", "patch": {**SINK, "sinks": "prefix:2:0"}, "strategy": ["ulysses", "halo"]},
     {"batch": "left", "patch": S2, "strategy": ["lightseq", "halo"], "lora": True},
     {"batch": "right", "patch": S2, "strategy": ["ulysses", "halo"], "family": "mistral"},
     {"batch": "packed", "strategy": "auto", "layout": "contiguous"},

@@ -9,7 +9,7 @@ import training_cases
 from noise import FACTOR
 from training_cases import run
 
-from lcpatch.hf.state import SINK_LOGIT
+from lcpatch.hf.sinks import is_sink
 from lcpatch.training.model import checkpointing_settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -20,6 +20,7 @@ ARMS = {
     "shift": {"attention": "shift"},
     "sf": {"attention": "sf", "sinks": "logit:-3"},
     "s2": {"attention": "s2", "options": {"local_blocks": 2, "stride": 4}},
+    "prefix": {"attention": "s2", "options": {"local_blocks": 2, "stride": 4}, "sinks": "prefix:4"},
     "chunks": {"attention": "full", "chunk_size": 200},
 }
 FAST = {"length": 1000, "steps": 20, "eval_rows": 1}
@@ -29,7 +30,7 @@ FAST = {"length": 1000, "steps": 20, "eval_rows": 1}
 def test_every_arm_trains(base: Path, tmp_path: Path, name: str):
     result = run(base, tmp_path, **FAST, **ARMS[name])
     wide = {n for n, p in result.model.named_parameters() if p.dtype == torch.float32}  # afterwards the rest is bf16
-    assert wide == {n for n, _ in result.model.named_parameters() if "lora_" in n or n.endswith(SINK_LOGIT)}
+    assert wide == {n for n, _ in result.model.named_parameters() if "lora_" in n or is_sink(n)}
     assert sum(result.losses[-5:]) < sum(result.losses[:5]) - 1
     assert result.metrics["eval_dense_loss"] > 0
 
