@@ -109,8 +109,11 @@ def _over_ranks(
     softcap: float | None,
     shard: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The layer's attention over all ranks' tokens. Masks say nothing here: the shard knows padding and packing."""
-    if query.shape[2] != key.shape[2]:
+    """The layer's attention over all ranks' tokens. Masks say nothing here: the shard knows padding and packing.
+
+    Keys come without a past, or with that of the chunks before, which the shard then knows of.
+    """
+    if query.shape[2] != key.shape[2] and not getattr(shard, "has_past", False):
         raise ValueError("a parallelized model takes no cache; leave its context before generating")
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
