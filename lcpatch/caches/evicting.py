@@ -285,11 +285,12 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         """Bytes allocated for what is kept and known of it."""
         return self.slots.nbytes()
 
-    def kept(self) -> int:
-        """Tokens kept per KV head in the row that keeps most."""
+    def kept_of_rows(self) -> list[tuple[int, int]]:
+        """`(kept per KV head, seen)` of each row, in tokens that are no pads."""
+        counts, seen = self.counts, self.get_seq_length()
         if self.fixed is not None:
-            return int(self.fixed.live.minimum(self.fixed.limit - 1).max())
-        return max(self.counts, default=0)
+            counts = self.fixed.live.minimum(self.fixed.limit - 1).tolist()
+        return [(count, max(seen - pads, 0)) for count, pads in zip(counts, self.pads, strict=True)]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `load_state` takes: tensors, and numbers as JSON."""

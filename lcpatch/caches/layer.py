@@ -322,10 +322,33 @@ class LongCache(Cache):
         """Bytes held per tier: "device", and where a cache has them "host" and "disk"."""
         return bytes_held(self.layers)
 
-    def stats(self) -> dict[str, Any]:
-        """How many tokens were seen, and how many are kept per (row, KV head): the most of a row, and by layer."""
-        kept = {n: layer.kept() for n, layer in enumerate(self.layers) if hasattr(layer, "kept")}
-        return {"seen": self.get_seq_length(), "kept": max(kept.values(), default=0), "kept_by_layer": kept}
+    def stats(self, measure: bool = False) -> dict[str, Any]:
+        """How many tokens were seen, and how many are kept.
+
+        `seen`: pads included. `kept`: per (row, KV head), the most of a row; `kept_by_layer`. `kept_share`: of the real
+        tokens of all rows, over the layers; None before the first. It is no share of attention: how much dropped tokens
+        would be given now, nobody can say.
+
+        Args:
+            measure: also the attention mass recalled, where everything is still there: retrieval and tiered caches.
+
+        Raises:
+            ValueError: `measure` of a cache that drops, merges or never reads again.
+        """
+        if measure:
+            raise ValueError(
+                f"the {self.name} cache does not have what it left out, so nothing can be measured against it; "
+                "retrieval and tiered caches keep everything: stats(measure=True) is theirs"
+            )
+        rows = {n: layer.kept_of_rows() for n, layer in enumerate(self.layers) if hasattr(layer, "kept_of_rows")}
+        kept = {n: max((held for held, _ in of), default=0) for n, of in rows.items()}
+        total, real = (sum(row[i] for of in rows.values() for row in of) for i in range(2))
+        return {
+            "seen": self.get_seq_length(),
+            "kept": max(kept.values(), default=0),
+            "kept_by_layer": kept,
+            "kept_share": total / real if real else None,
+        }
 
 
 def stock_layers(config: Any, modules: Iterable[int], owner: str) -> list[Any]:

@@ -30,6 +30,7 @@ from ..hf.watch import Call
 from .codec import codec_named
 from .layer import LongCache, caches, routed_layers
 from .paged import Marks, PagedLayer, Reads
+from .recall import recall
 from .tiers import TieredPages
 from .tree import BoundTree
 
@@ -109,12 +110,14 @@ class TieredCache(LongCache):
         for before, layer in pairwise(mine if self.ahead else []):
             layer.follow(before)
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self, measure: bool = False) -> dict[str, Any]:
         """Besides what every cache says:
 
         `attended`: tokens that the last generated token attended to. `hit_rate`: which share of the pages asked for was
         on the fast tier, or on its way there. `fetched_ahead`, `from_host`, `from_disk`: pages. `proven`: in which
-        share of the searches all pages that may hold one of the `top` best keys fitted the budget.
+        share of the searches all pages that may hold one of the `top` best keys fitted the budget. With `measure`,
+        which share of the full attention the last token's pages hold, see `caches.recall.recall`; what that reads
+        counts nowhere.
         """
         layers = [layer for layer in self.layers if isinstance(layer, TieredLayer)]
         wanted = sum(x.pages.wanted for x in layers)
@@ -128,6 +131,7 @@ class TieredCache(LongCache):
             "from_host": sum(x.from_host for x in homes),
             "from_disk": sum(x.from_disk for x in homes),
             "proven": float(sum(x.proven for x in layers)) / searches if searches else 1.0,
+            **(recall(self.layers) if measure else {}),
         }
 
 
@@ -183,6 +187,17 @@ class TieredLayer(PagedLayer):
         except TierError:
             self.failed = True
             raise
+
+    def recalled(self) -> Tensor | None:
+        """As every paged layer; what it reads for this is no hit and no miss."""
+        if self._asked is None:
+            return None
+        home = self.pages.home
+        counts = home.from_host, home.from_disk
+        try:
+            return super().recalled()
+        finally:
+            home.from_host, home.from_disk = counts
 
     def _retrieve(self, call: Call) -> tuple[Tensor, Tensor]:
         out = super()._retrieve(call)
