@@ -28,7 +28,7 @@ from .budget import Budget
 from .codec import BFloat16, Plain, codec_named
 from .fixed import FixedDecoding
 from .layer import AttendingLayer, decode, negative, to_list
-from .slots import GRAIN, GROWTH, Slots, grown
+from .slots import GRAIN, Slots, grown, most_room
 from .state import fitting, whole, wholes
 
 
@@ -285,18 +285,20 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         """Bytes allocated for what is kept and known of it."""
         return self.slots.nbytes()
 
-    def kept(self) -> int:
-        """Tokens kept per KV head in the row that keeps most."""
+    def kept_of_rows(self) -> list[tuple[int, int]]:
+        """`(kept per KV head, seen)` of each row, in tokens that are no pads."""
+        counts, seen = self.counts, self.get_seq_length()
         if self.fixed is not None:
-            return int(self.fixed.live.minimum(self.fixed.limit - 1).max())
-        return max(self.counts, default=0)
+            counts = self.fixed.live.minimum(self.fixed.limit - 1).tolist()
+        return [(count, max(seen - pads, 0)) for count, pads in zip(counts, self.pads, strict=True)]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `load_state` takes: tensors, and numbers as JSON."""
         self.leave_fixed()
         self._settle()
         names = ("seen", "pads", "counts", "budgets", "intact")
-        numbers = {name: getattr(self, name) for name in names} | {"capacity": self.slots.capacity}
+        most = max(most_room(self.slots.length), max(self.budgets) + 1)  # a crop may leave more
+        numbers = {name: getattr(self, name) for name in names} | {"capacity": min(self.slots.capacity, most)}
         return {name: self.slots[name] for name in self.slots.tensors}, numbers
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
@@ -312,8 +314,7 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         self.lazy_initialization(like.expand(rows, -1, -1, -1), like)
         likes = self._new_slots(like, like)
         found = fitting(tensors, likes, rows, length)
-        limit = max(int(length * GROWTH) + GRAIN, max(budgets) + 1)
-        capacity = whole(numbers, "capacity", limit)
+        capacity = whole(numbers, "capacity", max(most_room(length), max(budgets) + 1))
         self.slots = Slots(found).owned(capacity)
         self.seen, self.pads, self.counts, self.budgets = seen, pads, counts, budgets
         self.intact = whole(numbers, "intact", seen)

@@ -25,7 +25,7 @@ from ..core.registry import Registry
 from ..hf.models import attention_modules, full_attention_layers, unwrap
 from ..hf.route import route
 from ..hf.watch import Call, attend
-from .slots import GRAIN, GROWTH
+from .slots import GRAIN, enlarged, most_room
 from .state import fitting, whole
 
 caches: Registry[type[LongCache]] = Registry("cache", package="lcpatch.caches")
@@ -89,7 +89,8 @@ class GrowingLayer(DynamicLayer):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `load_state` takes: tensors, and numbers as JSON."""
-        return {"keys": self.keys, "values": self.values}, {"capacity": self._buffers[0].shape[2]}
+        capacity = min(self._buffers[0].shape[2], most_room(self.length))  # less after a crop
+        return {"keys": self.keys, "values": self.values}, {"capacity": capacity}
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
         """Hold what `state` of such a layer gave; `like` is an empty tensor [1, K, 0, D] as the model's keys.
@@ -100,7 +101,7 @@ class GrowingLayer(DynamicLayer):
         rows = len(tensors.get("keys", ()))
         found = fitting(tensors, {"keys": like, "values": like}, rows, None)
         self.length = found["keys"].shape[2]
-        capacity = max(whole(numbers, "capacity", int(self.length * GROWTH) + GRAIN), self.length)
+        capacity = max(whole(numbers, "capacity", most_room(self.length)), self.length)
         self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
         self._buffers = tuple(_grown(found[name], capacity, self.length) for name in ("keys", "values"))
         self._show()
@@ -111,7 +112,7 @@ class GrowingLayer(DynamicLayer):
             self._show()
 
     def _grow(self, needed: int) -> None:
-        capacity = max(needed, self.capacity, int(self.length * GROWTH))
+        capacity = max(needed, self.capacity, enlarged(self.length))
         capacity = -(-capacity // GRAIN) * GRAIN
         self._buffers = tuple(_grown(x, capacity, self.length) for x in self._buffers)
 
@@ -344,10 +345,33 @@ class LongCache(Cache):
         """Bytes held per tier: "device", and where a cache has them "host" and "disk"."""
         return bytes_held(self.layers)
 
-    def stats(self) -> dict[str, Any]:
-        """How many tokens were seen, and how many are kept per (row, KV head): the most of a row, and by layer."""
-        kept = {n: layer.kept() for n, layer in enumerate(self.layers) if hasattr(layer, "kept")}
-        return {"seen": self.get_seq_length(), "kept": max(kept.values(), default=0), "kept_by_layer": kept}
+    def stats(self, measure: bool = False) -> dict[str, Any]:
+        """How many tokens were seen, and how many are kept.
+
+        `seen`: pads included. `kept`: per (row, KV head), the most of a row; `kept_by_layer`. `kept_share`: of the real
+        tokens of all rows, over the layers; None before the first. It is no share of attention: how much dropped tokens
+        would be given now, nobody can say.
+
+        Args:
+            measure: also the attention mass recalled, where everything is still there: retrieval and tiered caches.
+
+        Raises:
+            ValueError: `measure` of a cache that drops, merges or never reads again.
+        """
+        if measure:
+            raise ValueError(
+                f"the {self.name} cache does not have what it left out, so nothing can be measured against it; "
+                "retrieval and tiered caches keep everything: stats(measure=True) is theirs"
+            )
+        rows = {n: layer.kept_of_rows() for n, layer in enumerate(self.layers) if hasattr(layer, "kept_of_rows")}
+        kept = {n: max((held for held, _ in of), default=0) for n, of in rows.items()}
+        total, real = (sum(row[i] for of in rows.values() for row in of) for i in range(2))
+        return {
+            "seen": self.get_seq_length(),
+            "kept": max(kept.values(), default=0),
+            "kept_by_layer": kept,
+            "kept_share": total / real if real else None,
+        }
 
 
 def stock_layers(config: Any, modules: Iterable[int], owner: str) -> list[Any]:
