@@ -1,8 +1,11 @@
 """Generating in buffers that never move: the tokens of eviction after every step, and a step that compiles once."""
 
+import math
+import re
+
 import pytest
 import torch
-from cache_cases import feed, left_padding
+from cache_cases import feed, left_padding, tensors_of
 from models import build, tokens
 from noise import distance, model_budget
 from transformers import CompileConfig
@@ -68,15 +71,71 @@ def test_generate_with_beams_turns_and_a_file(tmp_path):
     assert torch.equal(model.generate(turn, past_key_values=loaded, **options), want)
 
 
+def addresses(cache):
+    """Of all that a graph of the step reads and writes, and what of it a graph would have to copy."""
+    tensors = tensors_of([layer.fixed for layer in cache.layers]).values()
+    extra = [x for layer in cache.layers for x in (getattr(layer, "first", None), getattr(layer, "lost_now", None))]
+    every = [*tensors, *(x for x in extra if x is not None)]
+    assert all(hasattr(x, "_dynamo_static_input_type") for x in every)
+    return sorted(x.data_ptr() for x in every)
+
+
 def test_buffers_do_not_move_and_memory_does_not_grow():
     model, ids = build(), tokens(1, 300)
     cache = lcpatch.H2OCache(model, budget=24, compiled=True)
     feed(model, ids[:, :60], cache, [50, *[1] * 10])
-    places = [x.data_ptr() for layer in cache.layers for x in layer.fixed.slots.tensors.values()]
-    held = cache.memory()
+    places, held = addresses(cache), cache.memory()
     feed(model, ids[:, 60:], cache, [1] * 240)
-    assert [x.data_ptr() for layer in cache.layers for x in layer.fixed.slots.tensors.values()] == places
+    assert addresses(cache) == places
     assert cache.memory() == held
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_every_turn_generates_in_the_same_tensors(name):
+    """What a CUDA graph recorded holds in the next turn, and nothing is held twice between turns."""
+    model, (kind, options) = build(), CACHES[name]
+    cache, ids = kind(model, compiled=True, **options | {"budget": 24}), tokens(2, 150)
+    turns = [[50, *[1] * 10], [1] * 5, [40, *[1] * 10], [3, *[1] * 10], [1, *[1] * 21]]
+    places = set()
+    for part, cut in zip(ids.split([sum(cut) for cut in turns], 1), turns, strict=True):
+        feed(model, part, cache, cut)
+        places.add(tuple(addresses(cache)))
+        held = sum(cache.memory().values())
+        for layer in cache.layers:
+            layer.leave_fixed()
+        real = sum(x.untyped_storage().nbytes() for x in tensors_of(cache.layers).values())
+        assert sum(cache.memory().values()) == held
+        assert held <= real <= held + 512 * len(cache.layers)  # a few integers a row
+    assert len(places) == 1
+
+
+def test_a_budget_that_grew_gets_other_tensors_and_lets_the_old_ones_go():
+    model, ids = build(), tokens(1, 300)
+    cache = lcpatch.H2OCache(model, 0.4, compiled=True)
+    feed(model, ids[:, :100], cache, [90, *[1] * 10])
+    feed(model, ids[:, 100:], cache, [190, *[1] * 10])
+    assert cache.layers[0].fixed.size == 117
+    real = sum(x.untyped_storage().nbytes() for x in tensors_of(cache.layers).values())
+    assert real <= sum(cache.memory().values()) + 512 * len(cache.layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [lcpatch.H2OCache, lcpatch.SinkCache])
+def test_the_compiled_step_copies_no_keys_and_values(kind):
+    """Inductor writes the token into the buffers that the step was given: what it allocates is small beside them."""
+    from torch._inductor.utils import run_and_get_code
+
+    model, ids = build(num_hidden_layers=1), tokens(1, 300)
+    how = CompileConfig(mode=None, fullgraph=True)
+    how._compile_all_devices = True
+    options = {"max_new_tokens": 4, "do_sample": False}
+    cache = kind(model, 200, compiled=True)
+    _, codes = run_and_get_code(model.generate, ids, past_key_values=cache, compile_config=how, **options)
+    shapes = [eval(shape) for code in codes for shape in re.findall(r"= empty_strided_cpu\((\([^)]*\))", code)]
+    buffer = cache.layers[0].fixed.slots.tensors["keys"]
+    assert shapes
+    assert max(math.prod(shape) for shape in shapes) < buffer.numel() / 4
+    assert "index out of bounds" in codes[0], "there is a write by index to be judged"
 
 
 @pytest.mark.parametrize("kind", [lcpatch.H2OCache, pytest.param(lcpatch.SinkCache, marks=pytest.mark.slow)])
