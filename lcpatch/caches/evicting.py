@@ -299,7 +299,7 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
     def kept(self) -> int:
         """Tokens kept per KV head in the row that keeps most."""
         if self.fixed is not None:
-            return int(self.fixed.live.minimum(self.fixed.limit - 1).max())
+            return self.fixed.kept()
         return max(self.counts, default=0)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -353,18 +353,23 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         several = step.num_queries > 1
         if self.budgets is None or (several and not self.record_past):
             self.budgets = [self.budget.of(self.seen - pads) for pads in self.pads]
+        if not self._shrink(several) and self.slots.borrowed:
+            self.slots = self.slots.owned(min(self.slots.length + GRAIN, self._capacity(self.slots.length)))
+        self._buffers = None
+        self._return()
+
+    def _shrink(self, several: bool) -> bool:
+        """Evict what is over the budget after a step of one token or `several`; whether anything was."""
         targets = [
             count if count <= most else most if several else most - self.budget.slack(most) + 1
             for count, most in zip(self.counts, self.budgets, strict=True)
         ]
-        if targets != self.counts:
-            self.evict(targets)
-            self.counts, self._span = targets, None
-            self.intact = min(self.intact, *(self.budget.protected(b)[1] for b in self.budgets))
-        elif self.slots.borrowed:
-            self.slots = self.slots.owned(min(self.slots.length + GRAIN, self._capacity(self.slots.length)))
-        self._buffers = None
-        self._forget_left()
+        if targets == self.counts:
+            return False
+        self.evict(targets)
+        self.counts, self._span = targets, None
+        self.intact = min(self.intact, *(self.budget.protected(b)[1] for b in self.budgets))
+        return True
 
     def _capacity(self, needed: int) -> int:
         """Slots to reserve where `needed` are filled: never more than the budget and the token that overflows it."""

@@ -2,8 +2,9 @@
 
 Each row has one slot more than its budget. A new token overwrites the slot of the token that was worth least after the
 step before, so a step attends to the budget and itself, as where the least is evicted after every step: the tokens are
-the same ones, in another order, which attention to single tokens does not see. What changes from step to step lies in
-tensors, what the host knows stays as it is; `ordered` gives sorted slots back for whatever comes next.
+the same ones, in another order, which attention to single tokens does not see. A layer that merges instead fills the
+row, which is made room in between two steps. What changes from step to step lies in tensors, what the host knows stays
+as it is; `ordered` gives sorted slots back for whatever comes next.
 """
 
 from __future__ import annotations
@@ -140,6 +141,16 @@ class FixedSlots:
     def _next(self, hole: Tensor) -> None:
         self.hole.copy_(torch.where((self.live == self.limit)[:, None], hole, self.live[:, None]))
 
+    def kept(self) -> int:
+        """Tokens kept in the row that keeps most; not counting one that the next will replace."""
+        return int((self.live.minimum(self.limit - 1) if self.replaces else self.live).max())
+
+    def filled(self, slots: Slots) -> Slots:
+        """`slots`, copied into these tensors."""
+        for name, x in self.slots.tensors.items():
+            x[:, :, : slots.length] = slots[name]
+        return Slots(self.slots.tensors, slots.length)
+
     def ordered(self) -> tuple[Slots, list[int], int]:
         """`(slots, tokens a row, tokens seen)`: what is kept, in these tensors, sorted and filled to the right."""
         place = torch.arange(self.size, device=self.live.device)
@@ -149,6 +160,8 @@ class FixedSlots:
             full = self.live == self.limit
             gone = gone | (full[:, None, None] & (place == self.hole[..., None]))
             counts = torch.where(full, self.live - 1, self.live)
+        elif int(counts.min()) == int(counts.max()):  # nothing was replaced, so all is in order
+            return Slots(self.slots.tensors, int(counts[0])), counts.tolist(), int(self.seen)
         order = self.slots["position"].masked_fill(gone, -1).argsort(dim=-1, stable=True)
         most = int(counts.max())
         index = order[..., order.shape[-1] - most :]
@@ -181,7 +194,7 @@ class FixedDecoding:
     for, which `generate` does ahead of a step; left by whatever needs the tokens in order."""
 
     fixed: FixedSlots | None = None  # instead of `slots`, `counts` and `seen` while it generates
-    replaces: ClassVar[bool] = True  # a full row's next token takes a slot of its own choice
+    replaces: ClassVar[bool] = True  # a full row's next token takes another's slot; False: `enter_fixed` makes room
 
     def _clear(self) -> None:
         super()._clear()
@@ -231,9 +244,14 @@ class FixedDecoding:
             self.intact = min(self.intact, *(self.budget.protected(b)[1] for b in self.budgets))
         self.fixed, self._left = None, self.fixed
 
-    def _forget_left(self) -> None:
-        """Hold nothing twice: what is kept has moved elsewhere."""
-        if self._left is not None and not self._left.holds(self.slots):
+    def _return(self) -> None:
+        """Where what is kept has moved elsewhere, take it back or let the old tensors go: nothing is held twice."""
+        left = self._left
+        if left is None or left.holds(self.slots):
+            return
+        if left.fits(self) and self.slots.length <= left.size:
+            self.slots = left.filled(self.slots)
+        else:
             self._left = None
 
     def get_seq_length(self) -> int:
