@@ -264,10 +264,11 @@ class LongCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """What a mask is made of; asked before a step, so layers that generate in fixed buffers get ready here."""
-        if query_length == 1:
+        if query_length == 1 and not torch.compiler.is_compiling():
+            seen = self.get_seq_length()
             for layer in self.layers:
                 if hasattr(layer, "enter_fixed"):
-                    layer.enter_fixed()
+                    layer.enter_fixed(seen)
         return super().get_mask_sizes(query_length, layer_idx)
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -421,7 +422,7 @@ def routed_layers(model: nn.Module, owner: str, make: Callable[[int, nn.Module],
     return layers
 
 
-def decode(call: Call, keys: Tensor, values: Tensor, **which: Any) -> tuple[Tensor, Tensor]:
+def decode(call: Call, keys: Tensor, values: Tensor, **which: Any) -> tuple[Tensor, ...]:
     """`sparse_decode` of the call's queries over `keys` and `values`; `which` says over which of them."""
     impl = call.impl if call.impl in ("triton", "reference") else "auto"
     return sparse_decode(call.query, keys, values, scale=call.scale, softcap=call.softcap, impl=impl, **which)
