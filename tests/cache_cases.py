@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from models import build
 from noise import distance
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import lcpatch
 from lcpatch.caches import caches, scattered
@@ -37,9 +39,9 @@ ALL = tuple(caches.all())
 LENGTH = 90
 
 
-def make_model(name: str, **settings: Any) -> Any:
-    """A model that cache `name` works with."""
-    model = build(**settings)
+def make_model(name: str, model: Any = None, **settings: Any) -> Any:
+    """A model that cache `name` works with; `model`, or a random one of these settings."""
+    model = build(**settings) if model is None else model
     if name == "s2":
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="s2: .* far blocks are seen by no head")
@@ -53,6 +55,33 @@ def make(name: str, model: nn.Module, small: bool = False, **options: Any) -> An
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* keep transformers' own cache")
         return caches.get(name)(model, **{**given, **options})
+
+
+def placed(name: str, folder: Path, device_map: dict[str, Any]) -> Any:
+    """The model of the tests with four layers, from a folder to where `device_map` says, for cache `name`.
+
+    Args:
+        name: of the cache.
+        folder: for its weights, and those that the map leaves on disk.
+        device_map: "rest" stands for all that is no layer, a number for a layer.
+    """
+    build(num_hidden_layers=4).save_pretrained(folder / "model")
+    names = {"rest": ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    where = {part: device for key, device in device_map.items() for part in names.get(key, [f"model.layers.{key}"])}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", device_map=where, offload_folder=folder / "offload", dtype=torch.float32
+    )
+    return make_model(name, model.eval())
+
+
+def generated(name: str, model: Any, ids: Tensor, mask: Tensor) -> list[Tensor]:
+    """What cache `name` generates with room for everything and with little, greedily and with beams."""
+    options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": mask}
+    return [
+        model.generate(ids, past_key_values=make(name, model, small), num_beams=beams, **options).cpu()
+        for small in (False, True)
+        for beams in (1, 2)
+    ]
 
 
 @torch.no_grad()

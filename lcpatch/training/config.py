@@ -39,7 +39,7 @@ class TrainConfig:
     attention: str = option("sf", "full, short (groups only), shift, sf, s2 or another method")
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "of the method", "choices": None})
     layers: tuple[int, ...] | str | None = option(None, "sparse layers: every_2 or 0,2,4; none: all")
-    sinks: str | None = option(None, "tokens:N, or logit: learnable sink logits")
+    sinks: str | None = option(None, "tokens:N; or learnable: logit[:START], prefix[:N[:START]]")
     rope: str = option("linear", "how positions beyond the model's are reached", ["linear", "yarn", "dynamic", "none"])
 
     tune: str = option("lora+", "lora+: and norms and embeddings; lora; full: all weights", ["lora+", "lora", "full"])

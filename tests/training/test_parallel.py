@@ -15,6 +15,7 @@ SF = {"method": "sf", **SHORT["sf"]}
 S2 = {"method": "s2", "layers": "every_2", **SHORT["s2"]}
 SHIFT = {"method": "shift"}
 SINK = {"method": "sink", **SHORT["sink"], "sinks": "logit:-1"}
+PREFIX = {**SINK, "sinks": "prefix:2:0"}
 
 CASES = [
     {"batch": "packed", "patch": SF, "strategy": "halo", "lora": True, "checkpoint": True},
@@ -28,6 +29,7 @@ MORE = [
     {"batch": "whole", "patch": S2, "strategy": ["halo"], "dtype": torch.bfloat16},
     {"batch": "flattened", "patch": SHIFT, "strategy": "halo", "checkpoint": True},
     {"batch": "packed", "patch": SINK, "strategy": "halo"},
+    {"batch": "left", "patch": PREFIX, "strategy": ["ulysses", "halo"]},
     {"batch": "left", "patch": S2, "strategy": ["lightseq", "halo"], "lora": True},
     {"batch": "right", "patch": S2, "strategy": ["ulysses", "halo"], "family": "mistral"},
     {"batch": "packed", "strategy": "auto", "layout": "contiguous"},
@@ -64,6 +66,7 @@ MORE_CHUNKS = [
     {"batch": "left", "patch": SF, "strategy": "auto", "size": 8, "checkpoint": True},
     {"batch": "right", "patch": S2, "strategy": "auto", "size": 31, "family": "mistral", "lora": True},
     {"batch": "packed", "patch": SINK, "strategy": "auto", "size": 25},
+    {"batch": "left", "patch": PREFIX, "strategy": "auto", "size": 37},
     {"batch": "packed", "patch": {"method": "shift", **SHORT["shift"]}, "strategy": "halo", "size": 22},
     {"batch": "packed", "strategy": "tokenring", "size": 4, "family": "qwen3"},
     {"batch": "whole", "strategy": "auto", "size": 500},  # a single chunk
