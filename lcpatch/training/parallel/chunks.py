@@ -12,7 +12,6 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from ...core.errors import ParallelError
@@ -54,16 +53,16 @@ def share(text: Text, ranks: Ranks, chunk_size: int) -> Text:
     shards: dict[Run, Any] = {}
     for n, (_, end) in enumerate(chunks):
         layout = chunked(chunks[: n + 1], ranks.size)
-        here = layout.num_before(ranks.rank), layout.num_tokens(ranks.rank)
-        shards[here] = Shard(layout, _until(documents, end), ranks.rank)
-    places = layout.tokens(ranks.rank)
-    positions = torch.arange(length)[None] if text.positions is None else text.positions
+        span = layout.num_before(ranks.rank), layout.num_tokens(ranks.rank)
+        shards[span] = Shard(layout, _until(documents, end), ranks.rank)
+    here = layout.tokens(ranks.rank)
+    places = here.to(text.ids.device)
     return replace(
         text,
-        ids=text.ids[:, places.to(text.ids.device)],
-        targets=text.targets[:, places],
+        ids=text.ids[:, places],
+        targets=text.targets[:, here],
         mask=None,
-        positions=positions.to(text.ids.device)[:, places.to(text.ids.device)],
+        positions=places[None] if text.positions is None else text.positions[:, places],
         documents=None,
         shards=shards,
     )
