@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.errors import TrainingError
 from ..hf.models import attention_modules, unwrap
 from ..hf.state import SINK_LOGIT
+from .sharded import put_tensor, whole_tensor
 
 RUN_FILE = "run.json"
 LOGITS_FILE = "sink_logits.safetensors"
@@ -89,9 +90,13 @@ def disk_full(error: OSError, folder: Path, step: int) -> TrainingError:
     )
 
 
-def save_logits(model: nn.Module, folder: Path) -> None:
-    """Write the learnable sink logits, which no adapter holds."""
-    logits = {str(n): p.detach().cpu().contiguous() for n, p in _logits(model).items()}
+def logits_of(model: nn.Module) -> dict[str, Tensor]:
+    """The learnable sink logits, which no adapter holds, by layer; a collective where weights are in pieces."""
+    return {str(n): whole_tensor(p) for n, p in _logits(model).items()}
+
+
+def save_logits(logits: dict[str, Tensor], folder: Path) -> None:
+    """Write them, if there are any."""
     if logits:
         save_file(logits, folder / LOGITS_FILE)
 
@@ -103,7 +108,7 @@ def load_logits(model: nn.Module, folder: Path) -> None:
         return
     found = load_file(folder / LOGITS_FILE)
     for index, parameter in wanted.items():
-        parameter.data.copy_(found[str(index)])
+        put_tensor(parameter, found[str(index)])
 
 
 def _logits(model: nn.Module) -> dict[int, nn.Parameter]:
