@@ -105,7 +105,7 @@ def train(config: TrainConfig, save: Save | None) -> Result:
     if writes:
         with arriving(output / "model") as folder:
             save(model, folder, tokenizer=tokenizer)
-    if state.is_main_process or not trainer.is_fsdp_enabled:
+    if state.is_main_process or not trainer.in_pieces:
         lora.settle(model)
     if writes and config.merged:
         result.model = lora.merge(model)

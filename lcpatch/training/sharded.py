@@ -1,7 +1,8 @@
-"""Weights that every process holds a piece of (FSDP2): what accelerate and transformers' Trainer leave open there.
+"""Weights that every process holds a piece of (FSDP2, DeepSpeed): what accelerate and transformers' Trainer leave open.
 
-What is trained is fp32 beside frozen weights of another dtype, also inside one unit of FSDP; each travels as it is, and
-gradients are reduced in fp32. The arithmetic is that of DistributedDataParallel, so that the losses are, too.
+Under FSDP2 what is trained is fp32 beside frozen weights of another dtype, also inside one unit; each travels as it is,
+and gradients are reduced in fp32. The arithmetic is that of DistributedDataParallel, so that the losses are, too.
+DeepSpeed casts in its own way, but keeps what is trained in fp32 as well, and that is what is saved.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -50,32 +51,54 @@ class ShardedMixin:
             load: makes the model as it was before training. Of weights in pieces the main process alone puts the
                 trained ones together, in the host's memory, in a new model; the others return theirs as it is.
         """
-        if not self.is_fsdp_enabled:
+        if not self.in_pieces:
             return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        trained = get_model_state_dict(self.model, options=options)
+        trained = _fsdp_trained(self.model) if self.is_fsdp_enabled else _deepspeed_trained(self.model)
         if not self.is_world_process_zero():
             return self.model
         model = load()
-        put = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-        for name, parameter in put.items():
+        for name, parameter in trained_of(model).items():
             parameter.data.copy_(trained[name])
         return model
 
+    @property
+    def in_pieces(self) -> bool:
+        """Whether processes hold pieces of what is trained."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
-def whole_tensor(parameter: torch.Tensor) -> torch.Tensor:
+
+def trained_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, under each of their names."""
+    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+
+
+def whole_tensor(parameter: Tensor) -> Tensor:
     """A parameter's numbers, in the host's memory; a collective where it is in pieces."""
     numbers = parameter.detach()
     return (numbers.full_tensor() if isinstance(numbers, DTensor) else numbers).cpu().contiguous()
 
 
-def put_tensor(parameter: torch.Tensor, numbers: torch.Tensor) -> None:
+def put_tensor(parameter: Tensor, numbers: Tensor) -> None:
     """Set a parameter to numbers that every process has; a collective where it is in pieces."""
     if isinstance(parameter, DTensor):
         numbers = distribute_tensor(numbers.to(parameter.device), parameter.device_mesh, parameter.placements)
     parameter.data.copy_(numbers)
+
+
+def _fsdp_trained(model: nn.Module) -> dict[str, Tensor]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(model, options=options)
+
+
+def _deepspeed_trained(model: nn.Module) -> dict[str, Tensor]:
+    from deepspeed.utils import safe_get_full_fp32_param
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    trained = {name: safe_get_full_fp32_param(p).cpu() for name, p in trained_of(model).items()}
+    unset_hf_deepspeed_config()  # or the next model would be loaded in pieces
+    return trained
 
 
 def _take_cpus() -> None:

@@ -1,4 +1,4 @@
-"""FSDP2 on real gloo processes: the losses, gradients and files of a run whose weights are whole."""
+"""FSDP2 and DeepSpeed on real gloo processes: the losses, gradients and files of a run whose weights are whole."""
 
 from __future__ import annotations
 
@@ -52,6 +52,12 @@ def runs(base, tmp_path_factory) -> Runs:
 
 
 @pytest.fixture(scope="module")
+def wide_runs(tmp_path_factory) -> Runs:
+    base = training_cases.base(tmp_path_factory.mktemp("wide"), hidden_size=252)
+    return Runs(base, tmp_path_factory.mktemp("wide-runs"))
+
+
+@pytest.fixture(scope="module")
 def sharded(runs) -> Path:
     return runs("fsdp2", accelerate("fsdp2", 2), "--merged", "--save-every", "8", "--keep", "3")
 
@@ -66,6 +72,28 @@ def rounding(runs: Runs) -> float:
     """How far apart the same steps may come out: as far as another order of the same sums puts them."""
     whole, in_turn = runs("ddp", accelerate("ddp", 2)), runs("in turn", [sys.executable], "--accumulate", "2")
     return FACTOR * max(apart(in_turn, whole), torch.finfo(torch.float32).eps * max(logged(whole, "loss")))
+
+
+def form(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (t.shape, t.dtype) for name, t in tensors.items()}
+
+
+def interrupted(runs: Runs, run: Path, name: str) -> Path:
+    """That run as it was after its checkpoint of step 16."""
+    copied = runs.folder / name
+    shutil.copytree(run, copied)
+    for gone in ("checkpoint-20", "model", "merged"):
+        shutil.rmtree(copied / gone)
+    (copied / "log.json").unlink()
+    return copied
+
+
+def assert_same(run: Path, other: Path) -> None:
+    assert len(logged(run, "loss")) == 20
+    assert apart(run, other) == 0
+    for file in ("adapter_model.safetensors", "lcpatch.safetensors"):
+        ours, theirs = load_file(run / "model" / file), load_file(other / "model" / file)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.slow
@@ -86,8 +114,7 @@ def test_what_is_saved_has_one_process_form(runs, sharded):
     assert names == sorted(p.name for p in (alone / "model").iterdir())
     for file in (p for p in names if p.endswith(".safetensors")):
         ours, theirs = load_file(sharded / "model" / file), load_file(alone / "model" / file)
-        form = [{name: (t.shape, t.dtype) for name, t in x.items()} for x in (ours, theirs)]
-        assert form[0] == form[1]
+        assert form(ours) == form(theirs)
     configs = [json.loads((run / "model" / "adapter_config.json").read_text()) for run in (sharded, alone)]
     for config in configs:
         config["target_modules"].sort()  # a set, in the order of the day
@@ -112,16 +139,9 @@ def test_what_is_saved_comes_back(sharded, base):
 @pytest.mark.slow
 def test_a_sharded_run_goes_on_exactly(runs, sharded):
     """From its checkpoint of step 16, with the losses and to the adapter of the run that was not interrupted."""
-    again = runs.folder / "again"
-    shutil.copytree(sharded, again)
-    for gone in ("checkpoint-20", "model", "merged"):
-        shutil.rmtree(again / gone)
-    (again / "log.json").unlink()
-    runs("again", accelerate("fsdp2", 2), "--merged", "--save-every", "8", "--keep", "3")
-    assert apart(again, sharded) == 0
-    for file in ("adapter_model.safetensors", "lcpatch.safetensors"):
-        ours, theirs = load_file(again / "model" / file), load_file(sharded / "model" / file)
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    again = interrupted(runs, sharded, "again")
+    runs(again.name, accelerate("fsdp2", 2), "--merged", "--save-every", "8", "--keep", "3")
+    assert_same(again, sharded)
 
 
 @pytest.mark.slow
@@ -153,6 +173,28 @@ def test_rows_shared_among_sharded_processes(runs):
     shared = runs("shared", accelerate("fsdp2", 4), "--context_parallel", "2")
     in_turn = runs("four in turn", [sys.executable], "--accumulate", "4")
     assert apart(shared, in_turn) <= rounding(runs) < apart(runs("ddp", accelerate("ddp", 2)), in_turn)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_saves_and_goes_on(wide_runs, stage: int):
+    """As DistributedDataParallel; stage 3 leaves weights below 100,000 numbers whole, so the model has larger ones."""
+    pytest.importorskip("deepspeed")
+    whole = wide_runs("ddp", accelerate("ddp", 2))
+    more = ["--merged", "--save-every", "8", "--keep", "3"]
+    ours = wide_runs(f"stage {stage}", accelerate(f"deepspeed{stage}", 2), *more)
+    assert (ours / "checkpoint-16" / "zero_to_fp32.py").is_file()
+    assert apart(ours, whole) <= rounding(wide_runs)
+    saved = {p: load_file(ours / p / "adapter_model.safetensors") for p in ("checkpoint-20", "model")}
+    theirs = load_file(whole / "model" / "adapter_model.safetensors")
+    assert form(saved["model"]) == form(theirs)
+    assert all(torch.equal(saved["checkpoint-20"][name], saved["model"][name]) for name in theirs)
+    ids = training_cases.ids()
+    adapter, merged = (lcpatch.from_pretrained(ours / p) for p in ("model", "merged"))
+    assert distance(adapter(ids).logits, merged(ids).logits) <= model_budget(lcpatch.remove(copy.deepcopy(merged)), ids)
+    again = interrupted(wide_runs, ours, f"stage {stage} again")
+    wide_runs(again.name, accelerate(f"deepspeed{stage}", 2), *more)
+    assert_same(again, ours)
 
 
 @pytest.mark.slow
