@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.errors import TrainingError
 from ..hf.models import attention_modules, unwrap
 from ..hf.sinks import sink_parameters
+from .sharded import put_tensor, whole_tensor
 
 RUN_FILE = "run.json"
 SINKS_FILE = "sinks.safetensors"
@@ -89,9 +90,13 @@ def disk_full(error: OSError, folder: Path, step: int) -> TrainingError:
     )
 
 
-def save_sinks(model: nn.Module, folder: Path) -> None:
-    """Write the learnable sinks, which no adapter holds."""
-    sinks = {name: p.detach().cpu().contiguous() for name, p in _sinks(model).items()}
+def sinks_of(model: nn.Module) -> dict[str, Tensor]:
+    """The learnable sinks, which no adapter holds; a collective where weights are in pieces."""
+    return {name: whole_tensor(p) for name, p in _sinks(model).items()}
+
+
+def save_sinks(sinks: dict[str, Tensor], folder: Path) -> None:
+    """Write them, if there are any."""
     if sinks:
         save_file(sinks, folder / SINKS_FILE)
 
@@ -103,7 +108,7 @@ def load_sinks(model: nn.Module, folder: Path) -> None:
         return
     found = load_file(folder / SINKS_FILE)
     for name, parameter in wanted.items():
-        parameter.data.copy_(found[name])
+        put_tensor(parameter, found[name])
 
 
 def _sinks(model: nn.Module) -> dict[str, nn.Parameter]:

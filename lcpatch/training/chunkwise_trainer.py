@@ -87,8 +87,8 @@ def _check(trainer: Trainer, options: dict[str, Any]) -> None:
     wrong = {
         "label_smoothing_factor": args.label_smoothing_factor,
         "compute_loss_func": trainer.compute_loss_func,
-        "deepspeed": getattr(args, "deepspeed", None),
-        "fsdp": getattr(args, "fsdp", None),
+        "deepspeed": getattr(trainer, "is_deepspeed_enabled", False),
+        "fsdp": getattr(trainer, "is_fsdp_enabled", False),
         "n_gpu > 1 (DataParallel)": args.n_gpu > 1,
         "a LOMO optimizer": "lomo" in str(args.optim),
     }

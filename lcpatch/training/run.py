@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ class Result:
     """What a run came to.
 
     Args:
-        model: as it was trained, patched, and in the dtype of its frozen weights.
+        model: as it was trained, patched, and in the dtype of its frozen weights. Of a sharded one only the main
+            process has the whole, in the host's memory; the others have their pieces.
         losses: of every step that this process ran.
         metrics: of the last evaluation.
         finished: False if it was asked to stop before its last step.
@@ -94,6 +96,7 @@ def train(config: TrainConfig, save: Save | None) -> Result:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finished = trainer.state.global_step >= config.steps
         metrics = trainer.evaluate() if finished and eval_rows is not None else {}
+    model = trainer.whole(partial(load_model, config))
     result = Result(model, trainer.losses, metrics, finished, trainer.state.global_step)
     if state.is_main_process:
         with arriving(output / LOG_FILE) as new:
@@ -102,7 +105,8 @@ def train(config: TrainConfig, save: Save | None) -> Result:
     if writes:
         with arriving(output / "model") as folder:
             save(model, folder, tokenizer=tokenizer)
-    lora.settle(trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False))  # which takes its autocast off
+    if state.is_main_process or not trainer.in_pieces:
+        lora.settle(model)
     if writes and config.merged:
         result.model = lora.merge(model)
         with arriving(output / "merged") as folder:

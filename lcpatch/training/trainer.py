@@ -25,15 +25,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from ..core.errors import TrainingError
 from ..hf.models import unwrap
 from . import arms
-from .checkpoints import STAGING, discard, disk_full, load_sinks, save_sinks
+from .checkpoints import STAGING, discard, disk_full, load_sinks, save_sinks, sinks_of
 from .chunkwise_trainer import ChunkwiseMixin
 from .fused import can_fuse, fused_loss
 from .parallel.trainer import ParallelMixin
+from .sharded import ShardedMixin
 
 MODES = {"dense": "never", "patched": "always"}
 
 
-class LongTrainer(ParallelMixin, ChunkwiseMixin, Trainer):
+class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
     """transformers' Trainer for patched models and packed rows.
 
     Args:
@@ -147,8 +148,9 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
+        sinks = sinks_of(self.model)  # a collective where they are in pieces
         if self.args.should_save:
-            save_sinks(self.model, Path(output_dir or self.args.output_dir))
+            save_sinks(sinks, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

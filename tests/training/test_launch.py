@@ -1,34 +1,16 @@
 """The recipes as programs: through `accelerate launch`, and on two processes."""
 
 import copy
-import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import training_cases
+from launched import FAST, ROOT, environment, finished, logged
 from noise import FACTOR, distance, model_budget
 
 import lcpatch
-
-ROOT = Path(__file__).parents[2]
-FAST = ["--steps", "20", "--length", "96", "--learning-rate", "5e-3", "--warmup", "0", "--save-every", "0"]
-
-
-def environment(cache: Path, **more: str) -> dict[str, str]:
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels" / "torch-ext")))
-    fixed = {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LCPATCH_CACHE": str(cache)}
-    return {**os.environ, **fixed, **more}
-
-
-def finished(command: list[str], env: dict[str, str]) -> str:
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_accelerate_launch(base, tmp_path):
@@ -64,7 +46,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(base, tmp_path):
         output = tmp_path / name
         finished([*command, "--output", str(output)], environment(tmp_path, ACCELERATE_USE_CPU="true"))
         assert sorted(p.name for p in output.iterdir()) == ["log.json", "model", "run.json"]
-        losses[name] = [line["loss"] for line in json.loads((output / "log.json").read_text()) if "loss" in line]
+        losses[name] = logged(output, "loss")
     assert {len(found) for found in losses.values()} == {20}
     at_once = losses["at once"]
 

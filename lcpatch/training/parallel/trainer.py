@@ -1,21 +1,23 @@
 """Context parallelism in transformers' Trainer: the rows of a group's ranks, one after the other, each by all of them.
 
 What is computed is what plain data parallelism computes on the same rows: every process reads its own, and a step has
-as many. But no process ever holds more of a row than its share.
+as many. But no process ever holds more of a row than its share. DistributedDataParallel or FSDP2 around it see ordinary
+processes whose gradients they average: FSDP2's weights are in as many pieces as there are processes, across all groups.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ...core.errors import ParallelError
-from ..fused import can_fuse, fused_loss
+from ..fused import fused_loss
 from .model import Parallel
 
 
@@ -23,7 +25,7 @@ class ParallelMixin:
     """Puts steps by a group in front of a Trainer's; `ranks` is the parallelized model's group, None: nothing changes.
 
     Raises:
-        ParallelError: a Trainer that shards weights, or that divides a loss by something else than its targets.
+        ParallelError: a Trainer in DeepSpeed, or that divides a loss by something else than its targets.
     """
 
     ranks: Parallel | None = None
@@ -40,7 +42,7 @@ class ParallelMixin:
         for n, batch in enumerate(batches):
             chunks = getattr(self, "chunkwise", None) is not None  # which are cut before ranks share them
             part = batch if chunks else self.ranks.shard(batch, num_items=num_items_in_batch)
-            with self.accelerator.no_sync(model) if n + 1 < len(batches) else nullcontext():
+            with self._unsynced(model) if n + 1 < len(batches) else nullcontext():
                 loss += super().training_step(model, part, num_items_in_batch)
         return loss
 
@@ -57,12 +59,16 @@ class ParallelMixin:
             part = self._prepare_inputs(self.ranks.shard(batch))
             with torch.no_grad(), self.compute_loss_context_manager():
                 count = part.pop("num_items_in_batch")
-                if can_fuse(model):
+                if self._fuses:
                     loss = fused_loss(model, part, count)
                 else:
                     loss = model(**part, num_items_in_batch=count).loss
             losses.append(self.ranks.total(loss))
         return losses[self.ranks.rank], None, None
+
+    def _unsynced(self, model: nn.Module) -> AbstractContextManager:
+        """Around a backward that is not the step's last; FSDP2 would hold whole gradients instead of pieces."""
+        return nullcontext() if isinstance(model, FSDPModule) else self.accelerator.no_sync(model)
 
 
 def group_of(context_parallel: int) -> dist.ProcessGroup:
@@ -82,10 +88,10 @@ def group_of(context_parallel: int) -> dist.ProcessGroup:
 
 
 def _check(trainer: Any, model: nn.Module, num_items: Any) -> None:
-    if not isinstance(model, DistributedDataParallel):
+    if not isinstance(model, DistributedDataParallel | FSDPModule):
         raise ParallelError(
-            f"context parallelism runs in DistributedDataParallel, not in {type(model).__name__}: leave FSDP and "
-            "DeepSpeed out of accelerate's config"
+            f"context parallelism runs in DistributedDataParallel or FSDP2, not in {type(model).__name__}: take "
+            "recipes/configs/ddp.yaml or fsdp2.yaml as accelerate's config"
         )
     if num_items is None or not trainer.args.average_tokens_across_devices:
         raise ParallelError(
