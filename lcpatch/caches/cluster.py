@@ -23,12 +23,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from lcpatch_kernels import cluster_merge
 
-from ..hf.watch import Call, attend
-from . import scattered
 from .budget import Budget
 from .evicting import EvictingLayer
 from .fixed import check_codec, check_layer
@@ -179,14 +176,6 @@ class ClusterLayer(EvictingLayer):
         if fixed is not None and self._shrink(several=False):
             self._return()
 
-    def attention(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        bias, num = self.bias(), keys.shape[2]
-        if bias is None or num == 1 or call.softcap or not scattered.is_dense(call.spec) or not self.codec.lossless:
-            return super().attention(call, keys, values)
-        every = self.slots["keys"], self.slots["values"], self.slots["log_size"]
-        out, lse = attend(with_bias(call, *every)._replace(bounds=self.bounds(num)))
-        return out[..., : call.query.shape[3]], lse
-
     def evict(self, targets: list[int]) -> None:
         length, most = self.slots.length, max(targets)
         out = self._empty(most)
@@ -300,20 +289,3 @@ def _merged(clusters: Clusters, chunk: int, merges: int, merging: Merging) -> Cl
     for turn in (0, 1):  # every second slot may have joined another; then that one's position is the last to be written
         place.scatter_(2, target[:, :, turn::2].long(), position[:, :, turn::2])
     return Clusters(keys, values, size, place)
-
-
-def with_bias(call: Call, keys: Tensor, values: Tensor, bias: Tensor) -> Call:
-    """`call` over keys whose scores get `bias` [B, K, S] added: eight more dimensions carry it, so any kernel can.
-
-    q' = [q, c, c, 0 …] and k' = [k, high, low, 0 …] with high + low = bias / (scale c): in two parts it has twice the
-    digits of the keys' dtype, and c, a power of two, is exact.
-    """
-    scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
-    c = 2.0 ** round(-math.log2(scale))
-    bias = bias.to(torch.promote_types(torch.float32, keys.dtype)) / (scale * c)
-    high = bias.to(keys.dtype)
-    low = (bias - high).to(keys.dtype)
-    query, keys, values = (pad(x, (0, 8)) for x in (call.query, keys, values))
-    query[..., -8:-6] = c
-    keys[..., -8], keys[..., -7] = high, low
-    return call._replace(query=query, key=keys, value=values, scale=scale)

@@ -33,10 +33,10 @@ class Call(NamedTuple):
     impl: str
 
 
-def attend(call: Call) -> tuple[Tensor, Tensor]:
+def attend(call: Call, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The call as `block_sparse` runs it: keys and values hold every token in order."""
     q, k, v, spec, bounds, scale, softcap, impl = call
-    return block_sparse(q, k, v, spec, bounds=bounds, scale=scale, softcap=softcap, impl=impl)
+    return block_sparse(q, k, v, spec, bounds=bounds, scale=scale, softcap=softcap, bias=bias, impl=impl)
 
 
 class AttendingLayer(Protocol):
