@@ -181,20 +181,21 @@ class ClusterLayer(EvictingLayer):
         out = self._empty(most)
         for rows, count, target in self._alike(targets):
             row = rows[0]
+            which = self._which(rows)
             sinks, recent = self.budget.protected(self.budgets[row])
             sinks = max(min(sinks, target - recent - 1), 0)  # a share of very few tokens may leave no centroid
             begin, end, new = length - count + sinks, length - recent, most - target
             if target < count:
-                middle = self._clusters(rows, begin, end)
+                middle = self._clusters(which, begin, end)
                 tokens = self.seen - self.pads[row] - sinks - recent
                 merged = shrink(middle, self.centroids[row], target - sinks - recent, tokens, self.merging)
             else:
-                merged = self._clusters(rows, begin, end)
+                merged = self._clusters(which, begin, end)
             for name, x in self._parts(merged).items():
-                out[name][rows, :, new + sinks : most - recent] = x
+                out[name][which, :, new + sinks : most - recent] = x
             for name, x in self.slots.tensors.items():
-                out[name][rows, :, new : new + sinks] = x[rows, :, begin - sinks : begin]
-                out[name][rows, :, most - recent : most] = x[rows, :, end:length]
+                out[name][which, :, new : new + sinks] = x[which, :, begin - sinks : begin]
+                out[name][which, :, most - recent : most] = x[which, :, end:length]
             for row in rows:
                 self.centroids[row] = target - sinks - recent if target < count else self.centroids[row]
         self.slots = Slots(out, most)
@@ -207,6 +208,10 @@ class ClusterLayer(EvictingLayer):
             groups.setdefault(state, []).append(row)
         return [(rows, state[0], state[1]) for state, rows in groups.items()]
 
+    def _which(self, rows: list[int]) -> slice | Tensor:
+        """The rows as an index: all of them as a slice, which copies nothing and does not wait for the device."""
+        return slice(None) if len(rows) == len(self.pads) else torch.tensor(rows, device=self.device)
+
     def _empty(self, most: int) -> dict[str, Tensor]:
         """Buffers for `most` slots: those from before the step, if they fit."""
         capacity = max(self._capacity(most), most)
@@ -215,9 +220,9 @@ class ClusterLayer(EvictingLayer):
             return old.tensors
         return {n: x.new_zeros(*x.shape[:2], capacity, *x.shape[3:]) for n, x in self.slots.tensors.items()}
 
-    def _clusters(self, rows: list[int], begin: int, end: int) -> Clusters:
+    def _clusters(self, which: slice | Tensor, begin: int, end: int) -> Clusters:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        tensors = {name: x[rows, :, begin:end] for name, x in self.slots.tensors.items()}
+        tensors = {name: x[which, :, begin:end] for name, x in self.slots.tensors.items()}
         keys, values = (self._decoded(Slots(tensors, end - begin), name, like) for name in ("keys", "values"))
         return Clusters(keys, values, tensors["joined"] + 1, tensors["position"])
 
