@@ -23,12 +23,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from lcpatch_kernels import cluster_merge
 
-from ..hf.watch import Call, attend
-from . import scattered
 from .budget import Budget
 from .evicting import EvictingLayer
 from .fixed import check_codec, check_layer
@@ -179,33 +176,26 @@ class ClusterLayer(EvictingLayer):
         if fixed is not None and self._shrink(several=False):
             self._return()
 
-    def attention(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        bias, num = self.bias(), keys.shape[2]
-        if bias is None or num == 1 or call.softcap or not scattered.is_dense(call.spec) or not self.codec.lossless:
-            return super().attention(call, keys, values)
-        every = self.slots["keys"], self.slots["values"], self.slots["log_size"]
-        out, lse = attend(with_bias(call, *every)._replace(bounds=self.bounds(num)))
-        return out[..., : call.query.shape[3]], lse
-
     def evict(self, targets: list[int]) -> None:
         length, most = self.slots.length, max(targets)
         out = self._empty(most)
         for rows, count, target in self._alike(targets):
             row = rows[0]
+            which = self._which(rows)
             sinks, recent = self.budget.protected(self.budgets[row])
             sinks = max(min(sinks, target - recent - 1), 0)  # a share of very few tokens may leave no centroid
             begin, end, new = length - count + sinks, length - recent, most - target
             if target < count:
-                middle = self._clusters(rows, begin, end)
+                middle = self._clusters(which, begin, end)
                 tokens = self.seen - self.pads[row] - sinks - recent
                 merged = shrink(middle, self.centroids[row], target - sinks - recent, tokens, self.merging)
             else:
-                merged = self._clusters(rows, begin, end)
+                merged = self._clusters(which, begin, end)
             for name, x in self._parts(merged).items():
-                out[name][rows, :, new + sinks : most - recent] = x
+                out[name][which, :, new + sinks : most - recent] = x
             for name, x in self.slots.tensors.items():
-                out[name][rows, :, new : new + sinks] = x[rows, :, begin - sinks : begin]
-                out[name][rows, :, most - recent : most] = x[rows, :, end:length]
+                out[name][which, :, new : new + sinks] = x[which, :, begin - sinks : begin]
+                out[name][which, :, most - recent : most] = x[which, :, end:length]
             for row in rows:
                 self.centroids[row] = target - sinks - recent if target < count else self.centroids[row]
         self.slots = Slots(out, most)
@@ -218,6 +208,10 @@ class ClusterLayer(EvictingLayer):
             groups.setdefault(state, []).append(row)
         return [(rows, state[0], state[1]) for state, rows in groups.items()]
 
+    def _which(self, rows: list[int]) -> slice | Tensor:
+        """The rows as an index: all of them as a slice, which copies nothing and does not wait for the device."""
+        return slice(None) if len(rows) == len(self.pads) else torch.tensor(rows, device=self.device)
+
     def _empty(self, most: int) -> dict[str, Tensor]:
         """Buffers for `most` slots: those from before the step, if they fit."""
         capacity = max(self._capacity(most), most)
@@ -226,9 +220,9 @@ class ClusterLayer(EvictingLayer):
             return old.tensors
         return {n: x.new_zeros(*x.shape[:2], capacity, *x.shape[3:]) for n, x in self.slots.tensors.items()}
 
-    def _clusters(self, rows: list[int], begin: int, end: int) -> Clusters:
+    def _clusters(self, which: slice | Tensor, begin: int, end: int) -> Clusters:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        tensors = {name: x[rows, :, begin:end] for name, x in self.slots.tensors.items()}
+        tensors = {name: x[which, :, begin:end] for name, x in self.slots.tensors.items()}
         keys, values = (self._decoded(Slots(tensors, end - begin), name, like) for name in ("keys", "values"))
         return Clusters(keys, values, tensors["joined"] + 1, tensors["position"])
 
@@ -300,20 +294,3 @@ def _merged(clusters: Clusters, chunk: int, merges: int, merging: Merging) -> Cl
     for turn in (0, 1):  # every second slot may have joined another; then that one's position is the last to be written
         place.scatter_(2, target[:, :, turn::2].long(), position[:, :, turn::2])
     return Clusters(keys, values, size, place)
-
-
-def with_bias(call: Call, keys: Tensor, values: Tensor, bias: Tensor) -> Call:
-    """`call` over keys whose scores get `bias` [B, K, S] added: eight more dimensions carry it, so any kernel can.
-
-    q' = [q, c, c, 0 …] and k' = [k, high, low, 0 …] with high + low = bias / (scale c): in two parts it has twice the
-    digits of the keys' dtype, and c, a power of two, is exact.
-    """
-    scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
-    c = 2.0 ** round(-math.log2(scale))
-    bias = bias.to(torch.promote_types(torch.float32, keys.dtype)) / (scale * c)
-    high = bias.to(keys.dtype)
-    low = (bias - high).to(keys.dtype)
-    query, keys, values = (pad(x, (0, 8)) for x in (call.query, keys, values))
-    query[..., -8:-6] = c
-    keys[..., -8], keys[..., -7] = high, low
-    return call._replace(query=query, key=keys, value=values, scale=scale)

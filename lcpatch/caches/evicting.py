@@ -210,9 +210,9 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
             kept = Slots(self.slots.tensors, self.slots.length - num)
             all_keys = torch.cat([self._decoded(kept, "keys", keys), keys], 2)
             all_values = torch.cat([self._decoded(kept, "values", values), values], 2)
-        if bias is None and scattered.is_dense(call.spec):
-            return attend(call._replace(key=all_keys, value=all_values, bounds=self.bounds(num)))
         bias = None if bias is None else bias[:, :, : self.slots.length]
+        if scattered.is_dense(call.spec) and (bias is None or call.impl not in ("sdpa", "flex")):
+            return attend(call._replace(key=all_keys, value=all_values, bounds=self.bounds(num)), bias)
         return scattered.attend(self.queries_of(call), scattered.Keys(all_keys, all_values, self.key_positions(), bias))
 
     def _decode(

@@ -38,10 +38,10 @@ class Call(NamedTuple):
     sinks: Tensor | None = None
 
 
-def attend(call: Call) -> tuple[Tensor, Tensor]:
+def attend(call: Call, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The call as `block_sparse` runs it: keys and values hold every token in order."""
     q, k, v, spec, bounds, scale, softcap, impl, _ = call
-    return block_sparse(q, k, v, spec, bounds=bounds, scale=scale, softcap=softcap, impl=impl)
+    return block_sparse(q, k, v, spec, bounds=bounds, scale=scale, softcap=softcap, bias=bias, impl=impl)
 
 
 class AttendingLayer(Protocol):
