@@ -8,6 +8,7 @@ tensors, what the host knows stays as it is; `ordered` gives sorted slots back f
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -146,8 +147,20 @@ class FixedDecoding:
             return
         began = self.budgets is not None and all(self.seen > pads for pads in self.pads)
         if began and self.codec.in_kernel(self.device):
+            self._stand_still()
             self.fixed = FixedSlots(self)
             self.slots, self._span = self.fixed.slots, None
+
+    def _stand_still(self) -> None:
+        """Buffers of one size take no budget that grows with the text."""
+        if any(self.online):
+            rows = {row: self.budgets[row] for row, on in enumerate(self.online) if on}
+            warnings.warn(
+                f"{self.owner}, compiled=True: without a prompt of several tokens a share stays what it is after the "
+                f"first (row: tokens kept {rows}); give an integer budget, or a prompt",
+                stacklevel=2,
+            )
+            self.online = [False] * len(self.online)
 
     def leave_fixed(self) -> None:
         """Put what is kept in order again."""

@@ -148,7 +148,8 @@ class _Probe(DynamicLayer):
         batch, _, end, _ = call.query.shape
         begin = end - self.queries
         past = {"keys": call.key[:, :, :begin], "values": call.value[:, :, :begin]}
-        numbers = {"seen": begin, "pads": [0] * batch, "budgets": [reads.of(begin)] * batch, "capacity": begin}
+        numbers = {"seen": begin, "pads": [0] * batch, "budgets": [reads.of(begin)] * batch}
+        numbers |= {"online": [0] * batch, "capacity": begin}
         layer.load_state(past, numbers, call.key[:1, :, :0])
         shares = []
         for n in range(begin, end):
