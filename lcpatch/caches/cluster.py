@@ -31,6 +31,7 @@ from ..hf.watch import Call, attend
 from . import scattered
 from .budget import Budget
 from .evicting import EvictingLayer
+from .fixed import check_codec, check_layer
 from .layer import LongCache, caches, routed_layers, to_list
 from .slots import Slots
 from .state import wholes
@@ -53,6 +54,8 @@ class ClusterCache(LongCache):
         evict_every: while generating, tokens between two compactions; default: a 32nd of the budget, at most 64.
         codec: how keys and values are stored: None (as they are), "bf16", "int8", "int4" or "fp8".
         impl: of `lcpatch_kernels.cluster_merge`.
+        compiled: generate in buffers that never move, as in `H2OCache`; they are merged between two steps, outside of
+            the compiled step, when they are full.
 
     Raises:
         UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.
@@ -75,6 +78,7 @@ class ClusterCache(LongCache):
         evict_every: int | None = None,
         codec: str | None = None,
         impl: str = "auto",
+        compiled: bool = False,
     ) -> None:
         if not isinstance(chunk, int) or chunk < 2 or chunk % 2:
             raise ValueError(f"chunk={chunk!r} must be an even integer >= 2: its slots take turns in two halves")
@@ -86,9 +90,13 @@ class ClusterCache(LongCache):
         if isinstance(budget, int) and sum(kept.protected(budget)) >= budget:
             raise ValueError(f"budget={budget} leaves no slot for a centroid; give more, or a smaller recent={recent}")
         options = Merging(chunk, passes, weighted, impl)
+        if compiled:
+            check_codec(codec)
 
         def make(index: int, module: nn.Module) -> ClusterLayer:
-            return ClusterLayer(kept, options, log_size, codec)
+            if compiled:
+                check_layer(index, module)
+            return ClusterLayer(kept, options, log_size, codec, compiled)
 
         super().__init__(layers=routed_layers(model, "ClusterCache", make))
 
@@ -119,11 +127,14 @@ class ClusterLayer(EvictingLayer):
 
     owner = "ClusterCache"
     fields: ClassVar = {"joined": torch.float32, "log_size": torch.float32}  # a slot's tokens but one; log(1 + joined)
+    replaces = False
 
-    def __init__(self, budget: Budget, merging: Merging, log_size: bool, codec: str | None, **kwargs: Any) -> None:
+    def __init__(
+        self, budget: Budget, merging: Merging, log_size: bool, codec: str | None, fixed: bool = False
+    ) -> None:
         self.merging = merging
         self.log_size = log_size
-        super().__init__(budget, codec, **kwargs)
+        super().__init__(budget, codec, fixed)
 
     def _clear(self) -> None:
         super()._clear()
@@ -146,7 +157,27 @@ class ClusterLayer(EvictingLayer):
         self.centroids = wholes(numbers, "centroids", len(self.pads), max(self.counts))
 
     def bias(self) -> Tensor | None:
-        return self.slots.tensors["log_size"] if self.log_size and any(self.centroids) else None
+        if not self.log_size or (self.fixed is None and not any(self.centroids)):
+            return None
+        return self.slots.tensors["log_size"]
+
+    def choose(self) -> None:
+        self.fixed.behind_the_last()
+
+    def enter_fixed(self, seen: int) -> None:
+        """Also makes room for the next token, where a row is full."""
+        fixed = self.fixed
+        if fixed is None:
+            super().enter_fixed(seen)
+        elif any(count + seen - self.seen > most for count, most in zip(self.counts, self.budgets, strict=True)):
+            self.leave_fixed()
+            self._enter(fixed)
+
+    def leave_fixed(self) -> None:
+        fixed = self.fixed
+        super().leave_fixed()
+        if fixed is not None and self._shrink(several=False):
+            self._return()
 
     def attention(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         bias, num = self.bias(), keys.shape[2]

@@ -252,6 +252,7 @@ class LongCache(Cache):
     name: ClassVar[str]
     attends = True
     chunks_differ: ClassVar[str] = ""
+    _inference = False  # a step was taken under torch.inference_mode
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LongCache:
         """Remember what the cache was made with and for: `save` writes it down."""
@@ -263,11 +264,33 @@ class LongCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """What a mask is made of; asked before a step, so layers that generate in fixed buffers get ready here."""
-        if query_length == 1:
+        if query_length == 1 and not torch.compiler.is_compiling():
+            seen = self.get_seq_length()
             for layer in self.layers:
                 if hasattr(layer, "enter_fixed"):
-                    layer.enter_fixed()
+                    layer.enter_fixed(seen)
         return super().get_mask_sizes(query_length, layer_idx)
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As transformers' caches: a layer's new keys and values.
+
+        Raises:
+            RuntimeError: what is held was written under `torch.inference_mode`, and this step is outside of it.
+        """
+        if torch.compiler.is_compiling():  # dynamo cannot ask; the steps before have
+            pass
+        elif torch.is_inference_mode_enabled():
+            self._inference = True
+        elif self._inference:
+            raise RuntimeError(
+                f"{type(self).__name__}: it was filled under torch.inference_mode(), where torch makes tensors that "
+                "cannot be changed outside: go on under torch.inference_mode(), or fill it under torch.no_grad()"
+            )
+        return super().update(*args, **kwargs)
+
+    def reset(self) -> None:
+        self._inference = False
+        super().reset()
 
     def model(self) -> nn.Module | None:
         """The model that the cache was made for, while it is there."""
@@ -399,7 +422,7 @@ def routed_layers(model: nn.Module, owner: str, make: Callable[[int, nn.Module],
     return layers
 
 
-def decode(call: Call, keys: Tensor, values: Tensor, **which: Any) -> tuple[Tensor, Tensor]:
+def decode(call: Call, keys: Tensor, values: Tensor, **which: Any) -> tuple[Tensor, ...]:
     """`sparse_decode` of the call's queries over `keys` and `values`; `which` says over which of them."""
     impl = call.impl if call.impl in ("triton", "reference") else "auto"
     return sparse_decode(call.query, keys, values, scale=call.scale, softcap=call.softcap, impl=impl, **which)

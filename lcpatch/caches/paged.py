@@ -126,7 +126,7 @@ class PagedLayer(AttendingLayer):
             out, lse = self._retrieve(call)
         else:
             out, lse = self._read_all(call)
-        self._asked = (call._replace(key=None, value=None, bounds=None), lse) if num == 1 else None
+        self._asked = (call._replace(key=None, value=None, bounds=None, sinks=None), lse) if num == 1 else None
         return out, lse
 
     def _count(self, num: int, skip: list[int]) -> None:

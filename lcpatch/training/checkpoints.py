@@ -15,10 +15,10 @@ from torch import nn
 
 from ..core.errors import TrainingError
 from ..hf.models import attention_modules, unwrap
-from ..hf.state import SINK_LOGIT
+from ..hf.sinks import sink_parameters
 
 RUN_FILE = "run.json"
-LOGITS_FILE = "sink_logits.safetensors"
+SINKS_FILE = "sinks.safetensors"
 STAGING = ".incomplete"
 MAY_CHANGE = ("save_every", "keep", "resume", "evaluate_every", "log_every", "report_to", "workers", "merged", "output")
 """Settings that change no weight, so that a resumed run may have others."""
@@ -89,23 +89,22 @@ def disk_full(error: OSError, folder: Path, step: int) -> TrainingError:
     )
 
 
-def save_logits(model: nn.Module, folder: Path) -> None:
-    """Write the learnable sink logits, which no adapter holds."""
-    logits = {str(n): p.detach().cpu().contiguous() for n, p in _logits(model).items()}
-    if logits:
-        save_file(logits, folder / LOGITS_FILE)
+def save_sinks(model: nn.Module, folder: Path) -> None:
+    """Write the learnable sinks, which no adapter holds."""
+    sinks = {name: p.detach().cpu().contiguous() for name, p in _sinks(model).items()}
+    if sinks:
+        save_file(sinks, folder / SINKS_FILE)
 
 
-def load_logits(model: nn.Module, folder: Path) -> None:
+def load_sinks(model: nn.Module, folder: Path) -> None:
     """Read them back, as exactly as they were."""
-    wanted = _logits(model)
+    wanted = _sinks(model)
     if not wanted:
         return
-    found = load_file(folder / LOGITS_FILE)
-    for index, parameter in wanted.items():
-        parameter.data.copy_(found[str(index)])
+    found = load_file(folder / SINKS_FILE)
+    for name, parameter in wanted.items():
+        parameter.data.copy_(found[name])
 
 
-def _logits(model: nn.Module) -> dict[int, nn.Parameter]:
-    modules = attention_modules(unwrap(model))
-    return {n: m._parameters[SINK_LOGIT] for n, m in modules.items() if SINK_LOGIT in m._parameters}
+def _sinks(model: nn.Module) -> dict[str, nn.Parameter]:
+    return sink_parameters(attention_modules(unwrap(model)))
