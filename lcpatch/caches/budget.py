@@ -16,7 +16,9 @@ class Budget:
     Args:
         tokens: an integer, or a fraction in (0, 1] of the row's real tokens: of those seen up to the last step of
             several tokens (the prompt, its chunks, a later turn's prompt), so it stands still while tokens are
-            generated one by one. While steps are recorded for `crop` (assisted decoding), it stays what it was.
+            generated one by one. A row that was never given several at once has no prompt to go by: its fraction is of
+            the tokens seen so far (where generating is compiled, of its first alone, with a warning). While steps are
+            recorded for `crop` (assisted decoding), it stays what it was.
         num_sinks: the row's first real tokens, always kept.
         recent: the newest tokens, always kept: how many, or as a float which share of what the sinks leave.
         evict_every: while generating, tokens between two compactions. The row holds at most its budget, on average
@@ -53,6 +55,10 @@ class Budget:
                 f"budget={self.tokens} must hold the {self.num_sinks} sinks and the recent tokens: at least "
                 f"{self.least}, or fewer num_sinks or recent"
             )
+
+    @property
+    def is_share(self) -> bool:
+        return not _is_whole(self.tokens)
 
     @property
     def least(self) -> int:

@@ -92,6 +92,7 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         self.slots = Slots({}, 0)
         self.counts: list[int] = []  # per row: tokens kept, in its last slots
         self.budgets: list[int] | None = None  # per row, once a step has come
+        self.online: list[bool] = []  # per row: whether its budget is of the tokens seen so far, for want of a prompt
         self.intact = 0  # so many of the newest tokens are stored one by one in every row
         self.record_past = False
         self._pending: Step | None = None  # a step that nothing was evicted after yet
@@ -101,6 +102,7 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self.counts, self.num_kv_heads = [0] * key_states.shape[0], key_states.shape[1]
+        self.online = [self.budget.is_share] * key_states.shape[0]
         if self.dtype == torch.bfloat16 and isinstance(self.codec, BFloat16):
             self.codec = Plain()
 
@@ -277,7 +279,9 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
             self.seen -= num
             self.intact -= num
             self._span = None
-            self.pads = [0 if self.seen == 0 else pads for pads in self.pads]
+            if self.seen == 0:
+                self.pads = [0] * len(self.pads)
+                self.online = [self.budget.is_share] * len(self.pads)
         self._settle()
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -288,6 +292,7 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         index = torch.as_tensor(rows, device=self.device)
         self.slots = self.slots.rows(index)
         self.pads, self.counts = [self.pads[r] for r in rows], [self.counts[r] for r in rows]
+        self.online = [self.online[r] for r in rows]
         self.budgets = None if self.budgets is None else [self.budgets[r] for r in rows]
         self._pending = None if self._pending is None else self._pending.rows(index)
         self._buffers = self._span = None
@@ -309,7 +314,8 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         self._settle()
         names = ("seen", "pads", "counts", "budgets", "intact")
         most = max(most_room(self.slots.length), max(self.budgets) + 1)  # a crop may leave more
-        numbers = {name: getattr(self, name) for name in names} | {"capacity": min(self.slots.capacity, most)}
+        numbers = {name: getattr(self, name) for name in names}
+        numbers |= {"online": [int(on) for on in self.online], "capacity": min(self.slots.capacity, most)}
         return {name: self.slots[name] for name in self.slots.tensors}, numbers
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
@@ -329,6 +335,7 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         self.slots = Slots(found).owned(capacity)
         self.seen, self.pads, self.counts, self.budgets = seen, pads, counts, budgets
         self.intact = whole(numbers, "intact", seen)
+        self.online = [bool(on) for on in wholes(numbers, "online", rows, 1)]
 
     # Storing.
 
@@ -352,8 +359,9 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
             return
         self.observe(step)
         several = step.num_queries > 1
-        if self.budgets is None or (several and not self.record_past):
-            self.budgets = [self.budget.of(self.seen - pads) for pads in self.pads]
+        anew = self.budgets is None or (several and not self.record_past)
+        if anew or any(self.online):
+            self._count(anew, step.num_queries)
         if not self._shrink(several) and self.slots.borrowed:
             self.slots = self.slots.owned(min(self.slots.length + GRAIN, self._capacity(self.slots.length)))
         self._buffers = None
@@ -372,9 +380,20 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         self.intact = min(self.intact, *(self.budget.protected(b)[1] for b in self.budgets))
         return True
 
+    def _count(self, anew: bool, num: int) -> None:
+        """Set the budgets after a step of `num` tokens, of all rows or of those that still count."""
+        real = [self.seen - pads for pads in self.pads]
+        budgets = [self.budget.of(n) for n in real]
+        if not anew:
+            budgets = [now if on else old for now, on, old in zip(budgets, self.online, self.budgets, strict=True)]
+        self.budgets = budgets
+        self.online = [on and min(num, n) < 2 for on, n in zip(self.online, real, strict=True)]
+
     def _capacity(self, needed: int) -> int:
-        """Slots to reserve where `needed` are filled: never more than the budget and the token that overflows it."""
-        return grown(needed, None if self.budgets is None else max(self.budgets) + 1)
+        """Slots to reserve where `needed` are filled: never more than the budget and the token that overflows it, while
+        that stands still."""
+        still = self.budgets is not None and not any(self.online)
+        return grown(needed, max(self.budgets) + 1 if still else None)
 
     def _decoded(self, slots: Slots, name: str, like: Tensor) -> Tensor:
         parts = {key[len(name) :]: slots[key] for key in slots.tensors if key.startswith(name)}

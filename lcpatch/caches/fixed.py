@@ -9,6 +9,7 @@ as it is; `ordered` gives sorted slots back for whatever comes next.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -223,6 +224,7 @@ class FixedDecoding:
         began = self.budgets is not None and all(self.seen > pads for pads in self.pads)
         if not began or not self.codec.in_kernel(self.device):
             return
+        self._stand_still()
         if self._left is None or not self._left.fits(self):
             self._left = FixedSlots(self)
         self._enter(self._left)
@@ -231,6 +233,17 @@ class FixedDecoding:
         fixed.enter(self)
         self.fixed, self._left = fixed, None
         self.slots, self._span = fixed.slots, None
+
+    def _stand_still(self) -> None:
+        """Buffers of one size take no budget that grows with the text."""
+        if any(self.online):
+            rows = {row: self.budgets[row] for row, on in enumerate(self.online) if on}
+            warnings.warn(
+                f"{self.owner}, compiled=True: without a prompt of several tokens a share stays what it is after the "
+                f"first (row: tokens kept {rows}); give an integer budget, or a prompt",
+                stacklevel=2,
+            )
+            self.online = [False] * len(self.online)
 
     def leave_fixed(self) -> None:
         """Put what is kept in order again."""

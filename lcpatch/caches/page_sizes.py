@@ -148,13 +148,14 @@ class _Probe(DynamicLayer):
         batch, _, end, _ = call.query.shape
         begin = end - self.queries
         past = {"keys": call.key[:, :, :begin], "values": call.value[:, :, :begin]}
-        numbers = {"seen": begin, "pads": [0] * batch, "budgets": [reads.of(begin)] * batch, "capacity": begin}
+        numbers = {"seen": begin, "pads": [0] * batch, "budgets": [reads.of(begin)] * batch}
+        numbers |= {"online": [0] * batch, "capacity": begin}
         layer.load_state(past, numbers, call.key[:1, :, :0])
         shares = []
         for n in range(begin, end):
             q, k, v = (x[:, :, n : n + 1] for x in (call.query, call.key, call.value))
             layer.expected = True
             layer.update(k, v)
-            layer.attend(call._replace(query=q, key=k, value=v, bounds=None))
+            layer.attend(call._replace(query=q, key=k, value=v, bounds=None, sinks=None))
             shares.append(layer.recalled())
         return float(torch.stack(shares).mean())

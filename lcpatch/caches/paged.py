@@ -100,6 +100,7 @@ class PagedLayer(AttendingLayer):
         super()._clear()
         self.pages = self.make_pages()
         self.budgets: list[int] = []  # per row: pages to read, as they were after the last step of several tokens
+        self.online: list[bool] = []  # per row: whether none has come, so that they are of the tokens seen so far
         self.read = 0  # tokens that the last generated token attended to, the most of a row
         self.index = self.make_index(self.reads, 0)
         self._marks: Marks | None = None
@@ -109,15 +110,14 @@ class PagedLayer(AttendingLayer):
         super().lazy_initialization(key_states, value_states)
         self.index = self.make_index(self.reads, key_states.shape[0])
         self.pages.lengths = [0] * key_states.shape[0]
+        self.online = [self.reads.budget.is_share] * key_states.shape[0]
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor]:
         """Attention of the step's queries: one token's over the pages that fit, several tokens' over everything."""
         keys, values = self._begin(call)
         num = keys.shape[2]
         skip = [min(max(pads - self.seen, 0), num) for pads in self.pads]
-        if num > 1 or not self.budgets:
-            self.budgets = [self.reads.of(n + num - s) for n, s in zip(self.pages.lengths, skip, strict=True)]
-            self._marks = None
+        self._count(num, skip)
         self.pages.allow(max(self.budgets))
         for rows, begin, end in self.pages.append(keys, values, skip):
             self.index.append(self.pages.tokens(rows, begin, end), rows, begin, self.pages.room)
@@ -126,8 +126,20 @@ class PagedLayer(AttendingLayer):
             out, lse = self._retrieve(call)
         else:
             out, lse = self._read_all(call)
-        self._asked = (call._replace(key=None, value=None, bounds=None), lse) if num == 1 else None
+        self._asked = (call._replace(key=None, value=None, bounds=None, sinks=None), lse) if num == 1 else None
         return out, lse
+
+    def _count(self, num: int, skip: list[int]) -> None:
+        """Set the budgets for a step of `num` tokens, of which each row skips some."""
+        self.online = [on and num - s < 2 for on, s in zip(self.online, skip, strict=True)]
+        anew = num > 1 or not self.budgets
+        if not anew and not any(self.online):
+            return
+        budgets = [self.reads.of(n + num - s) for n, s in zip(self.pages.lengths, skip, strict=True)]
+        if not anew:
+            budgets = [now if on else old for now, on, old in zip(budgets, self.online, self.budgets, strict=True)]
+        if anew or budgets != self.budgets:
+            self.budgets, self._marks = budgets, None
 
     def _read_all(self, call: Call) -> tuple[Tensor, Tensor]:
         num, lengths = call.query.shape[2], self.pages.lengths
@@ -189,7 +201,8 @@ class PagedLayer(AttendingLayer):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `load_state` takes: tensors, and numbers as JSON."""
         tensors, numbers = self.pages.state()
-        return tensors, {**numbers, "seen": self.seen, "pads": self.pads, "budgets": self.budgets}
+        online = [int(on) for on in self.online]
+        return tensors, {**numbers, "seen": self.seen, "pads": self.pads, "budgets": self.budgets, "online": online}
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
         """Hold what `state` of such a layer gave; `like` is an empty tensor [1, K, 0, D] as the model's keys.
@@ -205,6 +218,7 @@ class PagedLayer(AttendingLayer):
         self.pages.load(found["keys"], found["values"], lengths, numbers)
         self.seen, self.pads = seen, pads
         self.budgets = wholes(numbers, "budgets", len(pads), self.reads.of(max(lengths)))
+        self.online = [bool(on) for on in wholes(numbers, "online", len(pads), 1)]
         for rows in alike(lengths):
             if (full := lengths[rows[0]] // self.reads.page) > 0:
                 keys = found["keys"][rows, :, : full * self.reads.page]
@@ -222,6 +236,7 @@ class PagedLayer(AttendingLayer):
             self.index.cut(row, length // self.reads.page)
         if self.seen == 0:
             self.pads, self.budgets = [0] * len(self.pads), []
+            self.online = [self.reads.budget.is_share] * len(self.pads)
         self._marks = self._asked = None
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -230,6 +245,7 @@ class PagedLayer(AttendingLayer):
         rows = to_list(indices)
         self.pads = [self.pads[r] for r in rows]
         self.budgets = [self.budgets[r] for r in rows] if self.budgets else []
+        self.online = [self.online[r] for r in rows]
         self.pages.select_rows(rows)
         self.index.select_rows(rows)
         self._marks = None

@@ -30,6 +30,7 @@ FORMAT = 1
 """Version of the header. A reader refuses a newer one."""
 
 KEY = "lcpatch_cache"
+ATTEMPTS = 100  # to open a file that is being replaced; each takes as long as a rename, so the second succeeds
 MAX_HEADER = 1 << 20  # kilobytes are usual; JSON takes up to 50 times its size in memory
 
 DIFFERS = {
@@ -87,7 +88,7 @@ def load_cache(path: str | Path, model: nn.Module, tokenizer: Any = None) -> Lon
     """
     path = Path(path)
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with _opened(path) as file:
             header = _header(file, path)
             _compare(header, model, tokenizer, path)
             cache = _empty(header, model, path)
@@ -106,11 +107,35 @@ def read_header(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with _opened(path) as file:
             return _header(file, path)
     except (SafetensorError, OSError) as error:
         reason = "there is no such file" if not path.exists() else f"not a safetensors file, or cut off ({error})"
         raise StoreError(f"{path}: {reason}") from error
+
+
+def _opened(path: Path) -> Any:
+    """The file, open for reading: one file, though a writer may replace it meanwhile.
+
+    safetensors opens a path twice, for the header and for the data, which then may belong to two different files.
+    """
+    for _ in range(ATTEMPTS):
+        before = _stamp(path)
+        try:
+            file = safe_open(path, framework="pt", device="cpu")
+        except RuntimeError:  # torch: the second file is smaller than the first
+            if _stamp(path) == before:
+                raise
+            continue
+        if _stamp(path) == before:
+            return file
+    raise StoreError(f"{path} is replaced by others all the time; try again")
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """What tells a file from the one that takes its place."""
+    held = os.stat(path)
+    return held.st_ino, held.st_mtime_ns, held.st_size
 
 
 def _state(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
