@@ -12,7 +12,9 @@ pytest.importorskip("accelerate")
 SPREAD = {"rest": "cpu", "0": "cpu", "1": "disk", "2": "cpu", "3": "disk"}
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "name", [n if n in ("h2o", "tiered") else pytest.param(n, marks=pytest.mark.slow) for n in ALL]
+)
 def test_layers_in_memory_and_on_disk_generate_what_they_do_in_one_place(name, tmp_path):
     ids, mask = tokens(2, 50), left_padding([0, 11], 50)
     model = placed(name, tmp_path, SPREAD)
