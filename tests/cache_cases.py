@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from models import build
-from noise import distance
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import lcpatch
-from lcpatch.caches import caches, scattered
-from lcpatch.caches.cluster import with_bias
+from lcpatch.caches import caches
 from lcpatch.hf.state import own_spec
-from lcpatch.hf.watch import Call, attend
+from lcpatch.hf.watch import Call
 
 FULL: dict[str, dict[str, Any]] = {
     "s2": {},
@@ -37,9 +37,9 @@ ALL = tuple(caches.all())
 LENGTH = 90
 
 
-def make_model(name: str, **settings: Any) -> Any:
-    """A model that cache `name` works with."""
-    model = build(**settings)
+def make_model(name: str, model: Any = None, **settings: Any) -> Any:
+    """A model that cache `name` works with; `model`, or a random one of these settings."""
+    model = build(**settings) if model is None else model
     if name == "s2":
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="s2: .* far blocks are seen by no head")
@@ -53,6 +53,33 @@ def make(name: str, model: nn.Module, small: bool = False, **options: Any) -> An
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* keep transformers' own cache")
         return caches.get(name)(model, **{**given, **options})
+
+
+def placed(name: str, folder: Path, device_map: dict[str, Any]) -> Any:
+    """The model of the tests with four layers, from a folder to where `device_map` says, for cache `name`.
+
+    Args:
+        name: of the cache.
+        folder: for its weights, and those that the map leaves on disk.
+        device_map: "rest" stands for all that is no layer, a number for a layer.
+    """
+    build(num_hidden_layers=4).save_pretrained(folder / "model")
+    names = {"rest": ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    where = {part: device for key, device in device_map.items() for part in names.get(key, [f"model.layers.{key}"])}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", device_map=where, offload_folder=folder / "offload", dtype=torch.float32
+    )
+    return make_model(name, model.eval())
+
+
+def generated(name: str, model: Any, ids: Tensor, mask: Tensor) -> list[Tensor]:
+    """What cache `name` generates with room for everything and with little, greedily and with beams."""
+    options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": mask}
+    return [
+        model.generate(ids, past_key_values=make(name, model, small), num_beams=beams, **options).cpu()
+        for small in (False, True)
+        for beams in (1, 2)
+    ]
 
 
 @torch.no_grad()
@@ -80,31 +107,6 @@ def step(layer: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def randn(*shape: int, seed: int = 0) -> Tensor:
     """Standard normal numbers in float64."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def assert_bias(dtype: torch.dtype, device: str, queries: int, keys: int, head_dim: int) -> None:
-    """`with_bias` against a bias that is added to the scores, in float64.
-
-    The bias comes in two parts, with twice the digits of the dtype, and scores are sums in fp32 (float64 for float64):
-    those move a probability by their rounding, which grows with the largest score; storing rounds once more.
-    """
-    q, k, v = (
-        randn(2, h, n, head_dim, seed=seed).to(device, dtype)
-        for seed, (h, n) in enumerate([(6, queries), (3, keys), (3, keys)])
-    )
-    bias = randn(2, 3, keys, seed=3).abs().float().to(device) * 5
-    call = Call(q, k, v, own_spec(6, None), None, 0.3, None, "auto")
-    out, lse = attend(with_bias(call, k, v, bias))
-    position = torch.arange(keys, device=device).expand(2, 3, -1)
-    asked = scattered.Queries(q.double(), position[:, 0, -queries:], call.spec, 0.3, None, keys)
-    want, want_lse = scattered.attend(asked, scattered.Keys(k.double(), v.double(), position, bias))
-    eps = torch.finfo(dtype).eps
-    single = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    largest = q.double().norm(dim=-1).max() * k.double().norm(dim=-1).max() * 0.3 + bias.max()
-    rounding = 4 * max(eps**2, single) * largest
-    assert distance(lse, want_lse) <= rounding
-    assert distance(out[..., :head_dim], want) <= (2 * eps + 2 * rounding) * v.abs().max()  # p is rounded, and out
-    assert (out[..., head_dim:] == 0).all()
 
 
 def left_padding(pads: list[int], length: int = LENGTH) -> Tensor:

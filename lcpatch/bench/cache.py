@@ -32,13 +32,15 @@ from .geometry import LLAMA_8B, random_llama
 
 CHUNK = 8192
 NEW_TOKENS = 32
+COMPILED_TOKENS = 128  # `generate` computes the first one eagerly, at many times the price of the others
 
 
 @dataclass(frozen=True)
 class Arm:
     """A cache, how it is made for (model, batch, most tokens), and in what chunks a prompt is read (None: at once).
 
-    `partial`: a step reads less than the cache holds, so that reading all of it is no floor.
+    `partial`: a step reads less than the cache holds, so that reading all of it is no floor. `new`: tokens generated
+    in a run (a few on a CPU, where times say nothing).
     """
 
     name: str
@@ -46,16 +48,22 @@ class Arm:
     chunk: int | None = None
     static: bool = False
     partial: bool = False
+    new: int = NEW_TOKENS
+
+
+def _static(model: nn.Module, batch: int, most: int) -> StaticCache:
+    return StaticCache(model.config, max_cache_len=most)
 
 
 ARMS = (
     Arm("DynamicCache", lambda model, batch, most: DynamicCache(config=model.config)),
-    Arm("StaticCache, compiled", lambda model, batch, most: StaticCache(model.config, max_cache_len=most), CHUNK, True),
+    Arm("StaticCache, compiled", _static, CHUNK, static=True, new=COMPILED_TOKENS),
     Arm("H2O 0.2", lambda model, batch, most: H2OCache(model, budget=0.2), CHUNK),
     Arm("H2O 0.2, at once", lambda model, batch, most: H2OCache(model, budget=0.2)),
-    Arm("H2O 0.2, compiled", lambda model, batch, most: H2OCache(model, budget=0.2, compiled=True), CHUNK),
+    Arm("H2O 0.2, compiled", lambda model, *_: H2OCache(model, 0.2, compiled=True), CHUNK, new=COMPILED_TOKENS),
     Arm("H2O 0.2, int8", lambda model, batch, most: H2OCache(model, budget=0.2, codec="int8"), CHUNK),
     Arm("Cluster 0.2", lambda model, batch, most: ClusterCache(model, budget=0.2), CHUNK),
+    Arm("Cluster 0.2, compiled", lambda model, *_: ClusterCache(model, 0.2, compiled=True), CHUNK, new=COMPILED_TOKENS),
     Arm("Retrieval 4K", lambda model, batch, most: RetrievalCache(model, budget=4096), CHUNK, partial=True),
     Arm("Tiered, 2 GB", lambda model, batch, most: TieredCache(model, gpu_bytes=2 << 30), CHUNK, partial=True),
     Arm("DynamicCache, offloaded", lambda model, batch, most: _offloaded(model), CHUNK, partial=True),
@@ -196,7 +204,8 @@ def _measured(model: nn.Module, arm: Arm, batch: int, length: int, chunk: int, r
     on_gpu = next(model.parameters()).is_cuda
     gc.collect()
     try:
-        rows, most = batch if arm.static else 1, length + 4 * NEW_TOKENS
+        new = arm.new if on_gpu else 8
+        rows, most = batch if arm.static else 1, length + 4 * new
         step = max(chunk // rows, 1) if arm.chunk or rows > 1 else length
         warm = min(length, 2 * chunk)
         _prefill(model, arm.make(model, batch, most), warm, min(step, chunk), rows)  # compiles
@@ -209,7 +218,7 @@ def _measured(model: nn.Module, arm: Arm, batch: int, length: int, chunk: int, r
         if batch > 1 and not arm.static:
             cache.batch_repeat_interleave(batch)
         held = bytes_held(cache.layers)["device"]
-        token_s = _decode(model, cache, batch, length)
+        token_s = _decode(model, cache, batch, length, new)
     except torch.OutOfMemoryError:
         return Row(arm.name, batch, length, why="out of memory")
     finally:
@@ -230,14 +239,14 @@ def _prefill(model: nn.Module, cache: Any, length: int, chunk: int, batch: int) 
     return _now(model) - start
 
 
-def _decode(model: nn.Module, cache: Any, batch: int, length: int) -> float:
+def _decode(model: nn.Module, cache: Any, batch: int, length: int, new: int) -> float:
     """Seconds a token of `generate`, which goes on with the cache; median of two runs after one that compiles."""
     ids = _ids(model, 1, length + 1).expand(batch, -1)
     times = []
     for _ in range(3):
         start = _now(model)
-        ids = model.generate(ids, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False)
-        times.append((_now(model) - start) / NEW_TOKENS)
+        ids = model.generate(ids, past_key_values=cache, max_new_tokens=new, do_sample=False)
+        times.append((_now(model) - start) / new)
     return statistics.median(times[1:])
 
 

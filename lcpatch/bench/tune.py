@@ -1,7 +1,8 @@
 """`lcpatch bench tune`: which tiles are fastest for each kernel, head dim and pattern on this GPU.
 
-The kernels take their tiles from a table in `lcpatch_kernels.block_sparse.triton`; this prints what to write there. All
-candidates are compiled side by side in worker processes (compiling is most of the work), then timed one after another.
+The kernels take their tiles from tables in `lcpatch_kernels.block_sparse.triton` and, for "mass" (its tiles are
+queries, 1, keys, warps, stages), `attn_mass.triton`; this prints what to write there. All candidates are compiled side
+by side in worker processes (compiling is most of the work), then timed one after another.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..core.errors import BenchmarkError
 from . import measure
 from .attention import Shape, cases, spec_of
 
+KERNELS = ("fwd", "dq", "dkdv", "mass")
 COMPILE_LENGTH = 300  # kernels are not compiled for a length, so a short run compiles what a long one needs
 
 
@@ -37,10 +39,10 @@ class Job:
 
 def candidates(kernel: str, head_dim: int, group: int) -> Iterator[tuple[int, int, int, int, int]]:
     """Tiles worth trying: what fits registers and shared memory of the chips we know."""
-    rows = (32, 64) if kernel == "dkdv" else (64, 128)
+    rows = {"dkdv": (32, 64), "mass": (32, 64, 128)}.get(kernel, (64, 128))
     columns = (64, 128) if head_dim <= 128 else (32, 64)
     stages = (2, 3, 4)
-    packs = [p for p in (1, 2, 4) if p <= group and (p == 1 or kernel != "dkdv")]
+    packs = [p for p in (1, 2, 4) if p <= group and (p == 1 or kernel in ("fwd", "dq"))]
     for r, pack, n, warps, stage in itertools.product(rows, packs, columns, (4, 8), stages):
         if r // pack >= 16:
             yield r // pack, pack, n, warps, stage
@@ -52,8 +54,8 @@ def run(
     """Time every candidate; the fastest of each kernel and pattern come first."""
     if not torch.cuda.is_available():
         raise BenchmarkError("this benchmark needs a CUDA GPU; torch.cuda.is_available() is False")
-    if unknown := sorted({*kernels} - {"fwd", "dq", "dkdv"}):
-        raise ValueError(f"kernels: {unknown[0]!r} is not one of fwd, dq, dkdv")
+    if unknown := sorted({*kernels} - {*KERNELS}):
+        raise ValueError(f"kernels: {unknown[0]!r} is not one of {', '.join(KERNELS)}")
     group = shape.num_heads // shape.num_kv_heads
     jobs = [
         Job(k, p, shape, tiles) for k in kernels for p in patterns for tiles in candidates(k, shape.head_dim, group)
@@ -95,6 +97,11 @@ def _launcher(kernel: str, pattern: str, shape: Shape, length: int) -> Callable[
     spec: BlockSparseSpec = spec_of(cases()[pattern], shape)
     q, k, v = (x.detach() for x in shape.inputs(length))
     scale = shape.head_dim**-0.5
+    if kernel == "mass":  # knows no pattern: dense
+        from lcpatch_kernels.attn_mass import triton as mass
+
+        lse = torch.full(q.shape[:3], shape.head_dim**0.5, device=q.device)
+        return lambda t: mass.forward(q, k, lse, None, scale, 0.0, "sum", mass.Tiles(t[2], t[0], *t[3:]))
     if kernel == "fwd":
         return lambda tiles: kernels.launch_forward(q, k, v, spec, None, scale, 0.0, tiles=kernels.Config(*tiles))
     out, lse = kernels.forward(q, k, v, spec, None, scale, 0.0)

@@ -23,14 +23,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from lcpatch_kernels import cluster_merge
 
-from ..hf.watch import Call, attend
-from . import scattered
 from .budget import Budget
 from .evicting import EvictingLayer
+from .fixed import check_codec, check_layer
 from .layer import LongCache, caches, routed_layers, to_list
 from .slots import Slots
 from .state import wholes
@@ -53,6 +51,8 @@ class ClusterCache(LongCache):
         evict_every: while generating, tokens between two compactions; default: a 32nd of the budget, at most 64.
         codec: how keys and values are stored: None (as they are), "bf16", "int8", "int4" or "fp8".
         impl: of `lcpatch_kernels.cluster_merge`.
+        compiled: generate in buffers that never move, as in `H2OCache`; they are merged between two steps, outside of
+            the compiled step, when they are full.
 
     Raises:
         UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.
@@ -75,6 +75,7 @@ class ClusterCache(LongCache):
         evict_every: int | None = None,
         codec: str | None = None,
         impl: str = "auto",
+        compiled: bool = False,
     ) -> None:
         if not isinstance(chunk, int) or chunk < 2 or chunk % 2:
             raise ValueError(f"chunk={chunk!r} must be an even integer >= 2: its slots take turns in two halves")
@@ -86,9 +87,13 @@ class ClusterCache(LongCache):
         if isinstance(budget, int) and sum(kept.protected(budget)) >= budget:
             raise ValueError(f"budget={budget} leaves no slot for a centroid; give more, or a smaller recent={recent}")
         options = Merging(chunk, passes, weighted, impl)
+        if compiled:
+            check_codec(codec)
 
         def make(index: int, module: nn.Module) -> ClusterLayer:
-            return ClusterLayer(kept, options, log_size, codec)
+            if compiled:
+                check_layer(index, module)
+            return ClusterLayer(kept, options, log_size, codec, compiled)
 
         super().__init__(layers=routed_layers(model, "ClusterCache", make))
 
@@ -119,11 +124,14 @@ class ClusterLayer(EvictingLayer):
 
     owner = "ClusterCache"
     fields: ClassVar = {"joined": torch.float32, "log_size": torch.float32}  # a slot's tokens but one; log(1 + joined)
+    replaces = False
 
-    def __init__(self, budget: Budget, merging: Merging, log_size: bool, codec: str | None, **kwargs: Any) -> None:
+    def __init__(
+        self, budget: Budget, merging: Merging, log_size: bool, codec: str | None, fixed: bool = False
+    ) -> None:
         self.merging = merging
         self.log_size = log_size
-        super().__init__(budget, codec, **kwargs)
+        super().__init__(budget, codec, fixed)
 
     def _clear(self) -> None:
         super()._clear()
@@ -146,35 +154,48 @@ class ClusterLayer(EvictingLayer):
         self.centroids = wholes(numbers, "centroids", len(self.pads), max(self.counts))
 
     def bias(self) -> Tensor | None:
-        return self.slots.tensors["log_size"] if self.log_size and any(self.centroids) else None
+        if not self.log_size or (self.fixed is None and not any(self.centroids)):
+            return None
+        return self.slots.tensors["log_size"]
 
-    def attention(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        bias, num = self.bias(), keys.shape[2]
-        if bias is None or num == 1 or call.softcap or not scattered.is_dense(call.spec) or not self.codec.lossless:
-            return super().attention(call, keys, values)
-        every = self.slots["keys"], self.slots["values"], self.slots["log_size"]
-        out, lse = attend(with_bias(call, *every)._replace(bounds=self.bounds(num)))
-        return out[..., : call.query.shape[3]], lse
+    def choose(self) -> None:
+        self.fixed.behind_the_last()
+
+    def enter_fixed(self, seen: int) -> None:
+        """Also makes room for the next token, where a row is full."""
+        fixed = self.fixed
+        if fixed is None:
+            super().enter_fixed(seen)
+        elif any(count + seen - self.seen > most for count, most in zip(self.counts, self.budgets, strict=True)):
+            self.leave_fixed()
+            self._enter(fixed)
+
+    def leave_fixed(self) -> None:
+        fixed = self.fixed
+        super().leave_fixed()
+        if fixed is not None and self._shrink(several=False):
+            self._return()
 
     def evict(self, targets: list[int]) -> None:
         length, most = self.slots.length, max(targets)
         out = self._empty(most)
         for rows, count, target in self._alike(targets):
             row = rows[0]
+            which = self._which(rows)
             sinks, recent = self.budget.protected(self.budgets[row])
             sinks = max(min(sinks, target - recent - 1), 0)  # a share of very few tokens may leave no centroid
             begin, end, new = length - count + sinks, length - recent, most - target
             if target < count:
-                middle = self._clusters(rows, begin, end)
+                middle = self._clusters(which, begin, end)
                 tokens = self.seen - self.pads[row] - sinks - recent
                 merged = shrink(middle, self.centroids[row], target - sinks - recent, tokens, self.merging)
             else:
-                merged = self._clusters(rows, begin, end)
+                merged = self._clusters(which, begin, end)
             for name, x in self._parts(merged).items():
-                out[name][rows, :, new + sinks : most - recent] = x
+                out[name][which, :, new + sinks : most - recent] = x
             for name, x in self.slots.tensors.items():
-                out[name][rows, :, new : new + sinks] = x[rows, :, begin - sinks : begin]
-                out[name][rows, :, most - recent : most] = x[rows, :, end:length]
+                out[name][which, :, new : new + sinks] = x[which, :, begin - sinks : begin]
+                out[name][which, :, most - recent : most] = x[which, :, end:length]
             for row in rows:
                 self.centroids[row] = target - sinks - recent if target < count else self.centroids[row]
         self.slots = Slots(out, most)
@@ -187,6 +208,10 @@ class ClusterLayer(EvictingLayer):
             groups.setdefault(state, []).append(row)
         return [(rows, state[0], state[1]) for state, rows in groups.items()]
 
+    def _which(self, rows: list[int]) -> slice | Tensor:
+        """The rows as an index: all of them as a slice, which copies nothing and does not wait for the device."""
+        return slice(None) if len(rows) == len(self.pads) else torch.tensor(rows, device=self.device)
+
     def _empty(self, most: int) -> dict[str, Tensor]:
         """Buffers for `most` slots: those from before the step, if they fit."""
         capacity = max(self._capacity(most), most)
@@ -195,9 +220,9 @@ class ClusterLayer(EvictingLayer):
             return old.tensors
         return {n: x.new_zeros(*x.shape[:2], capacity, *x.shape[3:]) for n, x in self.slots.tensors.items()}
 
-    def _clusters(self, rows: list[int], begin: int, end: int) -> Clusters:
+    def _clusters(self, which: slice | Tensor, begin: int, end: int) -> Clusters:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        tensors = {name: x[rows, :, begin:end] for name, x in self.slots.tensors.items()}
+        tensors = {name: x[which, :, begin:end] for name, x in self.slots.tensors.items()}
         keys, values = (self._decoded(Slots(tensors, end - begin), name, like) for name in ("keys", "values"))
         return Clusters(keys, values, tensors["joined"] + 1, tensors["position"])
 
@@ -269,20 +294,3 @@ def _merged(clusters: Clusters, chunk: int, merges: int, merging: Merging) -> Cl
     for turn in (0, 1):  # every second slot may have joined another; then that one's position is the last to be written
         place.scatter_(2, target[:, :, turn::2].long(), position[:, :, turn::2])
     return Clusters(keys, values, size, place)
-
-
-def with_bias(call: Call, keys: Tensor, values: Tensor, bias: Tensor) -> Call:
-    """`call` over keys whose scores get `bias` [B, K, S] added: eight more dimensions carry it, so any kernel can.
-
-    q' = [q, c, c, 0 …] and k' = [k, high, low, 0 …] with high + low = bias / (scale c): in two parts it has twice the
-    digits of the keys' dtype, and c, a power of two, is exact.
-    """
-    scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
-    c = 2.0 ** round(-math.log2(scale))
-    bias = bias.to(torch.promote_types(torch.float32, keys.dtype)) / (scale * c)
-    high = bias.to(keys.dtype)
-    low = (bias - high).to(keys.dtype)
-    query, keys, values = (pad(x, (0, 8)) for x in (call.query, keys, values))
-    query[..., -8:-6] = c
-    keys[..., -8], keys[..., -7] = high, low
-    return call._replace(query=query, key=keys, value=values, scale=scale)

@@ -28,12 +28,15 @@ from .budget import Budget
 from .codec import BFloat16, Plain, codec_named
 from .fixed import FixedDecoding
 from .layer import AttendingLayer, decode, negative, to_list
-from .slots import GRAIN, GROWTH, Slots, grown
+from .slots import GRAIN, Slots, grown, most_room
 from .state import fitting, whole, wholes
 
 
 class Step(NamedTuple):
-    """A step whose attention is done: its queries [B, H, T, D], their lse [B, H, T], and how they attended."""
+    """A step whose attention is done: its queries [B, H, T, D], their lse [B, H, T], and how they attended.
+
+    `scores` [B, H, slots] of a single query, where the layer `wants_scores` and got them along with the attention.
+    """
 
     query: Tensor
     lse: Tensor
@@ -41,6 +44,7 @@ class Step(NamedTuple):
     scale: float | None
     softcap: float | None
     impl: str
+    scores: Tensor | None = None
 
     @property
     def num_queries(self) -> int:
@@ -75,6 +79,7 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
     """
 
     fields: ClassVar[dict[str, torch.dtype]] = {}
+    wants_scores: ClassVar[bool] = False
 
     def __init__(self, budget: Budget, codec: str | None = None, fixed: bool = False, **kwargs: Any) -> None:
         self.budget = budget
@@ -142,8 +147,6 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
 
     def bounds(self, num_queries: int) -> Tensor | None:
         """`block_sparse`'s bounds of the last `num_queries` tokens over the slots; None where no row is padded."""
-        if self.fixed is not None:
-            return self.fixed.bounds
         length = self.slots.length
         if min(self.counts) == length:
             return None
@@ -178,8 +181,8 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         num = keys.shape[2]
         self._buffers = self.slots
         new = self._new_slots(keys, values)
-        if num == 1 and self.slots.length:
-            self.slots.append(new, self._capacity(self.slots.length + 1))
+        if self.slots.length and (num == 1 or self.slots.length + num <= self.slots.capacity):
+            self.slots.append(new, self._capacity(self.slots.length + num))
         else:
             self.slots = self.slots.extended(new)
         real = [min(num, max(self.seen + num - pads, 0)) for pads in self.pads]
@@ -207,12 +210,14 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
             kept = Slots(self.slots.tensors, self.slots.length - num)
             all_keys = torch.cat([self._decoded(kept, "keys", keys), keys], 2)
             all_values = torch.cat([self._decoded(kept, "values", values), values], 2)
-        if bias is None and scattered.is_dense(call.spec):
-            return attend(call._replace(key=all_keys, value=all_values, bounds=self.bounds(num)))
         bias = None if bias is None else bias[:, :, : self.slots.length]
+        if scattered.is_dense(call.spec) and (bias is None or call.impl not in ("sdpa", "flex")):
+            return attend(call._replace(key=all_keys, value=all_values, bounds=self.bounds(num)), bias)
         return scattered.attend(self.queries_of(call), scattered.Keys(all_keys, all_values, self.key_positions(), bias))
 
-    def _decode(self, call: Call, bias: Tensor | None, span: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _decode(
+        self, call: Call, bias: Tensor | None, span: Tensor | None, return_scores: bool = False
+    ) -> tuple[Tensor, ...]:
         which: dict[str, Any] = {"bias": bias}
         tensors = self.slots.tensors
         if not self.codec.lossless:
@@ -228,11 +233,17 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
             rows = [[length - count, length] for count in self.counts]
             self._span = torch.tensor(rows, dtype=torch.int32).to(self.device)
         span = self._span if span is None else span
-        return decode(call, keys, values, spec=call.spec, bounds=span, **which)
+        return decode(call, keys, values, spec=call.spec, bounds=span, return_scores=return_scores, **which)
 
     def _fixed_step(self, call: Call) -> tuple[Tensor, Tensor]:
+        """One token a row: store, attend, score, choose the slot of the next."""
         new, self._new = self._new, None
-        return self.fixed.step(self, call, new, lambda lse: self.observe(_step(call, lse)))
+        self.fixed.put(self._new_slots(*new, self.fixed.seen[None]))
+        self.before_fixed_attention()
+        out, lse, *scores = self._decode(call, self.bias(), self.fixed.span, self.wants_scores)
+        self.observe(_step(call, lse)._replace(scores=scores[0] if scores else None))
+        self.choose()
+        return out, lse
 
     # What may happen to a step afterwards.
 
@@ -285,18 +296,20 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         """Bytes allocated for what is kept and known of it."""
         return self.slots.nbytes()
 
-    def kept(self) -> int:
-        """Tokens kept per KV head in the row that keeps most."""
+    def kept_of_rows(self) -> list[tuple[int, int]]:
+        """`(kept per KV head, seen)` of each row, in tokens that are no pads."""
+        counts, seen = self.counts, self.get_seq_length()
         if self.fixed is not None:
-            return int(self.fixed.live.minimum(self.fixed.limit - 1).max())
-        return max(self.counts, default=0)
+            counts = self.fixed.kept()
+        return [(count, max(seen - pads, 0)) for count, pads in zip(counts, self.pads, strict=True)]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `load_state` takes: tensors, and numbers as JSON."""
         self.leave_fixed()
         self._settle()
         names = ("seen", "pads", "counts", "budgets", "intact")
-        numbers = {name: getattr(self, name) for name in names} | {"capacity": self.slots.capacity}
+        most = max(most_room(self.slots.length), max(self.budgets) + 1)  # a crop may leave more
+        numbers = {name: getattr(self, name) for name in names} | {"capacity": min(self.slots.capacity, most)}
         return {name: self.slots[name] for name in self.slots.tensors}, numbers
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
@@ -312,8 +325,7 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         self.lazy_initialization(like.expand(rows, -1, -1, -1), like)
         likes = self._new_slots(like, like)
         found = fitting(tensors, likes, rows, length)
-        limit = max(int(length * GROWTH) + GRAIN, max(budgets) + 1)
-        capacity = whole(numbers, "capacity", limit)
+        capacity = whole(numbers, "capacity", max(most_room(length), max(budgets) + 1))
         self.slots = Slots(found).owned(capacity)
         self.seen, self.pads, self.counts, self.budgets = seen, pads, counts, budgets
         self.intact = whole(numbers, "intact", seen)
@@ -342,17 +354,23 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         several = step.num_queries > 1
         if self.budgets is None or (several and not self.record_past):
             self.budgets = [self.budget.of(self.seen - pads) for pads in self.pads]
+        if not self._shrink(several) and self.slots.borrowed:
+            self.slots = self.slots.owned(min(self.slots.length + GRAIN, self._capacity(self.slots.length)))
+        self._buffers = None
+        self._return()
+
+    def _shrink(self, several: bool) -> bool:
+        """Evict what is over the budget after a step of one token or `several`; whether anything was."""
         targets = [
             count if count <= most else most if several else most - self.budget.slack(most) + 1
             for count, most in zip(self.counts, self.budgets, strict=True)
         ]
-        if targets != self.counts:
-            self.evict(targets)
-            self.counts, self._span = targets, None
-            self.intact = min(self.intact, *(self.budget.protected(b)[1] for b in self.budgets))
-        elif self.slots.borrowed:
-            self.slots = self.slots.owned(min(self.slots.length + GRAIN, self._capacity(self.slots.length)))
-        self._buffers = None
+        if targets == self.counts:
+            return False
+        self.evict(targets)
+        self.counts, self._span = targets, None
+        self.intact = min(self.intact, *(self.budget.protected(b)[1] for b in self.budgets))
+        return True
 
     def _capacity(self, needed: int) -> int:
         """Slots to reserve where `needed` are filled: never more than the budget and the token that overflows it."""
@@ -368,4 +386,6 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
 
 
 def _step(call: Call, lse: Tensor) -> Step:
+    if call.sinks is not None:  # what a query gives to sinks it does not give to keys
+        lse = torch.logaddexp(lse, call.sinks)
     return Step(call.query, lse, call.spec, call.scale, call.softcap, call.impl)

@@ -99,6 +99,7 @@ class H2OLayer(EvictingLayer):
 
     owner = "H2OCache"
     fields: ClassVar = {"mass": torch.float32}
+    wants_scores = True
 
     def __init__(
         self,
@@ -122,6 +123,9 @@ class H2OLayer(EvictingLayer):
         mass += self._given(step)
 
     def _given(self, step: Step) -> Tensor:
+        if step.scores is not None:
+            by_head = (step.scores - step.lse).exp().unflatten(1, (self.num_kv_heads, -1))
+            return self._grouped(by_head)
         keys = self.keys_like(step.query)
         if scattered.is_dense(step.spec):
             impl = step.impl if step.impl in ("triton", "reference") else "auto"
@@ -129,6 +133,10 @@ class H2OLayer(EvictingLayer):
             return attn_mass(step.query, keys, step.lse, bounds=self.bounds(step.num_queries), **how)
         kept = scattered.Keys(keys, None, self.key_positions(), None)
         by_head = scattered.mass(self.queries_of(step), kept, step.lse)
+        return self._grouped(by_head)
+
+    def _grouped(self, by_head: Tensor) -> Tensor:
+        """[B, K, G, slots] of the query heads of a KV head -> [B, K, slots]."""
         return {"sum": by_head.sum, "mean": by_head.mean, "max": by_head.amax}[self.group](2)
 
     def score(self) -> Tensor:

@@ -25,7 +25,7 @@ from ..core.registry import Registry
 from ..hf.models import attention_modules, full_attention_layers, unwrap
 from ..hf.route import route
 from ..hf.watch import Call, attend
-from .slots import GRAIN, GROWTH
+from .slots import GRAIN, enlarged, most_room
 from .state import fitting, whole
 
 caches: Registry[type[LongCache]] = Registry("cache", package="lcpatch.caches")
@@ -89,7 +89,8 @@ class GrowingLayer(DynamicLayer):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `load_state` takes: tensors, and numbers as JSON."""
-        return {"keys": self.keys, "values": self.values}, {"capacity": self._buffers[0].shape[2]}
+        capacity = min(self._buffers[0].shape[2], most_room(self.length))  # less after a crop
+        return {"keys": self.keys, "values": self.values}, {"capacity": capacity}
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
         """Hold what `state` of such a layer gave; `like` is an empty tensor [1, K, 0, D] as the model's keys.
@@ -100,7 +101,7 @@ class GrowingLayer(DynamicLayer):
         rows = len(tensors.get("keys", ()))
         found = fitting(tensors, {"keys": like, "values": like}, rows, None)
         self.length = found["keys"].shape[2]
-        capacity = max(whole(numbers, "capacity", int(self.length * GROWTH) + GRAIN), self.length)
+        capacity = max(whole(numbers, "capacity", most_room(self.length)), self.length)
         self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
         self._buffers = tuple(_grown(found[name], capacity, self.length) for name in ("keys", "values"))
         self._show()
@@ -111,7 +112,7 @@ class GrowingLayer(DynamicLayer):
             self._show()
 
     def _grow(self, needed: int) -> None:
-        capacity = max(needed, self.capacity, int(self.length * GROWTH))
+        capacity = max(needed, self.capacity, enlarged(self.length))
         capacity = -(-capacity // GRAIN) * GRAIN
         self._buffers = tuple(_grown(x, capacity, self.length) for x in self._buffers)
 
@@ -251,6 +252,7 @@ class LongCache(Cache):
     name: ClassVar[str]
     attends = True
     chunks_differ: ClassVar[str] = ""
+    _inference = False  # a step was taken under torch.inference_mode
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LongCache:
         """Remember what the cache was made with and for: `save` writes it down."""
@@ -262,11 +264,33 @@ class LongCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """What a mask is made of; asked before a step, so layers that generate in fixed buffers get ready here."""
-        if query_length == 1:
+        if query_length == 1 and not torch.compiler.is_compiling():
+            seen = self.get_seq_length()
             for layer in self.layers:
                 if hasattr(layer, "enter_fixed"):
-                    layer.enter_fixed()
+                    layer.enter_fixed(seen)
         return super().get_mask_sizes(query_length, layer_idx)
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As transformers' caches: a layer's new keys and values.
+
+        Raises:
+            RuntimeError: what is held was written under `torch.inference_mode`, and this step is outside of it.
+        """
+        if torch.compiler.is_compiling():  # dynamo cannot ask; the steps before have
+            pass
+        elif torch.is_inference_mode_enabled():
+            self._inference = True
+        elif self._inference:
+            raise RuntimeError(
+                f"{type(self).__name__}: it was filled under torch.inference_mode(), where torch makes tensors that "
+                "cannot be changed outside: go on under torch.inference_mode(), or fill it under torch.no_grad()"
+            )
+        return super().update(*args, **kwargs)
+
+    def reset(self) -> None:
+        self._inference = False
+        super().reset()
 
     def model(self) -> nn.Module | None:
         """The model that the cache was made for, while it is there."""
@@ -322,10 +346,33 @@ class LongCache(Cache):
         """Bytes held per tier: "device", and where a cache has them "host" and "disk"."""
         return bytes_held(self.layers)
 
-    def stats(self) -> dict[str, Any]:
-        """How many tokens were seen, and how many are kept per (row, KV head): the most of a row, and by layer."""
-        kept = {n: layer.kept() for n, layer in enumerate(self.layers) if hasattr(layer, "kept")}
-        return {"seen": self.get_seq_length(), "kept": max(kept.values(), default=0), "kept_by_layer": kept}
+    def stats(self, measure: bool = False) -> dict[str, Any]:
+        """How many tokens were seen, and how many are kept.
+
+        `seen`: pads included. `kept`: per (row, KV head), the most of a row; `kept_by_layer`. `kept_share`: of the real
+        tokens of all rows, over the layers; None before the first. It is no share of attention: how much dropped tokens
+        would be given now, nobody can say.
+
+        Args:
+            measure: also the attention mass recalled, where everything is still there: retrieval and tiered caches.
+
+        Raises:
+            ValueError: `measure` of a cache that drops, merges or never reads again.
+        """
+        if measure:
+            raise ValueError(
+                f"the {self.name} cache does not have what it left out, so nothing can be measured against it; "
+                "retrieval and tiered caches keep everything: stats(measure=True) is theirs"
+            )
+        rows = {n: layer.kept_of_rows() for n, layer in enumerate(self.layers) if hasattr(layer, "kept_of_rows")}
+        kept = {n: max((held for held, _ in of), default=0) for n, of in rows.items()}
+        total, real = (sum(row[i] for of in rows.values() for row in of) for i in range(2))
+        return {
+            "seen": self.get_seq_length(),
+            "kept": max(kept.values(), default=0),
+            "kept_by_layer": kept,
+            "kept_share": total / real if real else None,
+        }
 
 
 def stock_layers(config: Any, modules: Iterable[int], owner: str) -> list[Any]:
@@ -375,7 +422,7 @@ def routed_layers(model: nn.Module, owner: str, make: Callable[[int, nn.Module],
     return layers
 
 
-def decode(call: Call, keys: Tensor, values: Tensor, **which: Any) -> tuple[Tensor, Tensor]:
+def decode(call: Call, keys: Tensor, values: Tensor, **which: Any) -> tuple[Tensor, ...]:
     """`sparse_decode` of the call's queries over `keys` and `values`; `which` says over which of them."""
     impl = call.impl if call.impl in ("triton", "reference") else "auto"
     return sparse_decode(call.query, keys, values, scale=call.scale, softcap=call.softcap, impl=impl, **which)

@@ -103,6 +103,7 @@ class PagedLayer(AttendingLayer):
         self.read = 0  # tokens that the last generated token attended to, the most of a row
         self.index = self.make_index(self.reads, 0)
         self._marks: Marks | None = None
+        self._asked: tuple[Call, Tensor] | None = None  # the last generated token's query and lse, for `recalled`
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -121,9 +122,15 @@ class PagedLayer(AttendingLayer):
         for rows, begin, end in self.pages.append(keys, values, skip):
             self.index.append(self.pages.tokens(rows, begin, end), rows, begin, self.pages.room)
         self.seen += num
-        lengths = self.pages.lengths
         if num == 1 and is_dense(call.spec) and (self.pages.apart or self._over()):
-            return self._retrieve(call)
+            out, lse = self._retrieve(call)
+        else:
+            out, lse = self._read_all(call)
+        self._asked = (call._replace(key=None, value=None, bounds=None), lse) if num == 1 else None
+        return out, lse
+
+    def _read_all(self, call: Call) -> tuple[Tensor, Tensor]:
+        num, lengths = call.query.shape[2], self.pages.lengths
         self.read = max(lengths)
         everything = self.pages.whole()
         spans = [[num - min(num, n), num, 0, n] for n in lengths]
@@ -215,7 +222,7 @@ class PagedLayer(AttendingLayer):
             self.index.cut(row, length // self.reads.page)
         if self.seen == 0:
             self.pads, self.budgets = [0] * len(self.pads), []
-        self._marks = None
+        self._marks = self._asked = None
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if not self.is_initialized:
@@ -226,19 +233,37 @@ class PagedLayer(AttendingLayer):
         self.pages.select_rows(rows)
         self.index.select_rows(rows)
         self._marks = None
+        if self._asked is not None:
+            call, lse = self._asked
+            self._asked = call._replace(query=call.query[rows]), lse[rows]
 
     def tiers(self) -> dict[str, int]:
         """Bytes per tier."""
         held = self.pages.nbytes()
-        return {**held, "device": held["device"] + self.index.nbytes}
+        asked = () if self._asked is None else (self._asked[0].query, self._asked[1])
+        last = sum(x.untyped_storage().nbytes() for x in asked)
+        return {**held, "device": held["device"] + self.index.nbytes + last}
 
     def memory(self) -> int:
         """Bytes of all tiers."""
         return sum(self.tiers().values())
 
-    def kept(self) -> int:
-        """Tokens of the longest row: all."""
-        return max(self.pages.lengths, default=0)
+    def kept_of_rows(self) -> list[tuple[int, int]]:
+        """`(kept, seen)` of each row, in tokens that are no pads: all."""
+        return [(length, length) for length in self.pages.lengths]
+
+    def recalled(self) -> Tensor | None:
+        """Which share of the full softmax the keys read by the last generated token hold: [B, H], fp32 (float64 for
+        float64), NaN for a row without keys; None where the last step was no generated token. See `recall.recall`.
+
+        One more attention of that token, over everything: sum over its keys of exp(score) is exp(lse) in both.
+        """
+        if self._asked is None:
+            return None
+        call, lse = self._asked
+        bounds = torch.tensor([[0, n] for n in self.pages.lengths], dtype=torch.int32).to(self.device)
+        _, full = decode(call, *self.pages.whole(), spec=call.spec, bounds=bounds)
+        return (lse - full).exp().clamp(max=1)[..., 0]
 
 
 class Marks:

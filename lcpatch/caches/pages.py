@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .slots import GROWTH
+from .slots import enlarged, most_room
 from .state import whole
 
 
@@ -92,12 +92,13 @@ class Pages:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """All tokens, and what `load` takes beside them."""
-        return dict(zip(("keys", "values"), self.whole(), strict=True)), {"capacity": self.keys.shape[2]}
+        capacity = min(self.keys.shape[2], most_room(max(self.lengths), 2 * self.page))  # less after a crop
+        return dict(zip(("keys", "values"), self.whole(), strict=True)), {"capacity": capacity}
 
     def load(self, keys: Tensor, values: Tensor, lengths: list[int], numbers: dict[str, Any]) -> None:
         """Hold the tokens [B, K, T, D] of rows that are filled from the left."""
         most = max(lengths)
-        capacity = whole(numbers, "capacity", int(most * GROWTH) + 2 * self.page) // self.page * self.page
+        capacity = whole(numbers, "capacity", most_room(most, 2 * self.page)) // self.page * self.page
         self.lengths, self.keys, self.values = lengths, keys[:, :, :0], values[:, :, :0]
         self._reserve(most, capacity)
         for own, x in ((self.keys, keys), (self.values, values)):
@@ -113,7 +114,7 @@ class Pages:
         held = self.keys.shape[2]
         if tokens <= held:
             return
-        capacity = -(-max(tokens, capacity, int(held * GROWTH)) // self.page) * self.page
+        capacity = -(-max(tokens, capacity, enlarged(held)) // self.page) * self.page
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])

@@ -22,6 +22,7 @@ from .codec import Plain
 from .layer import DenseLayer, LongCache, caches, routed_layers
 from .paged import Marks, PagedLayer, Reads
 from .pages import Pages
+from .recall import recall
 from .scorers import Scorer, make_scorers
 from .tiers import TieredPages
 
@@ -80,10 +81,12 @@ class RetrievalCache(LongCache):
 
         super().__init__(layers=routed_layers(model, "RetrievalCache", make))
 
-    def stats(self) -> dict[str, Any]:
-        """Besides what every cache says: tokens that the last generated token attended to, the most of a layer."""
+    def stats(self, measure: bool = False) -> dict[str, Any]:
+        """Besides what every cache says: `attended`, tokens that the last generated token attended to, the most of a
+        layer; and with `measure` which share of the full attention those hold, see `caches.recall.recall`."""
         read = [layer.read for layer in self.layers if hasattr(layer, "read")]
-        return {**super().stats(), "attended": max(read, default=0)}
+        measured = recall(self.layers) if measure else {}
+        return {**super().stats(), "attended": max(read, default=0), **measured}
 
 
 class ScorerIndex:

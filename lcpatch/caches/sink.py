@@ -98,7 +98,7 @@ class SinkLayer(EvictingLayer):
         super()._clear()
         self.lost: list[int] = []  # per row: tokens evicted when its sinks were turned last
         self.first: Tensor | None = None  # [B, K, sinks, D]: the sinks' keys as they came
-        self.lost_now: Tensor | None = None  # `lost` while it generates in fixed buffers
+        self.lost_now: Tensor | None = None  # `lost` while it generates in fixed buffers, and kept for the next time
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -113,31 +113,38 @@ class SinkLayer(EvictingLayer):
             self._turn_sinks(keys)
         return super().attention(call, keys, values)
 
-    def enter_fixed(self) -> None:
+    def enter_fixed(self, seen: int) -> None:
         if self.fixed is not None or min(self.counts, default=0) < self.budget.num_sinks:
             return
-        super().enter_fixed()
+        super().enter_fixed(seen)
         if self.fixed is None or self.turn is None:
             return
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        now = self.keys_like(like)[:, :, : self.budget.num_sinks].clone()
-        self.lost_now = torch.tensor(self.lost, device=self.device)
-        turned = (self.lost_now > 0)[:, None, None, None]
-        self.first = now if self.first is None else torch.where(turned, self.first, now)
+        now = self.keys_like(like)[:, :, : self.budget.num_sinks]
+        if self.first is None:
+            self.first = now.clone()
+        if self.lost_now is None:
+            self.lost_now = torch.zeros(len(self.lost), dtype=torch.int64, device=self.device)
+        self.lost_now.copy_(torch.tensor(self.lost))
+        self.first.copy_(torch.where((self.lost_now > 0)[:, None, None, None], self.first, now))
         for x in (self.first, self.lost_now):
             torch._dynamo.mark_static_address(x)
 
     def leave_fixed(self) -> None:
-        if self.fixed is not None and self.lost_now is not None:
-            self.lost, self.lost_now = self.lost_now.tolist(), None
+        if self.fixed is not None and self.turn is not None:
+            self.lost = self.lost_now.tolist()
         super().leave_fixed()
 
+    def choose(self) -> None:
+        self.fixed.over_the_oldest()
+
     def before_fixed_attention(self) -> None:
-        if self.lost_now is None:
+        if self.turn is None:
             return
         self.lost_now.copy_(self.fixed.seen - self.fixed.pads - self.fixed.live)
+        place = torch.arange(self.budget.num_sinks, device=self.device)[None, None]
         for suffix, part in self.codec.encode(self.turn(self.first, self.lost_now)).items():
-            self.fixed.slots.tensors["keys" + suffix][:, :, : self.budget.num_sinks] = part
+            self.fixed.write("keys" + suffix, place, part)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
@@ -145,6 +152,7 @@ class SinkLayer(EvictingLayer):
             rows = torch.as_tensor(indices).tolist()
             self.lost = [self.lost[r] for r in rows]
             self.first = None if self.first is None else self.first[rows]
+            self.lost_now = None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, numbers = super().state()

@@ -126,7 +126,8 @@ def _state(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any] | 
 
 def _json(options: dict[str, Any], name: str) -> dict[str, Any]:
     for key, value in options.items():
-        if not isinstance(value, (str, int, float, bool, type(None))):
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if not all(isinstance(x, (str, int, float, bool, type(None))) for x in values):
             raise StoreError(f"{name} cache: the option {key}={value!r} cannot be written to a file")
     return options
 

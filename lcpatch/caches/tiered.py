@@ -7,7 +7,8 @@ the next one begins to fetch what this one's query would ask for there. Departur
 
 - The paper's rule takes twice the pages it wants by their upper bound and scores those exactly. Here pages are kept by
   a rule that proves what it drops, and where more are left than fit the budget, the best upper bounds win.
-- Its pages are as long as each layer's measured skew allows; here `page` is the same for all.
+- Its pages are longer where a layer's attention is skewed less: in its code, 8 tokens in the first two layers and 32 in
+  the others. Here `page` is one size, or one for every layer, which `page_sizes` measures on a text.
 - Bounds stay on the fast tier (1 / page of the keys and values together) instead of on every tier.
 - Several tokens at a time attend to everything, brought in for one layer at a time.
 """
@@ -15,13 +16,12 @@ the next one begins to fetch what this one's query would ask for there. Departur
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..core.errors import TierError
@@ -29,9 +29,13 @@ from ..hf.models import attention_modules, full_attention_layers, unwrap
 from ..hf.watch import Call
 from .codec import codec_named
 from .layer import LongCache, caches, routed_layers
-from .paged import Marks, PagedLayer, Reads
+from .page_sizes import PAGE, page_sizes
+from .paged import PagedLayer, Reads
+from .recall import recall
 from .tiers import TieredPages
-from .tree import BoundTree
+from .tree import TreeIndex
+
+__all__ = ["TieredCache", "page_sizes"]
 
 
 @caches.register("tiered")
@@ -45,7 +49,8 @@ class TieredCache(LongCache):
         gpu_bytes: instead of `budget`: bytes of keys and values on the fast tier, for all layers and rows together.
         top: best keys of every query head that are read for certain, where their pages fit the budget; default: as many
             as a quarter of the budget.
-        page: tokens a page, a power of two: what is fetched at a time, and a leaf of the tree of bounds.
+        page: tokens a page, a power of two: what is fetched at a time, and a leaf of the tree of bounds. Or a list, one
+            for every layer of the model: `page_sizes(model, ids, budget=…)`.
         num_sinks, recent: tokens at the row's begin and end whose pages are always read.
         codec: how a page is stored off the fast tier: "int8", "int4", "fp8", "bf16", or None (as it is).
         disk: folder of the slowest tier, which then holds every page; None: host memory does.
@@ -67,7 +72,7 @@ class TieredCache(LongCache):
         *,
         gpu_bytes: int | None = None,
         top: int | None = None,
-        page: int = 32,
+        page: int | Sequence[int] = PAGE,
         num_sinks: int = 4,
         recent: int = 64,
         codec: str | None = "int8",
@@ -83,14 +88,16 @@ class TieredCache(LongCache):
             raise ValueError(f"host_bytes={host_bytes!r} must be a number of bytes >= 0")
         if gpu_bytes is not None and (not isinstance(gpu_bytes, int) or gpu_bytes < 1):
             raise ValueError(f"gpu_bytes={gpu_bytes!r} must be a number of bytes >= 1")
-        reads = Reads(4096 if budget is None else budget, page, num_sinks, recent)
-        stored = codec_named(codec)
         base = unwrap(model)
-        num = max(1, len(full_attention_layers(base.config, attention_modules(base))))
+        modules = attention_modules(base)
+        sizes = _sizes(page, len(modules))
+        reads = {size: Reads(4096 if budget is None else budget, size, num_sinks, recent) for size in set(sizes)}
+        stored = codec_named(codec)
+        num = max(1, len(full_attention_layers(base.config, modules)))
 
         def make(index: int, module: nn.Module) -> TieredLayer:
-            pages = partial(TieredPages, page, stored, disk, host_bytes // num)
-            return TieredLayer(reads, top, pages, None if gpu_bytes is None else gpu_bytes // num)
+            pages = partial(TieredPages, sizes[index], stored, disk, host_bytes // num)
+            return TieredLayer(reads[sizes[index]], top, pages, None if gpu_bytes is None else gpu_bytes // num)
 
         super().__init__(layers=routed_layers(model, "TieredCache", make))
         self.ahead = ahead
@@ -109,12 +116,14 @@ class TieredCache(LongCache):
         for before, layer in pairwise(mine if self.ahead else []):
             layer.follow(before)
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self, measure: bool = False) -> dict[str, Any]:
         """Besides what every cache says:
 
         `attended`: tokens that the last generated token attended to. `hit_rate`: which share of the pages asked for was
         on the fast tier, or on its way there. `fetched_ahead`, `from_host`, `from_disk`: pages. `proven`: in which
-        share of the searches all pages that may hold one of the `top` best keys fitted the budget.
+        share of the searches all pages that may hold one of the `top` best keys fitted the budget. With `measure`,
+        which share of the full attention the last token's pages hold, see `caches.recall.recall`; what that reads
+        counts nowhere.
         """
         layers = [layer for layer in self.layers if isinstance(layer, TieredLayer)]
         wanted = sum(x.pages.wanted for x in layers)
@@ -128,7 +137,24 @@ class TieredCache(LongCache):
             "from_host": sum(x.from_host for x in homes),
             "from_disk": sum(x.from_disk for x in homes),
             "proven": float(sum(x.proven for x in layers)) / searches if searches else 1.0,
+            **(recall(self.layers) if measure else {}),
         }
+
+
+def _sizes(page: int | Sequence[int], num_layers: int) -> list[int]:
+    """The page size of every layer.
+
+    Raises:
+        ValueError: neither a number nor one for each layer.
+    """
+    if isinstance(page, int):
+        return [page] * num_layers
+    if not isinstance(page, (list, tuple)) or len(page) != num_layers or not all(type(size) is int for size in page):
+        raise ValueError(
+            f"page={page!r} must be tokens a page, a power of two, or a list of them, one for each of the model's "
+            f"{num_layers} layers: page_sizes(model, ids) of lcpatch.caches.tiered"
+        )
+    return list(page)
 
 
 class TieredLayer(PagedLayer):
@@ -184,49 +210,20 @@ class TieredLayer(PagedLayer):
             self.failed = True
             raise
 
+    def recalled(self) -> Tensor | None:
+        """As every paged layer; what it reads for this is no hit and no miss."""
+        if self._asked is None:
+            return None
+        home = self.pages.home
+        counts = home.from_host, home.from_disk
+        try:
+            return super().recalled()
+        finally:
+            home.from_host, home.from_disk = counts
+
     def _retrieve(self, call: Call) -> tuple[Tensor, Tensor]:
         out = super()._retrieve(call)
         if self._over():
             self.searches += self.index.fits.numel()
             self.proven = self.proven + self.index.fits.sum()
         return out
-
-
-class TreeIndex:
-    """The tree of bounds of a layer's pages, and what it proves.
-
-    Args:
-        reads: which pages are read anyway.
-        top: best keys to find; None: a quarter of the tokens read.
-        num_rows: batch rows.
-    """
-
-    def __init__(self, reads: Reads, top: int | None, num_rows: int) -> None:
-        self.reads, self.top = reads, top
-        self.tree = BoundTree(reads.page, num_rows)
-        self.fits: Tensor | None = None  # bool [B, K]: whether all that the last search could not drop may be read
-
-    def append(self, keys: Tensor, rows: list[int], begin: int, room: int) -> None:
-        self.tree.append(keys, rows)
-
-    def scores(self, query: Tensor, marks: Marks, scale: float | None) -> Tensor:
-        """The upper bounds of the pages that may hold one of the best keys; -inf for those that provably do not."""
-        top = self.top or max(marks.chosen * self.reads.page // 4, 1)
-        pages, upper = self.tree.search(query, top)
-        scores = upper.new_full((*upper.shape[:2], marks.most + 1), -torch.inf)
-        scores.scatter_(2, torch.where((pages >= 0) & (pages < marks.most), pages, marks.most), upper)
-        scores = scores[..., : marks.most]
-        place = torch.arange(marks.most, device=scores.device)
-        read = (scores > -torch.inf) | (place < self.reads.sink_pages) | (place >= marks.recent)
-        self.fits = (read & (place < marks.newest)).sum(-1) < marks.budgets[..., 0]
-        return scores
-
-    def cut(self, row: int, pages: int) -> None:
-        self.tree.cut(row, pages)
-
-    def select_rows(self, rows: list[int]) -> None:
-        self.tree.select_rows(rows)
-
-    @property
-    def nbytes(self) -> int:
-        return self.tree.nbytes

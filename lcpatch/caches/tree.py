@@ -11,11 +11,16 @@ batched product; every node it visits was at least as good as the k-th lower bou
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lcpatch_kernels import page_bounds, page_scores
+
+if TYPE_CHECKING:
+    from .paged import Marks, Reads
 
 FANOUT = 8  # children a node: 128K tokens in leaves of 32 are four levels, the highest of 8 nodes
 WIDEST = 16  # nodes of a level that needs no parents
@@ -137,6 +142,46 @@ class BoundTree:
             stop = min(stop, own.shape[2])
             children = below[rows, :, begin * FANOUT : stop * FANOUT]
             own[rows, :, begin:stop] = reduce(children.unflatten(2, (-1, FANOUT)), 3)
+
+
+class TreeIndex:
+    """The tree of bounds of a layer's pages, and what it proves.
+
+    Args:
+        reads: which pages are read anyway.
+        top: best keys to find; None: a quarter of the tokens read.
+        num_rows: batch rows.
+    """
+
+    def __init__(self, reads: Reads, top: int | None, num_rows: int) -> None:
+        self.reads, self.top = reads, top
+        self.tree = BoundTree(reads.page, num_rows)
+        self.fits: Tensor | None = None  # bool [B, K]: whether all that the last search could not drop may be read
+
+    def append(self, keys: Tensor, rows: list[int], begin: int, room: int) -> None:
+        self.tree.append(keys, rows)
+
+    def scores(self, query: Tensor, marks: Marks, scale: float | None) -> Tensor:
+        """The upper bounds of the pages that may hold one of the best keys; -inf for those that provably do not."""
+        top = self.top or max(marks.chosen * self.reads.page // 4, 1)
+        pages, upper = self.tree.search(query, top)
+        scores = upper.new_full((*upper.shape[:2], marks.most + 1), -torch.inf)
+        scores.scatter_(2, torch.where((pages >= 0) & (pages < marks.most), pages, marks.most), upper)
+        scores = scores[..., : marks.most]
+        place = torch.arange(marks.most, device=scores.device)
+        read = (scores > -torch.inf) | (place < self.reads.sink_pages) | (place >= marks.recent)
+        self.fits = (read & (place < marks.newest)).sum(-1) < marks.budgets[..., 0]
+        return scores
+
+    def cut(self, row: int, pages: int) -> None:
+        self.tree.cut(row, pages)
+
+    def select_rows(self, rows: list[int]) -> None:
+        self.tree.select_rows(rows)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tree.nbytes
 
 
 def _kth(lower: Tensor, tokens: Tensor, top: int) -> Tensor:

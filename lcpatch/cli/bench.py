@@ -21,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     shapes.add_argument("--lengths", type=_lengths, help="tokens, comma-separated")
     shapes.set_defaults(measure=_shapes, lengths=(8192, 16384, 32768))
     tune = what.add_parser("tune", help="the fastest tiles of each kernel on this GPU")
-    tune.add_argument("--kernels", default="fwd,dq,dkdv", help="comma-separated, of fwd, dq and dkdv")
+    tune.add_argument("--kernels", default="fwd,dq,dkdv", help="comma-separated, of fwd, dq, dkdv and mass")
     tune.set_defaults(measure=_tune, lengths=(32768,))
     decode = what.add_parser("decode", help="one decode step beside dense decoding")
     decode.add_argument("--batches", type=_lengths, default=(1, 8), help="batch sizes, comma-separated (default 1,8)")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 FORMAT = 2
 """Version of the dictionary below. A reader refuses a newer one and takes an older one as it is: 1 had no `specs`."""
@@ -16,6 +16,9 @@ SPECS = "specs"
 """Beside the patch, a model's config says what each sparse layer's pattern comes to: by layer index, the integers of
 `BlockSparseSpec.to_ints`, separated by spaces. It is for readers that know no patterns, such as the kernels on the Hub.
 A reader that knows them leaves it aside."""
+
+MAX_PREFIX = 256
+"""Prefix sinks of a layer: far more than papers use (1 to 8), and few enough that a file may ask for them."""
 
 Mode = Literal["train", "always", "never"]
 
@@ -30,7 +33,8 @@ class PatchConfig:
         layers: indices of the patched layers; or "every_2"; None for every full-attention layer.
         mode: "train": sparse while `module.training`, dense otherwise; "always"; "never"; None: the method's default.
         sinks: None, "tokens" or "tokens:8" (the first 4 or 8 real tokens stay visible to every row), "logit" or
-            "logit:-15" (a learnable logit per query head, starting at that value).
+            "logit:-15" (a learnable logit per query head, starting at that value), "prefix", "prefix:4" or
+            "prefix:4:-8" (4 learnable keys and values per KV head, whose logits start at that value).
         dense: the attention implementation of layers and phases that stay dense; None: the model's own.
     """
 
@@ -55,6 +59,12 @@ class PatchConfig:
         if not layers or not all(type(n) is int and n >= 0 for n in layers):
             raise ValueError(f"layers={self.layers!r} must be a non-empty list of layer indices (0, 1, …)")
         object.__setattr__(self, "layers", tuple(sorted(set(layers))))
+
+    @property
+    def has_learnable_sinks(self) -> bool:
+        """Whether the patch adds parameters to the model, which no plain loader brings back."""
+        sinks = parse_sinks(self.sinks)
+        return sinks is not None and sinks.learnable
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the format's version first; what is None is left out."""
@@ -107,20 +117,47 @@ class PatchConfig:
         return cls.from_dict(data)
 
 
-def parse_sinks(sinks: str | None) -> tuple[str, float] | None:
-    """`("tokens", count)` or `("logit", start)` of a `sinks` setting.
+class Sinks(NamedTuple):
+    """What a `sinks` setting says.
+
+    Args:
+        kind: "tokens", "logit" or "prefix".
+        count: tokens, or prefix sinks.
+        start: of the learnable logits.
+    """
+
+    kind: str
+    count: int = 1
+    start: float = 0.0
+
+    @property
+    def learnable(self) -> bool:
+        """Whether they are parameters of the model."""
+        return self.kind in ("logit", "prefix")
+
+
+def parse_sinks(sinks: str | None) -> Sinks | None:
+    """A `sinks` setting, read; the logit of a prefix sink starts higher than a sink logit, see `lcpatch.apply`.
 
     Raises:
-        ValueError: anything else.
+        ValueError: none of the forms that there are.
     """
     if sinks is None:
         return None
-    kind, _, value = str(sinks).partition(":")
-    defaults = {"tokens": 4.0, "logit": -15.0}
+    kind, *values = str(sinks).split(":")
     try:
-        number = float(value) if value else defaults[kind]
-    except (KeyError, ValueError):
-        kind, number = "", 0.0
-    if kind not in defaults or not math.isfinite(number) or (kind == "tokens" and (number < 1 or number % 1)):
-        raise ValueError(f"sinks={sinks!r} must be 'tokens', 'tokens:N' (N >= 1), 'logit' or 'logit:START'")
-    return kind, number
+        numbers = [float(value) for value in values]
+    except ValueError:
+        numbers = [math.nan]
+    counts = numbers[: kind != "logit"]
+    whole = all(n >= 1 and n % 1 == 0 for n in counts)
+    few = kind != "prefix" or all(n <= MAX_PREFIX for n in counts)
+    limit = {"tokens": 1, "logit": 1, "prefix": 2}.get(kind, -1)
+    if len(numbers) > limit or not all(map(math.isfinite, numbers)) or not whole or not few:
+        raise ValueError(
+            f"sinks={sinks!r} must be 'tokens', 'tokens:N' (N >= 1), 'logit', 'logit:START', 'prefix', 'prefix:N' "
+            f"(N from 1 to {MAX_PREFIX}) or 'prefix:N:START'"
+        )
+    if kind == "logit":
+        return Sinks(kind, start=[*numbers, -15.0][0])
+    return Sinks(kind, int([*counts, 4][0]), [*numbers[1:], -8.0][0])

@@ -20,7 +20,8 @@ from lcpatch_kernels import BlockSparseSpec
 from .bounds import from_cu_seq_lens, from_positions, is_compact, split
 from .layers import state_of
 from .mask import expand, knows_no_documents, padding_of
-from .state import SINK_LOGIT, LayerState, dense_name, own_spec
+from .sinks import merge_sinks, sink_scores
+from .state import LayerState, dense_name, own_spec
 from .watch import Call, attend, take_layer
 
 SHARD = "lcpatch_shard"
@@ -64,7 +65,8 @@ def attention(
     if state is not None and state.parallel is not None:
         _refuse(module, state, None, dropout, {**kwargs, "sliding_window": None})
         out, lse = _over_ranks(module, state, query, key, value, scaling, softcap, shard)
-        return _with_sink_logit(module, out, lse, s_aux).transpose(1, 2), None
+        sinks = sink_scores(module, query, scaling, softcap, s_aux)
+        return merge_sinks(module, out, lse, sinks).transpose(1, 2), None
     if shard is not None:
         raise ValueError(f"{SHARD} was given to a model that is not parallelized: its ranks would not see each other")
     spec = None if state is None else state.active_spec(module)
@@ -89,14 +91,12 @@ def attention(
         _check_length(state, spec, query.shape[2], key.shape[2], packed)
     if layer is not None:  # under autocast caches hold half-precision keys, rotary embeddings leave queries in fp32
         query = query.to(key.dtype)
+    sinks = sink_scores(module, query, scaling, softcap, s_aux)
     call = Call(query, key, value, spec, bounds, scaling, softcap, "auto" if state is None else state.impl)
+    if layer is not None and sinks is not None:
+        call = call._replace(sinks=sinks.detach().logsumexp(-1))
     out, lse = attend(call) if layer is None else layer.attend(call)
-    return _with_sink_logit(module, out, lse, s_aux).transpose(1, 2), None
-
-
-def _with_sink_logit(module: nn.Module, out: Tensor, lse: Tensor, s_aux: Tensor | None) -> Tensor:
-    logit = getattr(module, SINK_LOGIT, s_aux)
-    return out if logit is None else add_sink_logit(out, lse, logit)
+    return merge_sinks(module, out, lse, sinks).transpose(1, 2), None
 
 
 def _over_ranks(
@@ -109,8 +109,11 @@ def _over_ranks(
     softcap: float | None,
     shard: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The layer's attention over all ranks' tokens. Masks say nothing here: the shard knows padding and packing."""
-    if query.shape[2] != key.shape[2]:
+    """The layer's attention over all ranks' tokens. Masks say nothing here: the shard knows padding and packing.
+
+    Keys come without a past, or with that of the chunks before, which the shard then knows of.
+    """
+    if query.shape[2] != key.shape[2] and not getattr(shard, "has_past", False):
         raise ValueError("a parallelized model takes no cache; leave its context before generating")
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -118,16 +121,6 @@ def _over_ranks(
     spec = state.active_spec(module) or state.own
     call = Call(query, key, value, spec, None, scaling, softcap, state.impl)
     return state.parallel.attend(module.layer_idx, call, shard)
-
-
-def add_sink_logit(out: Tensor, lse: Tensor, logit: Tensor) -> Tensor:
-    """Give every row one more key, with score `logit` [H] and value zero: out [B, H, T, D] shrinks by its probability.
-
-    Exact, and differentiable in all three, whatever computed `out` and `lse` [B, H, T]:
-    out' = out * exp(lse) / (exp(lse) + exp(logit)).
-    """
-    keep = torch.sigmoid(lse - logit.to(lse.dtype)[:, None])
-    return (out * keep[..., None]).to(out.dtype)
 
 
 def _packed(

@@ -34,6 +34,11 @@ def shape_of(config: Any, rank: int, num_sparse: int) -> LayerShape:
     return LayerShape(num_heads, num_kv_heads, rank, num_sparse)
 
 
+def head_dim_of(module: nn.Module) -> int:
+    """Numbers in one head of an attention module."""
+    return getattr(module, "head_dim", None) or module.config.hidden_size // module.config.num_attention_heads
+
+
 def layer_states(
     config: Any, modules: Mapping[int, nn.Module], patch: PatchConfig, pattern: AttentionPattern, impl: str = "auto"
 ) -> dict[int, LayerState]:
@@ -90,11 +95,11 @@ def with_sink_tokens(rules: Iterable[Rule], sinks: str | None) -> list[Rule]:
     """`rules`, every row of which also sees the first tokens that `sinks` asks for."""
     rules = list(rules)
     parsed = parse_sinks(sinks)
-    if parsed is None or parsed[0] != "tokens":
+    if parsed is None or parsed.kind != "tokens":
         return rules
     if any(rule.cyclic for rule in rules):
         raise ValueError(f"sinks={sinks!r} cannot be combined with rolled groups (wrap=True)")
-    return [replace(rule, sinks=max(rule.sinks, int(parsed[1]))) for rule in rules]
+    return [replace(rule, sinks=max(rule.sinks, parsed.count)) for rule in rules]
 
 
 def state_of(module: nn.Module) -> LayerState | None:
@@ -140,9 +145,9 @@ def _restored(module: nn.Module) -> LayerState:
     if torch.compiler.is_compiling():
         raise ValueError("this model was loaded without lcpatch.from_pretrained: run it once before torch.compile")
     patch = resolved_patch(module.config)
-    if (parse_sinks(patch.sinks) or ("",))[0] == "logit" and not hasattr(module, SINK_LOGIT):
+    if patch.has_learnable_sinks and not hasattr(module, SINK_LOGIT):
         raise ValueError(
-            "this model has learnable sink logits, which transformers does not load: use lcpatch.from_pretrained, or "
+            "this model has learnable sinks, which transformers does not load: use lcpatch.from_pretrained, or "
             "attn_implementation='sdpa' to run it dense without them"
         )
     pattern = patterns.get(patch.method).from_options(dict(patch.options))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UnsupportedModelError
+from .layers import head_dim_of
 
 FIXED = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the length; those of "dynamic" and "longrope" do."""
@@ -76,9 +77,8 @@ def _layer_type(rotary: nn.Module, module: nn.Module) -> dict[str, Any]:
 @torch.no_grad()
 def _is_rotation(turn: Rotation, base: nn.Module, module: nn.Module) -> bool:
     """Whether turning by 7 and then by 11 is turning by 18, and changes something."""
-    head_dim = getattr(module, "head_dim", None) or module.config.hidden_size // module.config.num_attention_heads
     device = next(base.parameters()).device
-    x = torch.linspace(-2, 2, head_dim, device=device).view(1, 1, 1, -1)
+    x = torch.linspace(-2, 2, head_dim_of(module), device=device).view(1, 1, 1, -1)
     seven, eleven, both = (turn(x, torch.tensor([n], device=device)) for n in (7, 11, 18))
     twice = turn(seven, torch.tensor([11], device=device))
     close = (twice - both).abs().max() <= 64 * torch.finfo(torch.float32).eps * x.abs().max()

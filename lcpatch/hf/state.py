@@ -13,7 +13,13 @@ ATTRIBUTE = "_lcpatch"
 """The attribute of an attention module that holds its `LayerState`."""
 
 SINK_LOGIT = "lcpatch_sink_logit"
-"""The parameter of an attention module that holds its learnable sink logits, [H]."""
+"""The parameter of an attention module that holds its learnable sink logits: [H], or [H, n] of n prefix sinks."""
+
+SINK_KEY = "lcpatch_sink_key"
+"""The parameter that holds the keys of prefix sinks, [K, n, D], not rotated."""
+
+SINK_VALUE = "lcpatch_sink_value"
+"""The parameter that holds their values, [K, n, D]."""
 
 ON_REMOVE = "_lcpatch_on_remove"
 """The attribute of a model that holds what takes off what was set on top of its patch."""
@@ -58,7 +64,7 @@ class LayerState:
     def active_spec(self, module: nn.Module) -> BlockSparseSpec | None:
         """The spec to run now, or None to leave this call to the dense implementation.
 
-        A learnable sink logit is part of the model, so a module that has one runs our op even where it is dense.
+        A learnable sink is part of the model, so a module that has one runs our op even where it is dense.
         """
         sparse = self.spec is not None and (self.mode == "always" or (self.mode == "train" and module.training))
         if sparse:

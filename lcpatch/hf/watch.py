@@ -21,7 +21,11 @@ WATCH = "_lcpatch_watch"
 
 
 class Call(NamedTuple):
-    """One attention call: what a layer that attends by itself is given. Arguments as in `block_sparse`."""
+    """One attention call: what a layer that attends by itself is given. Arguments as in `block_sparse`.
+
+    `sinks` [B, H, T], detached, is the LSE of the layer's learnable sinks, for a cache that weighs keys by the
+    attention they get. What `attend` returns is attention over the keys alone.
+    """
 
     query: Tensor
     key: Tensor
@@ -31,12 +35,13 @@ class Call(NamedTuple):
     scale: float | None
     softcap: float | None
     impl: str
+    sinks: Tensor | None = None
 
 
-def attend(call: Call) -> tuple[Tensor, Tensor]:
+def attend(call: Call, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The call as `block_sparse` runs it: keys and values hold every token in order."""
-    q, k, v, spec, bounds, scale, softcap, impl = call
-    return block_sparse(q, k, v, spec, bounds=bounds, scale=scale, softcap=softcap, impl=impl)
+    q, k, v, spec, bounds, scale, softcap, impl, _ = call
+    return block_sparse(q, k, v, spec, bounds=bounds, scale=scale, softcap=softcap, bias=bias, impl=impl)
 
 
 class AttendingLayer(Protocol):

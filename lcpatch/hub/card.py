@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.config import PatchConfig, parse_sinks
+from ..core.config import PatchConfig, Sinks, parse_sinks
 from ..eval.report import Report
 from ..eval.saved import read_report
 from ..hf.layers import with_sink_tokens
@@ -130,7 +130,6 @@ def _facts(subject: Subject, about: About) -> dict[str, Any]:
     layers = patch.layers if isinstance(patch.layers, tuple) else ()
     total = subject.config.get("num_hidden_layers")
     counted = type(total) is int and total > max(layers, default=0)
-    kind, value = parse_sinks(patch.sinks) or ("", 0)
     training = about.training
     return {
         "name": subject.repo_id,
@@ -146,7 +145,7 @@ def _facts(subject: Subject, about: About) -> dict[str, Any]:
             "all": total == len(layers) if counted else None,
             "listed": _listed(layers),
         },
-        "sinks": {"kind": kind, "value": int(value)},
+        "sinks": parse_sinks(patch.sinks) or Sinks("none"),
         "density": _density(subject, pattern),
         "needs_lcpatch": needs_lcpatch(patch),
         "has_tokenizer": subject.has_tokenizer,

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from ..core.config import PatchConfig, parse_sinks
+from ..core.config import PatchConfig
 from ..hf.models import attention_modules, unwrap
-from ..hf.state import SINK_LOGIT
+from ..hf.sinks import sink_parameters
 from ..patching import apply
 from ..patching.resolve import pattern_of
 from .about import HUB_ID
 from .errors import sentence
-from .sidecar import CONFIG_FILE, read_config, read_json, read_logits, read_patch, read_positions
+from .sidecar import CONFIG_FILE, read_config, read_json, read_patch, read_positions, read_sinks
 
 MAX_MODEL_CONFIG_BYTES = 2**20  # JSON takes up to 50 times its size in memory
 ADAPTER_CONFIG = "adapter_config.json"
@@ -72,8 +72,8 @@ def from_pretrained(
     if attn_implementation is not None:
         data["dense"] = attn_implementation
     apply(model, data, impl=impl)
-    if (parse_sinks(patch.sinks) or ("",))[0] == "logit":
-        _load_logits(model, folder)
+    if patch.has_learnable_sinks:
+        _load_sinks(model, folder)
     return model.eval()
 
 
@@ -194,9 +194,8 @@ def _adapter(
     return model
 
 
-def _load_logits(model: nn.Module, folder: Path) -> None:
-    modules = {n: m for n, m in attention_modules(unwrap(model)).items() if hasattr(m, SINK_LOGIT)}
-    logits = read_logits(folder, {n: getattr(m, SINK_LOGIT).numel() for n, m in modules.items()})
-    for index, module in modules.items():
-        parameter = getattr(module, SINK_LOGIT)
-        parameter.data = logits[index].to(parameter.device)
+def _load_sinks(model: nn.Module, folder: Path) -> None:
+    sinks = sink_parameters(attention_modules(unwrap(model)))
+    found = read_sinks(folder, {name: tuple(parameter.shape) for name, parameter in sinks.items()})
+    for name, parameter in sinks.items():
+        parameter.data = found[name].to(parameter.device)

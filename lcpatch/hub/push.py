@@ -17,13 +17,13 @@ from .card import Subject, make_card
 from .card_files import write_card
 from .save import patch_of, save_pretrained
 from .scorer import push_scorer
-from .sidecar import LOGITS_FILE
+from .sidecar import SINKS_FILE
 from .upload import Push, Target, publish
 
 if TYPE_CHECKING:
     from ..eval.report import Report
 
-REPLACED = ["model*.safetensors", "model.safetensors.index.json", "*adapter_*", "config.json", LOGITS_FILE]
+REPLACED = ["model*.safetensors", "model.safetensors.index.json", "*adapter_*", "config.json", SINKS_FILE]
 """What an earlier push may have left that would no longer belong to the model."""
 
 

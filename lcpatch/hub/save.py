@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..core.config import PatchConfig, parse_sinks
+from ..core.config import PatchConfig
 from ..hf import NAME
 from ..hf.models import attention_modules, unwrap
-from ..hf.state import SINK_LOGIT
+from ..hf.sinks import give_sinks, sink_parameters, sinks_of
 from ..patching.apply import record_of
-from .sidecar import POSITIONS, write_config, write_logits
+from .sidecar import POSITIONS, write_config, write_sinks
 
 
 def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: Any = None, **kwargs: Any) -> None:
@@ -43,9 +43,9 @@ def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: Any = None
         raise ValueError(f"{folder} is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     has_readme = (folder / "README.md").exists()
-    with _ready_to_save(model, patch) as logits:
+    with _ready_to_save(model, patch) as sinks:
         model.save_pretrained(folder, **kwargs)
-        write_logits(folder, logits)
+        write_sinks(folder, sinks)
     if not has_readme:
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's form, with nothing filled in
     config = unwrap(model).config
@@ -69,24 +69,27 @@ def patch_of(model: nn.Module) -> PatchConfig:
 
 
 def needs_lcpatch(patch: PatchConfig) -> bool:
-    """Whether inference under `patch` differs from the plain model's: sparse itself, or with learned sink logits."""
-    return patch.mode == "always" or (parse_sinks(patch.sinks) or ("",))[0] == "logit"
+    """Whether inference under `patch` differs from the plain model's: sparse itself, or with learned sinks."""
+    return patch.mode == "always" or patch.has_learnable_sinks
 
 
 @contextmanager
-def _ready_to_save(model: nn.Module, patch: PatchConfig) -> Iterator[dict[int, Tensor]]:
-    """The model as it is saved: the attention's name in the config, the sink logits (yielded, by layer) taken out.
+def _ready_to_save(model: nn.Module, patch: PatchConfig) -> Iterator[dict[str, nn.Parameter]]:
+    """The model as it is saved: the attention's name in the config, the learnable sinks (yielded, by name) taken out.
 
-    Among the weights, the logits would be unknown to whoever loads them before the patch is on.
+    Among the weights, they would be unknown to whoever loads them before the patch is on.
     """
     base = unwrap(model)
     modules = attention_modules(base)
-    logits = {n: m._parameters.pop(SINK_LOGIT) for n, m in modules.items() if SINK_LOGIT in m._parameters}
+    sinks = sink_parameters(modules)
+    held = {index: sinks_of(module) for index, module in modules.items()}
+    for module in modules.values():
+        give_sinks(module, {})
     if needs_lcpatch(patch):
         base.config.attn_implementation = NAME  # the attribute, unlike the active implementation, reaches config.json
     try:
-        yield logits
+        yield sinks
     finally:
         base.config.__dict__.pop("attn_implementation", None)
-        for index, logit in logits.items():
-            modules[index].register_parameter(SINK_LOGIT, logit)
+        for index, module in modules.items():
+            give_sinks(module, held[index])

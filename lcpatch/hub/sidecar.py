@@ -1,4 +1,4 @@
-"""The two files that lcpatch adds to a saved model: the patch as JSON, and its learnable sink logits.
+"""The two files that lcpatch adds to a saved model: the patch as JSON, and its learnable sinks.
 
 A file from the Hub is untrusted: it is measured before it is read, and what is not expected in it is refused.
 """
@@ -6,6 +6,7 @@ A file from the Hub is untrusted: it is measured before it is read, and what is 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..core.config import SPECS, PatchConfig
 
 CONFIG_FILE = "lcpatch_config.json"
-LOGITS_FILE = "lcpatch.safetensors"
+SINKS_FILE = "lcpatch.safetensors"
 FORMAT = 1
 """Version of `lcpatch_config.json`. A reader refuses a newer one."""
 
@@ -26,7 +27,7 @@ POSITIONS = ("max_position_embeddings", "rope_parameters")
 """Settings of the base model's config that training for a longer context changes."""
 
 MAX_CONFIG_BYTES = 64 * 2**10
-MAX_LOGITS_BYTES = 64 * 2**20
+HEADER_BYTES = 2**20  # more than the header of a file of sinks needs
 
 
 def write_config(folder: Path, patch: PatchConfig, positions: Mapping[str, Any] | None = None) -> None:
@@ -139,41 +140,38 @@ def read_json(file: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     return data
 
 
-def write_logits(folder: Path, logits: Mapping[int, Tensor]) -> None:
-    """Write the sink logits [H] of each layer index; without any, remove what an earlier save left."""
-    file = folder / LOGITS_FILE
-    if not logits:
+def write_sinks(folder: Path, sinks: Mapping[str, Tensor]) -> None:
+    """Write the learnable sinks by name (see `hf.sinks`); without any, remove what an earlier save left."""
+    file = folder / SINKS_FILE
+    if not sinks:
         file.unlink(missing_ok=True)
         return
-    tensors = {_key(index): logit.detach().cpu().contiguous() for index, logit in logits.items()}
+    tensors = {name: sink.detach().cpu().contiguous() for name, sink in sinks.items()}
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def read_logits(folder: Path, num_heads: Mapping[int, int]) -> dict[int, Tensor]:
-    """The sink logits of the layers in `num_heads`, which says how many each has.
+def read_sinks(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The learnable sinks of the names in `shapes`, which says what shape each has.
 
     Raises:
         ValueError: a missing, broken or oversized file, or one that holds anything else.
     """
-    file = folder / LOGITS_FILE
+    file = folder / SINKS_FILE
     if not file.is_file():
         raise ValueError(
-            f"the patch has learnable sink logits, but there is no {LOGITS_FILE}: save with lcpatch.save_pretrained"
+            f"the patch has learnable sinks, but there is no {SINKS_FILE}: save with lcpatch.save_pretrained"
         )
-    if file.stat().st_size > MAX_LOGITS_BYTES:
-        raise ValueError(f"{LOGITS_FILE} is larger than {MAX_LOGITS_BYTES} bytes, which no model's sink logits need")
+    limit = HEADER_BYTES + 4 * sum(map(math.prod, shapes.values()))
+    if file.stat().st_size > limit:
+        raise ValueError(f"{SINKS_FILE} is larger than {limit} bytes, more than this patch's sinks need")
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{LOGITS_FILE} is not a valid safetensors file: {error}") from error
-    if tensors.keys() != {_key(index) for index in num_heads}:
-        raise ValueError(f"{LOGITS_FILE} must hold exactly the logits of layers {sorted(num_heads)}")
-    found = {index: tensors[_key(index)] for index in num_heads}
-    for index, logit in found.items():
-        if logit.shape != (num_heads[index],) or logit.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{LOGITS_FILE}: layer {index} must have {num_heads[index]} floating-point logits")
-    return found
-
-
-def _key(index: int) -> str:
-    return f"layers.{index}.sink_logit"
+        raise ValueError(f"{SINKS_FILE} is not a valid safetensors file: {error}") from error
+    if differing := sorted(tensors.keys() ^ shapes.keys()):
+        raise ValueError(f"{SINKS_FILE} must hold exactly the sinks of this patch, which {differing[0]} tells apart")
+    for name, shape in shapes.items():
+        found = tensors[name]
+        if found.shape != shape or found.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{SINKS_FILE}: {name} must hold floating-point numbers of shape {list(shape)}")
+    return tensors

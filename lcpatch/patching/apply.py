@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_args
 
-import torch
 from torch import nn
 
 from lcpatch_kernels.block_sparse import Impl
 
-from ..core.config import SPECS, PatchConfig, parse_sinks
+from ..core.config import SPECS, PatchConfig
 from ..core.errors import UnsupportedModelError
 from ..hf import NAME, LayerState, register
 from ..hf.layers import is_loaded_patched, layer_states, resolved_patch, shape_of
@@ -22,7 +21,8 @@ from ..hf.models import attention_modules, unwrap
 from ..hf.own_config import OwnConfigs
 from ..hf.registration import check_dense
 from ..hf.route import is_routed, route, unroute
-from ..hf.state import ATTRIBUTE, ON_REMOVE, SINK_LOGIT, dense_name
+from ..hf.sinks import give_sinks, make_sinks, sinks_of
+from ..hf.state import ATTRIBUTE, ON_REMOVE, dense_name
 from ..hf.watch import unwatch, watch
 from ..patterns import AttentionPattern
 from .resolve import Layers, config_of, pattern_of, sparse_layers
@@ -72,7 +72,11 @@ def apply(
         sinks: "tokens" or "tokens:N": the first 4 or N real tokens stay visible to every row; "logit": a learnable
             logit per query head, as a parameter of each sparse layer. It starts at -15 and takes the share
             exp(-15 - LSE) of a row: nothing that fp32 shows unless a row's LSE is below about 0. "logit:START" sets
-            another start: lower is closer to no change, higher has larger gradients.
+            another start: lower is closer to no change, higher has larger gradients. "prefix", "prefix:N" or
+            "prefix:N:START": 4 or N learnable keys and values per KV head of each sparse layer, which every query
+            attends to as if they stood before the first token. Values start at zero and the keys' logits at -8, so N
+            take about the share N exp(-8 - LSE) of a row: .0013 for 4 of them where its LSE is 0, 9e-6 where it is 5.
+            (At -15 nearly all gradients of a small model's were below 1e-8, Adam's eps; at -8 one in a hundred.)
         impl: implementation of the attention op: "auto", "triton", "reference", "sdpa" or "flex".
         **options: the method's options, as fields of its pattern.
 
@@ -105,7 +109,7 @@ def apply(
     for index, module in modules.items():
         setattr(module, ATTRIBUTE, states[index])
         if states[index].spec is not None:
-            _add_sink_logit(module, layer_config, config)
+            give_sinks(module, make_sinks(module, config.sinks))
     if routed:  # a cache that was made for the unpatched model goes on being asked
         watch(modules)
     logger.info("patched %d of %d attention layers with %s", len(config.layers), len(modules), pattern)
@@ -127,7 +131,7 @@ def remove(model: Model) -> Model:
     for module in base.modules():
         module.__dict__.pop(ATTRIBUTE, None)
         unwatch(module)
-        module._parameters.pop(SINK_LOGIT, None)
+        give_sinks(module, {})
     record.configs.give_back(model, base)
     del base.__dict__[RECORD]
     return model
@@ -137,7 +141,7 @@ def remove(model: Model) -> Model:
 def patched(model: Model, method: Any, **settings: Any) -> Iterator[Model]:
     """`with patched(model, "sf"):` applies a patch and afterwards restores what was there, an earlier patch too."""
     record, routed = record_of(unwrap(model)), is_routed(unwrap(model))
-    logits = {m: m._parameters[SINK_LOGIT] for m in model.modules() if SINK_LOGIT in m._parameters}
+    held = {m: sinks for m in model.modules() if (sinks := sinks_of(m))}
     apply(model, method, **settings)
     try:
         yield model
@@ -148,8 +152,8 @@ def patched(model: Model, method: Any, **settings: Any) -> Iterator[Model]:
                 route(model)
         else:
             apply(model, record.config, impl=record.impl)
-            for module, logit in logits.items():
-                module.register_parameter(SINK_LOGIT, logit)
+            for module, sinks in held.items():
+                give_sinks(module, sinks)
 
 
 def record_of(base: Any) -> Record | None:
@@ -212,10 +216,10 @@ def _check(
                 f"layer {index} has attention dropout {dropout}, which no pattern's kernel applies; set "
                 "model.config.attention_dropout = 0.0 and module.attention_dropout = 0.0 on the attention modules first"
             )
-    logit = (parse_sinks(config.sinks) or ("", 0))[0] == "logit"
-    if logit and any(isinstance(getattr(m, "sinks", None), nn.Parameter) for m in modules.values()):
+    own = any(isinstance(getattr(m, "sinks", None), nn.Parameter) for m in modules.values())
+    if config.has_learnable_sinks and own:
         raise UnsupportedModelError(
-            f"{model_config.model_type} has learnable sink logits of its own; leave sinks='logit' out"
+            f"{model_config.model_type} has learnable sink logits of its own; leave sinks={config.sinks!r} out"
         )
     if not pattern.causal:
         warnings.warn(f"{pattern}: rolled groups show the first group's tokens the sequence's end", stacklevel=3)
@@ -225,13 +229,3 @@ def specs_of(states: dict[int, LayerState]) -> dict[str, str]:
     """What a config carries for readers that know no patterns: each sparse layer's integers."""
     sparse = {index: state.spec for index, state in states.items() if state.spec is not None}
     return {str(index): " ".join(map(str, spec.to_ints())) for index, spec in sparse.items()}
-
-
-def _add_sink_logit(module: nn.Module, model_config: Any, config: PatchConfig) -> None:
-    kind, start = parse_sinks(config.sinks) or ("", 0.0)
-    if kind != "logit":
-        return
-    like = next(module.parameters())
-    # fp32 whatever the model is: the start is far from the values that matter, and bf16 steps there are 1/16 wide.
-    value = torch.full((model_config.num_attention_heads,), start, dtype=torch.float32, device=like.device)
-    module.register_parameter(SINK_LOGIT, nn.Parameter(value))

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..core.errors import TrainingError
 from ..hf.models import attention_modules, unwrap
-from ..hf.state import SINK_LOGIT
+from ..hf.sinks import sink_parameters
 from .sharded import put_tensor, whole_tensor
 
 RUN_FILE = "run.json"
-LOGITS_FILE = "sink_logits.safetensors"
+SINKS_FILE = "sinks.safetensors"
 STAGING = ".incomplete"
 MAY_CHANGE = ("save_every", "keep", "resume", "evaluate_every", "log_every", "report_to", "workers", "merged", "output")
 """Settings that change no weight, so that a resumed run may have others."""
@@ -90,27 +90,26 @@ def disk_full(error: OSError, folder: Path, step: int) -> TrainingError:
     )
 
 
-def logits_of(model: nn.Module) -> dict[str, Tensor]:
-    """The learnable sink logits, which no adapter holds, by layer; a collective where weights are in pieces."""
-    return {str(n): whole_tensor(p) for n, p in _logits(model).items()}
+def sinks_of(model: nn.Module) -> dict[str, Tensor]:
+    """The learnable sinks, which no adapter holds; a collective where weights are in pieces."""
+    return {name: whole_tensor(p) for name, p in _sinks(model).items()}
 
 
-def save_logits(logits: dict[str, Tensor], folder: Path) -> None:
+def save_sinks(sinks: dict[str, Tensor], folder: Path) -> None:
     """Write them, if there are any."""
-    if logits:
-        save_file(logits, folder / LOGITS_FILE)
+    if sinks:
+        save_file(sinks, folder / SINKS_FILE)
 
 
-def load_logits(model: nn.Module, folder: Path) -> None:
+def load_sinks(model: nn.Module, folder: Path) -> None:
     """Read them back, as exactly as they were."""
-    wanted = _logits(model)
+    wanted = _sinks(model)
     if not wanted:
         return
-    found = load_file(folder / LOGITS_FILE)
-    for index, parameter in wanted.items():
-        put_tensor(parameter, found[str(index)])
+    found = load_file(folder / SINKS_FILE)
+    for name, parameter in wanted.items():
+        put_tensor(parameter, found[name])
 
 
-def _logits(model: nn.Module) -> dict[int, nn.Parameter]:
-    modules = attention_modules(unwrap(model))
-    return {n: m._parameters[SINK_LOGIT] for n, m in modules.items() if SINK_LOGIT in m._parameters}
+def _sinks(model: nn.Module) -> dict[str, nn.Parameter]:
+    return sink_parameters(attention_modules(unwrap(model)))

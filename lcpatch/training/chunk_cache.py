@@ -30,12 +30,15 @@ class ChunkLayer(CacheLayerMixin):
             causal: it needs no mask of a chunk against its prefix, repeats no KV head, and can take a few at a time.
         plain: one unpadded document a row, so that causality is all there is to say.
         pieces: dense attention goes through cuDNN, in parts.
+        casts: our op attends to what comes out, so under autocast keys are kept as it casts them.
     """
 
-    def __init__(self, index: int, store: Store, now: Now, attending: bool, plain: bool, pieces: bool) -> None:
+    def __init__(
+        self, index: int, store: Store, now: Now, attending: bool, plain: bool, pieces: bool, casts: bool
+    ) -> None:
         super().__init__()
         self.index, self.store, self.now = index, store, now
-        self.attending, self.plain, self.pieces = attending, plain, pieces
+        self.attending, self.plain, self.pieces, self.casts = attending, plain, pieces, casts
         self.expected = False
         self.num_calls = 0
         self._own: Pair | None = None
@@ -65,6 +68,7 @@ class ChunkLayer(CacheLayerMixin):
                 )
             self._own, self.expected = new, False
             return tuple(x.detach()[:, :, :1].expand(-1, -1, now.end, -1) for x in new)
+        new = _as_the_op_casts(*new) if self.casts else new
         unit = (self.index, 0)
         if not now.recording:
             return Split.apply(*new, self.store, unit, now)
@@ -122,6 +126,7 @@ class ChunkCache(Cache):
         size: tokens of a chunk.
         plain: one unpadded document a row.
         pieces: dense attention goes through cuDNN, in parts.
+        casts: all layers' attention is ours, though it does not ask the cache.
     """
 
     def __init__(
@@ -133,9 +138,10 @@ class ChunkCache(Cache):
         size: int,
         plain: bool,
         pieces: bool,
+        casts: bool = False,
     ) -> None:
         self.now, self.store, self.attends = Now(size=size), store, bool(attending)
-        layers = [ChunkLayer(n, store, self.now, n in attending, plain, pieces) for n in range(num_layers)]
+        layers = [ChunkLayer(n, store, self.now, n in attending, plain, pieces, casts) for n in range(num_layers)]
         super().__init__(layers=layers)
 
     def set(self, start: int, end: int, recording: bool, hop: float = 1.0) -> None:

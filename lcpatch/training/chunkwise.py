@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..core.errors import ParallelError
+from ..hf.attention import SHARD
 from . import spaco
 from .buffers import DeviceStore, exact_gradients
 from .chunk_cache import ChunkCache
@@ -27,7 +29,8 @@ from .head import decode, head_of, head_parameters
 from .loss import summed_cross_entropy
 from .offload import POOL, HostStore
 from .packing import chunk_mask
-from .support import RandomState, check_model, checkpointing, is_patched, routed, without_wrapper
+from .parallel.chunks import share
+from .support import RandomState, check_model, checkpointing, is_patched, ranks_of, routed, without_wrapper
 from .text import Text, check_kwargs, make_text
 
 
@@ -54,11 +57,16 @@ def backward(
     DistributedDataParallel (gradients are averaged once, in the last chunk). With dropout the masks are others than a
     plain forward's, but the same in both passes. Gradient checkpointing applies inside a chunk.
 
+    A model that ranks share (`parallel.parallelize`) is given the whole batch on every one of them, and each runs its
+    part of every chunk; what comes back is the rank's part of the loss (`ranks.total` adds them up), and gradients are
+    to be summed as after any backward there (`ranks.sum_gradients`, or DistributedDataParallel's mean).
+
     Args:
         model: in the mode it is to train in.
         input_ids: [B, T].
         labels: [B, T], as transformers takes them: not shifted, -100 counts for nothing.
-        chunk_size: tokens a chunk; the last may be shorter. Memory grows with it; 2,048 or more keep a GPU busy.
+        chunk_size: tokens a chunk, over all ranks that share the model; the last may be shorter. Memory grows with it;
+            2,048 or more a rank keep a GPU busy.
         attention_mask: [B, T], 1 = token and 0 = pad (left or right).
         position_ids: [1 or B, T]; restarts mark packed documents.
         num_items_in_batch: divides the summed loss, as transformers' Trainer passes it; default: the valid labels.
@@ -81,6 +89,7 @@ def backward(
     Raises:
         ValueError: inputs that do not fit, or without a label.
         UnsupportedModelError: a model for which this would not be exact; the message says why.
+        ParallelError: of ranks that share the model: a text that they cannot share.
     """
     if offload and attention == "own":
         raise ValueError(
@@ -89,11 +98,14 @@ def backward(
     isolates = is_patched(without_wrapper(model))
     text = make_text(input_ids, labels, attention_mask, position_ids, num_items_in_batch, chunk_size, isolates)
     kwargs = check_kwargs(model_kwargs, input_ids.shape[1], position_ids)
+    text = _part_of(text, model, chunk_size, attention, offload)
     chunks = text.chunks(chunk_size)
     base = check_model(model, text, len(chunks))
     plan = estimator(len(chunks)) if callable(estimator) else spaco.draw(estimator, len(chunks), keep, generator)
     if len(plan.kept) != len(chunks):
         raise ValueError(f"the plan speaks of {len(plan.kept)} chunks, but the text has {len(chunks)}")
+    if text.shards and estimator != "seco":
+        plan = ranks_of(model).pool({"plan": plan})[0]["plan"]  # ranks that drew differently would wait for each other
     with _running(model, base, text, chunk_size, attention, offload, kwargs) as run:
         states = [run.record(*chunk) for chunk in chunks]
         return run.replay(chunks, states, plan, grad_scale)
@@ -123,6 +135,7 @@ def rehearse(
     before = {p: p.grad for p in model.parameters()}
     ids = torch.zeros(batch, length + 1, dtype=torch.long, device=next(model.parameters()).device)
     text = make_text(ids, ids, None, None, None, chunk_size, False)
+    text = _part_of(text, model, chunk_size, attention, offload)
     chunks = text.chunks(chunk_size)
     base = check_model(model, text, len(chunks))
     count = len(chunks)
@@ -150,16 +163,28 @@ def _running(
 ) -> Iterator[_Run]:
     """A model made ready for both passes over a text, and afterwards as it was."""
     attention = "lcpatch" if offload and attention == "auto" else attention
-    with routed(without_wrapper(model), base, attention) as attending:
+    shared = bool(text.shards)
+    with nullcontext(frozenset()) if shared else routed(without_wrapper(model), base, attention) as attending:
         length = text.ids.shape[1]
         store = HostStore(length, chunk_size, attending, POOL) if offload else DeviceStore(length)
         plain, pieces = text.mask is None and text.documents is None, attention == "cudnn"
         num_layers = base.config.num_hidden_layers
-        cache = ChunkCache(num_layers, store, attending, size=chunk_size, plain=plain, pieces=pieces)
+        cache = ChunkCache(num_layers, store, attending, size=chunk_size, plain=plain, pieces=pieces, casts=shared)
         try:
             yield _Run(model, base, text, cache, kwargs)
         finally:
             store.close()
+
+
+def _part_of(text: Text, model: nn.Module, chunk_size: int, attention: str, offload: bool) -> Text:
+    """What of the text this process runs: all of it, or its part where ranks share the model."""
+    ranks = ranks_of(model)
+    if ranks is None:
+        return text
+    if offload or attention != "auto":
+        what = "offload=True" if offload else f"attention={attention!r}"
+        raise ParallelError(f"{what} is not for a model that ranks share: their strategy attends, on the device")
+    return share(text, ranks, chunk_size)
 
 
 class _Run:
@@ -228,4 +253,5 @@ class _Run:
         elif text.mask is not None:
             mask = text.mask[:, :end]
         positions = None if text.positions is None else text.positions[:, start:end]
-        return {"attention_mask": mask, "position_ids": positions}
+        told = {SHARD: text.shards[start, end]} if text.shards else {}
+        return {"attention_mask": mask, "position_ids": positions, **told}

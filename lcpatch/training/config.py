@@ -39,7 +39,7 @@ class TrainConfig:
     attention: str = option("sf", "full, short (groups only), shift, sf, s2 or another method")
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "of the method", "choices": None})
     layers: tuple[int, ...] | str | None = option(None, "sparse layers: every_2 or 0,2,4; none: all")
-    sinks: str | None = option(None, "tokens:N, or logit: learnable sink logits")
+    sinks: str | None = option(None, "tokens:N; or learnable: logit[:START], prefix[:N[:START]]")
     rope: str = option("linear", "how positions beyond the model's are reached", ["linear", "yarn", "dynamic", "none"])
 
     tune: str = option("lora+", "lora+: and norms and embeddings; lora; full: all weights", ["lora+", "lora", "full"])
@@ -66,7 +66,7 @@ class TrainConfig:
     offload: bool = option(False, "keep what waits for the backward pass in the host's memory")
     chunk_size: int = option(0, "SeCO: exact gradients with so many tokens' activations at a time; 0: the whole row")
     keep_chunks: float = option(1.0, "SpaCO: how likely a chunk's gradient is computed; 1: SeCO, exact")
-    context_parallel: int = option(1, "processes that share each row; a step has as many rows as without")
+    context_parallel: int = option(1, "processes that share each row, or each chunk of it; a step has as many rows")
     parallel: str = option("auto", "how they share it: auto, halo, ring, lightseq, tokenring, ulysses")
 
     output: str = option("lcpatch-run", "folder of checkpoints and of the model")
@@ -94,7 +94,12 @@ class TrainConfig:
         if self.keep_chunks < 1 and not self.chunk_size:
             raise ValueError(f"keep_chunks={self.keep_chunks} needs chunks: say chunk_size, such as 2048")
         if self.context_parallel > 1 and self.chunk_size:
-            raise ValueError(f"context_parallel={self.context_parallel} shares whole rows: leave chunk_size out")
+            self._at_least("chunk_size", self.context_parallel)
+            if self.offload:
+                raise ValueError(
+                    f"offload with chunk_size={self.chunk_size} keeps keys in the host's memory, which "
+                    f"context_parallel={self.context_parallel} cannot: leave one of the three out"
+                )
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")

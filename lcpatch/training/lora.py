@@ -19,7 +19,7 @@ from torch import nn
 
 from ..core.errors import UnsupportedModelError
 from ..hf.models import attention_modules, unwrap
-from ..hf.state import SINK_LOGIT
+from ..hf.sinks import is_sink
 
 TUNE = ("lora+", "lora", "full")
 
@@ -59,7 +59,7 @@ def prepare(model: nn.Module, tune: str = "lora+", *, r: int = 8, alpha: int = 1
             "tie_word_embeddings=False, or take tune='lora'"
         )
     for name, parameter in wrapped.named_parameters():
-        if name.endswith(SINK_LOGIT):  # PEFT freezes all that is not its own
+        if is_sink(name):  # PEFT freezes all that is not its own
             parameter.requires_grad_(True)
     for parameter in trainable(wrapped):
         parameter.data = parameter.data.float()
@@ -170,7 +170,7 @@ def settle(model: nn.Module) -> None:
     """
     dtype = _frozen_dtype(model)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "lora_" not in name and not name.endswith(SINK_LOGIT):
+        if parameter.requires_grad and "lora_" not in name and not is_sink(name):
             parameter.data = parameter.data.to(dtype)
 
 

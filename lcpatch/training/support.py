@@ -18,7 +18,7 @@ from ..hf import NAME
 from ..hf.layers import state_of
 from ..hf.models import attention_modules, full_attention_layers, unwrap
 from ..hf.route import route, unroute
-from ..hf.state import dense_name
+from ..hf.state import ATTRIBUTE, dense_name
 from ..hf.watch import WATCH, unwatch
 from .text import Text
 
@@ -50,6 +50,12 @@ def without_wrapper(model: nn.Module) -> nn.Module:
 def is_patched(model: nn.Module) -> bool:
     """Whether the model's attention is ours."""
     return getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME
+
+
+def ranks_of(model: nn.Module) -> Any:
+    """The ranks that share the model's attention (see `parallel`), or None."""
+    states = (module.__dict__.get(ATTRIBUTE) for module in without_wrapper(model).modules())
+    return next((state.parallel for state in states if state is not None and state.parallel is not None), None)
 
 
 def check_model(model: nn.Module, text: Text, num_chunks: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class Text:
         positions: [1 or B, T], or None for the model's own.
         documents: [B, T], which packed document a token belongs to; None: one a row.
         denominator: what the summed loss is divided by, 0-dim.
+        shards: where this is one rank's part of a text (see `parallel.chunks`): its chunks, and what the model is told
+            of each.
     """
 
     ids: Tensor
@@ -36,9 +38,12 @@ class Text:
     positions: Tensor | None
     documents: Tensor | None
     denominator: Tensor
+    shards: Mapping[tuple[int, int], Any] = field(default_factory=dict)
 
     def chunks(self, size: int) -> list[tuple[int, int]]:
         """The (start, end) of each chunk; the last may be shorter."""
+        if self.shards:
+            return list(self.shards)
         length = self.ids.shape[1]
         return [(start, min(start + size, length)) for start in range(0, length, size)]
 

@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from ..core.errors import TrainingError
 from ..hf.models import unwrap
 from . import arms
-from .checkpoints import STAGING, discard, disk_full, load_logits, logits_of, save_logits
+from .checkpoints import STAGING, discard, disk_full, load_sinks, save_sinks, sinks_of
 from .chunkwise_trainer import ChunkwiseMixin
 from .fused import can_fuse, fused_loss
 from .parallel.trainer import ParallelMixin
@@ -148,13 +148,13 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        logits = logits_of(self.model)  # a collective where they are in pieces
+        sinks = sinks_of(self.model)  # a collective where they are in pieces
         if self.args.should_save:
-            save_logits(logits, Path(output_dir or self.args.output_dir))
+            save_sinks(sinks, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_logits(self.model, Path(resume_from_checkpoint))
+        load_sinks(self.model, Path(resume_from_checkpoint))
 
 
 class StopOnSignal(TrainerCallback):

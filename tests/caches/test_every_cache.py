@@ -221,6 +221,22 @@ def test_reset_starts_afresh(name):
 
 
 @every_cache
+def test_what_inference_mode_filled_is_not_changed_outside_of_it(name):
+    model, ids = make_model(name), tokens(2, 52)
+    cache = make(name, model, small=True)
+    want = feed(model, ids, make(name, model, small=True), [50, 1, 1])
+    with torch.inference_mode():
+        got = feed(model, ids[:, :51], cache, [50, 1])
+    with pytest.raises(RuntimeError, match=r"fill it under torch\.no_grad\(\)"):
+        feed(model, ids[:, 51:], cache, [1])
+    with torch.inference_mode():
+        more = feed(model, ids[:, 51:], cache, [1])
+    assert torch.equal(torch.cat([got, more], 1), want)
+    cache.reset()
+    assert torch.equal(feed(model, ids, cache, [50, 1, 1]), want)
+
+
+@every_cache
 def test_a_small_cache_survives_assistants_turns_and_return_sequences(name):
     """What it gives has no simple definition; that it counts right and keeps its budget does."""
     model, assistant = make_model(name), build(seed=3)

@@ -114,7 +114,7 @@ def test_generate(scorer, group):
     model = build()
     cache = lcpatch.RetrievalCache(model, 24, scorer=scorer, group=group, page=4, recent=4)
     model.generate(tokens(2, 60), max_new_tokens=20, do_sample=False, past_key_values=cache)
-    assert cache.stats() == {"seen": 79, "kept": 79, "kept_by_layer": {0: 79, 1: 79}, "attended": 24}
+    assert cache.stats() == {"seen": 79, "kept": 79, "kept_by_layer": {0: 79, 1: 79}, "kept_share": 1.0, "attended": 24}
 
 
 def test_dense_layers_read_everything():

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from cache_cases import assert_bias, feed, left_padding, make
+from cache_cases import feed, left_padding, make
 from models import build, tokens
 from noise import distance, model_budget
 from transformers import DynamicCache
@@ -102,10 +102,3 @@ def test_tiers(disk, codec, tmp_path):
         assert torch.equal(ahead, plain)
     held = sum(x.nbytes for layer in cache.layers for x in (layer.pages.keys, layer.pages.values))
     assert held == 2 * 4 * 2 * 2 * (512 + 16) * 64 * 2
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_the_bias_in_further_dimensions_runs_in_the_kernel(head_dim, dtype):
-    """A chunk over centroids: eight more dimensions through `block_sparse`."""
-    assert_bias(dtype, "cuda", queries=200, keys=1100, head_dim=head_dim)

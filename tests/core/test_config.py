@@ -12,6 +12,7 @@ CONFIGS = [
     PatchConfig("s2", {"stride": 8, "local_blocks": 2}, layers=(4, 0, 2, 2), mode="always"),
     PatchConfig("sf", {"group_ratio": 0.25}, layers="every_2", mode="train", sinks="logit:-12.5", dense="eager"),
     PatchConfig("sink", mode="never", sinks="tokens:8"),
+    PatchConfig("s2", sinks="prefix:2:-1.5"),
 ]
 
 
@@ -55,6 +56,12 @@ def test_the_format_is_written():
         ({"method": "s2", "sinks": "logit:nan"}, "sinks='logit:nan' must be"),
         ({"method": "s2", "sinks": "logit:x"}, "sinks='logit:x' must be"),
         ({"method": "s2", "sinks": 4}, "sinks=4 must be"),
+        *(
+            ({"method": "s2", "sinks": sinks}, f"sinks='{sinks}' must be")
+            for sinks in ("prefix:0", "prefix:257", "prefix:1.5", "prefix:2:x", "prefix:2:nan", "prefix:2:3:4")
+        ),
+        ({"method": "s2", "sinks": "tokens:2:3"}, "sinks='tokens:2:3' must be"),
+        ({"method": "s2", "sinks": "logit:1:2"}, "sinks='logit:1:2' must be"),
     ],
 )
 def test_refused(data: dict, message: str):

@@ -143,6 +143,10 @@ def test_learned_sinks_and_switched_off_patches_are_said():
     card = card_text(subject("s2", sinks="logit:0.5"), About())
     assert "learned sink logit" in card
     assert "After `lcpatch.register()`" not in card
+    card = card_text(subject("s2", sinks="prefix:3"), About())
+    assert "learned prefix sinks (3)" in card
+    assert "only `lcpatch.from_pretrained` reads" in card
+    assert "After `lcpatch.register()`" not in card
     card = card_text(subject("s2", mode="never"), About())
     assert "switched off" in card
 

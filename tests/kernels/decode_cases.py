@@ -48,12 +48,12 @@ def quantised(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return inputs
 
 
-def results(inputs: dict[str, Any], impl: str) -> tuple[Tensor, Tensor]:
-    out, lse = sparse_decode(**inputs, impl=impl)
-    return out.double(), lse.double().nan_to_num(neginf=EMPTY)
+def results(inputs: dict[str, Any], impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse, scores = sparse_decode(**inputs, return_scores=True, impl=impl)
+    return out.double(), lse.double().nan_to_num(neginf=EMPTY), scores.double()
 
 
-def assert_decodes(inputs: dict[str, Any], want: tuple[Tensor, Tensor] | None = None) -> None:
+def assert_decodes(inputs: dict[str, Any], want: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
     """The kernel against the reference in float64; the budget is twice what rounding p and out to q's dtype loses.
 
     Rounding p moves out by at most eps / 2 of sum p |v| <= max |v|, and storing it by as much again; the scores of fp32
@@ -65,8 +65,11 @@ def assert_decodes(inputs: dict[str, Any], want: tuple[Tensor, Tensor] | None = 
         exact["k_scale"] = exact["v_scale"] = None
     if exact.get("bias") is not None:
         exact["bias"] = inputs["bias"]
-    out, lse = want or results(exact, "reference")
-    got_out, got_lse = results(inputs, "triton")
+    out, lse, scores = want or results(exact, "reference")
+    got_out, got_lse, got_scores = results(inputs, "triton")
+    plain_out, plain_lse = sparse_decode(**inputs, impl="triton")
+    assert torch.equal(plain_out.double(), got_out)
+    assert torch.equal(plain_lse.double().nan_to_num(neginf=EMPTY), got_lse)
     eps, single = torch.finfo(inputs["q"].dtype).eps, torch.finfo(torch.float32).eps
     largest = (exact["q"].norm(dim=-1).max() * exact["k"].norm(dim=-1).max() * exact["q"].shape[-1] ** -0.5).item()
     slack = 4 * single * max(largest, 1.0)
@@ -74,3 +77,7 @@ def assert_decodes(inputs: dict[str, Any], want: tuple[Tensor, Tensor] | None = 
         slack += eps
     assert (got_out - out).abs().max() <= 2 * (eps + slack) * exact["v"].abs().max(), (got_out - out).abs().max()
     assert (got_lse - lse).abs().max() <= 2 * slack * max(1.0, lse.masked_fill(lse == EMPTY, 0).abs().max().item())
+    seen = scores.isfinite()
+    assert torch.equal(got_scores.isfinite(), seen)
+    wrong = (got_scores - scores).masked_fill(~seen, 0).abs().max()
+    assert wrong <= 2 * slack * max(1.0, scores.masked_fill(~seen, 0).abs().max().item()), wrong

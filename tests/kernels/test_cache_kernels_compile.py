@@ -24,7 +24,7 @@ def test_kernels_fit(arch):
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout)
     assert {(r["kernel"], r["dtype"]) for r in rows} == {
-        (k, d) for k in ("match", "merge", "bounds", "scores") for d in DTYPES
+        (k, d) for k in ("match", "merge", "bounds", "scores", "decode") for d in DTYPES
     }
     assert not [r for r in rows if r["shared"] > SHARED[arch]]
 
@@ -33,6 +33,7 @@ def main(arch: int) -> None:
     from lcpatch_kernels.cluster_merge import TRITON_MAX_BYTES
     from lcpatch_kernels.cluster_merge import triton as merging
     from lcpatch_kernels.page_scores import triton as paging
+    from lcpatch_kernels.sparse_decode import triton as decoding
 
     rows = []
     for dtype in DTYPES:
@@ -49,6 +50,13 @@ def main(arch: int) -> None:
             for has_bounds in (False, True):
                 options = shape | scores | {"HAS_BOUNDS": has_bounds}
                 rows.append(build("scores", paging._scores_kernel, options, dtype, arch, 4))
+            absent = dict.fromkeys(("p_slots", "p_num_keys", "p_bias", "p_k_scale", "p_v_scale"))
+            flags = dict.fromkeys(("HAS_SINK", "HAS_STRIPE", "HAS_RATIO", "HAS_SOFTCAP"), False)
+            keys = decoding.tile_keys(head_dim, 2 if dtype == "bf16" else 4)
+            tile = {"PACK": 16, "BLOCK_N": keys, "PAGE": 1, "BLOCK_SIZE": 1}
+            for scores in ({}, {"p_scores": None}):
+                options = shape | absent | flags | tile | scores
+                rows.append(build("decode", decoding._decode_kernel, options, dtype, arch, 4))
     print(json.dumps(rows))
 
 
@@ -60,6 +68,8 @@ def build(kernel: str, function, constants: dict, dtype: str, arch: int, num_war
     kinds = {"p_size": "fp32", "p_size_out": "fp32", "p_target": "i32", "p_bounds": "i32"}
     if kernel == "scores":
         kinds["p_out"] = "fp32"
+    if kernel == "decode":
+        kinds |= {"p_packs": "i32", **dict.fromkeys(("p_part_out", "p_part_lse", "p_scores"), "fp32")}
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):
         if name in constants:
@@ -67,7 +77,7 @@ def build(kernel: str, function, constants: dict, dtype: str, arch: int, num_war
         elif name.startswith("p_"):
             signature[name], attributes[(i,)] = f"*{kinds.get(name, dtype)}", [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if name in ("qk_scale", "cap_in", "cap_out") else "i32"
     compiled = triton.compile(
         ASTSource(function, signature=signature, constexprs=values, attrs=attributes),
         target=GPUTarget("cuda", arch, 32),

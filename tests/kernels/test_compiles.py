@@ -22,6 +22,7 @@ POINTERS = {
     "p_sums": "fp32",
     "p_packs": "i32",
     "p_starts": "i32",
+    "p_bias": "fp32",
 }  # others: bf16
 
 
@@ -62,13 +63,18 @@ def main(arch: int) -> None:
             choice = config(kernel, divmod(arch, 10), torch.bfloat16, 128, stripe, 1, 1 << 14, 1 << 14)
             rows.append({"kernel": kernel, "head_dim": 128, **build(kernel, 128, choice, stripe, arch, 2, gap)})
     for head_dim in HEAD_DIMS:
+        choice = config("fwd", divmod(arch, 10), torch.bfloat16, head_dim, group, 1, 1 << 13, 1 << 15)
+        for segments in (0, 1):
+            biased = build("fwd", head_dim, choice, group, arch, segments, bias=True)
+            rows.append({"kernel": "fwd", "head_dim": head_dim, **biased})
+    for head_dim in HEAD_DIMS:
         for sinks in (16, 32):
             choice = sink_tiles(torch.bfloat16, head_dim, sinks)
             rows.append({"kernel": "sink", "head_dim": head_dim, **build("sink", head_dim, choice, group, arch)})
     print(json.dumps(rows))
 
 
-def build(kernel, head_dim, tiles, spec, arch, segments=0, gap=False) -> dict:
+def build(kernel, head_dim, tiles, spec, arch, segments=0, gap=False, bias=False) -> dict:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -87,16 +93,17 @@ def build(kernel, head_dim, tiles, spec, arch, segments=0, gap=False) -> dict:
     constants = {
         "D": head_dim, "BLOCK_D": head_dim, "BLOCK_M": tiles.block_m, "PACK": tiles.pack, "BLOCK_N": tiles.block_n,
         "BLOCK_SIZE": block_size, "SEGMENTS": segments, "GAP": gap, "HAS_SINK": False, "HAS_STRIPE": has_stripe,
-        "HAS_RATIO": False, "HAS_SOFTCAP": False, "UPCAST": False, "TMA": tma, "FIXED": not gap, "UNIFORM": True,
-        "REORDER": True, "SHIFTS": 4 if segments else 1, "SINKS": tiles.block_n,
+        "HAS_RATIO": False, "HAS_SOFTCAP": False, "HAS_BIAS": bias, "UPCAST": False, "TMA": tma, "FIXED": not gap,
+        "UNIFORM": True, "REORDER": True, "SHIFTS": 4 if segments else 1, "SINKS": tiles.block_n,
         "COPIES": max(1, tiles.num_warps * 32 // tiles.block_m),
     }  # fmt: skip
+    absent = {name for name, there in (("p_bounds", segments), ("p_bias", bias)) if not there}
     box = {"d_k": tiles.block_n, "d_v": tiles.block_n, "d_q": tiles.block_m, "d_do": tiles.block_m}
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):
         if name in constants:
             signature[name], values[(i,)] = "constexpr", constants[name]
-        elif (name == "p_bounds" and not segments) or (name.startswith("d_") and not tma):
+        elif name in absent or (name.startswith("d_") and not tma):
             signature[name], values[(i,)] = "constexpr", None
         elif name in box:
             signature[name] = f"tensordesc<bf16[1, 1, {box[name]}, {head_dim}]>"

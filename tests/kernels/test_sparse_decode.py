@@ -28,10 +28,11 @@ def test_every_kind_of_rule(kind):
 def test_reference_is_the_last_row_of_block_sparse(kind):
     inputs = make_inputs(kind, heads=8, kv_heads=4, dtype=torch.float64)
     out, lse = block_sparse(inputs["q"], inputs["k"], inputs["v"], inputs["spec"], impl="sdpa")
-    got_out, got_lse = results(inputs, "reference")
+    got_out, got_lse, scores = results(inputs, "reference")
     eps = torch.finfo(torch.float64).eps * 203  # a sum of at most 203 terms in another order
     assert (got_out - out).abs().max() <= eps * inputs["v"].abs().max()
     assert (got_lse - lse).abs().max() <= eps * lse.abs().max()
+    assert ((scores - got_lse).exp().sum(-1) - 1).abs().max() <= eps
 
 
 @pytest.mark.parametrize(
@@ -116,4 +117,6 @@ def test_opcheck():
     inputs = make_inputs("s2")
     flat = inputs["spec"].to_ints()
     args = (inputs["q"], inputs["k"], inputs["v"], flat, bounds((0, 203), (3, 90)), None, None, 1, None, None, None)
-    torch.library.opcheck(op, (*args, 0.2, 0.0, "reference"), test_utils=("test_schema", "test_faketensor"))
+    for scores in (False, True):
+        every = (*args, 0.2, 0.0, scores, "reference")
+        torch.library.opcheck(op, every, test_utils=("test_schema", "test_faketensor"))

@@ -144,7 +144,8 @@ def test_broken_specs_are_refused(text: Any):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sinks": "logit:0.5"}, "learnable sink logits"),
+        ({"sinks": "logit:0.5"}, "learnable sinks"),
+        ({"sinks": "prefix:2"}, "learnable sinks"),
         ({"mode": "sometimes"}, "mode='sometimes'"),
         ({"specs": ["0"]}, "the spec of layer 0 is broken"),
     ],

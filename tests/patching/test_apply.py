@@ -476,7 +476,7 @@ def test_sink_logit_stays_where_the_patch_is_dense():
 @pytest.mark.parametrize("impl", ["reference", "sdpa"])
 def test_sink_logit_is_one_more_column_of_the_softmax(impl: str):
     """Value and every gradient in float64, against a softmax with an extra column of value zero."""
-    from lcpatch.hf.attention import add_sink_logit
+    from lcpatch.hf.sinks import add_sink_logit
     from lcpatch.patterns import LayerShape
     from lcpatch_kernels import block_sparse
 
@@ -486,7 +486,7 @@ def test_sink_logit_is_one_more_column_of_the_softmax(impl: str):
     leaves = [torch.randn(2, h, 40, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
     logit = torch.randn(4, dtype=torch.float64, requires_grad=True)
     q, k, v = leaves
-    got = add_sink_logit(*block_sparse(q, k, v, spec, impl=impl), logit)
+    got = add_sink_logit(*block_sparse(q, k, v, spec, impl=impl), logit[:, None])
     scores = q @ k.repeat_interleave(2, 1).mT / 8**0.5
     i, j = torch.arange(40)[:, None], torch.arange(40)
     for h in range(4):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -71,23 +71,23 @@ def attention_cases(num_ranks: int, shapes: list[tuple[int, int]]) -> Iterator[t
                             yield work, strategy
 
 
-def attend_everywhere(
-    rank: int, num_ranks: int, shapes: list[tuple[int, int]], device: str = "cpu"
-) -> tuple[int, list[str]]:
+def attend_everywhere(rank: int, cases: Iterable[tuple[Work, str]], device: str = "cpu") -> tuple[int, list[str]]:
     """Output, LSE and every gradient against one process, and the bytes sent against the plan: `(cases, failures)`."""
     link, failures, count = Link(), [], 0
     link.gather([rank], torch.device(device))  # NCCL's communicator must not come about in a pairwise transfer
     want: dict[Any, list[Tensor]] = {}
-    for work, name in attention_cases(num_ranks, shapes):
+    for work, name in cases:
         count += 1
         inputs, grads = ([t.to(device) for t in found] for found in _problem(work))
-        key = (work.spec, work.num_kv_heads, work.documents)
+        key = (work.spec, work.num_kv_heads, work.documents, work.layout.begin)
         if key not in want:
             want[key] = _whole(work, inputs, grads)
         link.sent = 0
         got, forward = _part(work, name, rank, link, inputs, grads)
         mine = work.layout.tokens(rank).to(device)
-        errors = [distance(g, w[:, :, mine]) if g.numel() else 0.0 for g, w in zip(got, want[key], strict=True)]
+        asked = mine[work.layout.num_before(rank) :]
+        pairs = zip(got, want[key], [asked, asked, asked, mine, mine], strict=True)
+        errors = [distance(g, w[:, :, places]) if g.numel() else 0.0 for g, w, places in pairs]
         volume = strategies.get(name)().volume(work)
         planned = volume.forward[rank], volume.backward[rank]
         if max(errors) > EXACT or (forward, link.sent - forward) != planned:
@@ -106,6 +106,8 @@ def _problem(work: Work) -> tuple[list[Tensor], list[Tensor]]:
         for start, end in row:
             real[start:end] = True
         grad_lse[b, :, ~real] = 0
+    for grad in (grad_out, grad_lse):
+        grad[:, :, : work.layout.begin] = 0  # of queries that are not asked
     return [q, k, v], [grad_out, grad_lse]
 
 
@@ -124,11 +126,12 @@ def _part(
     work: Work, name: str, rank: int, link: Link, inputs: list[Tensor], grads: list[Tensor]
 ) -> tuple[list[Tensor], int]:
     mine = work.layout.tokens(rank).to(inputs[0].device)
-    x = [t[:, :, mine].clone().requires_grad_() for t in inputs]
+    asked = mine[work.layout.num_before(rank) :]
+    x = [t[:, :, places].clone().requires_grad_() for t, places in zip(inputs, (asked, mine, mine), strict=True)]
     call = Call(*x, work.spec, None, None, 2.0, "auto")
     out, lse = strategies.get(name)().attend(call, Shard(work.layout, work.documents, rank), link)
     forward = link.sent
-    torch.autograd.backward([out, lse], [g[:, :, mine] for g in grads])
+    torch.autograd.backward([out, lse], [g[:, :, asked] for g in grads])
     return [out, lse, *(t.grad for t in x)], forward
 
 
@@ -317,7 +320,7 @@ def run_all(rank: int, shapes: list[tuple[int, int]], cases: list[dict[str, Any]
     """Everything that needs all ranks alive."""
     import torch.distributed as dist
 
-    attention = attend_everywhere(rank, dist.get_world_size(), shapes)
+    attention = attend_everywhere(rank, attention_cases(dist.get_world_size(), shapes))
     return {"attention": attention, "training": train_everywhere(rank, cases), "unchanged": unchanged(rank)}
 
 

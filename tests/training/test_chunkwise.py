@@ -297,7 +297,7 @@ def test_patched(family: str, method: str, attention: str):
     assert (model.config._attn_implementation, list(model.modules())[-1].__dict__.keys()) == before
 
 
-@pytest.mark.parametrize("sinks", ["logit:0.5", "tokens:3"])
+@pytest.mark.parametrize("sinks", ["logit:0.5", "tokens:3", "prefix:3:0.5"])
 def test_patched_with_sinks_in_some_layers(sinks: str):
     model, ids = lcpatch.apply(double(), "s2", layers=[0], sinks=sinks, **SHORT["s2"]).double(), tokens(2)
     want, allowed = plain(model, ids, ids), rounding(model)

@@ -15,13 +15,6 @@ from lcpatch.training.parallel.balance import plan
 from lcpatch.training.parallel.link import Link
 
 
-@pytest.fixture
-def group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("strategy", ["auto", "halo", "ring", "tokenring", "lightseq", "ulysses"])
 @pytest.mark.parametrize("kind", ["packed", "left"])
 def test_one_rank_computes_what_the_model_does(group, strategy: str, kind: str):

@@ -33,12 +33,15 @@ def launched(base: Path, cache: Path, name: str, *more: str, processes: int = 2)
 
 
 @pytest.mark.slow
-def test_sharing_rows_changes_nothing_but_the_order_of_sums(base, tmp_path):
+@pytest.mark.parametrize(
+    "more", [(), ("--chunk_size", "33", "--group-size", "24", "--layers", "every_2")], ids=["whole", "by chunks"]
+)
+def test_sharing_rows_changes_nothing_but_the_order_of_sums(base, tmp_path, more: tuple[str, ...]):
     runs = {
-        "apart": launched(base, tmp_path, "apart"),
-        "shared": launched(base, tmp_path, "shared", "--context_parallel", "2"),
-        "in turn": launched(base, tmp_path, "in turn", "--accumulate", "2", processes=1),
-        "other rows": launched(base, tmp_path, "other rows", "--seed", "1"),
+        "apart": launched(base, tmp_path, "apart", *more),
+        "shared": launched(base, tmp_path, "shared", "--context_parallel", "2", *more),
+        "in turn": launched(base, tmp_path, "in turn", "--accumulate", "2", *more, processes=1),
+        "other rows": launched(base, tmp_path, "other rows", "--seed", "1", *more),
     }
     want = runs["apart"]
     assert len(want["loss"]) == 10
@@ -56,6 +59,8 @@ def test_sharing_rows_changes_nothing_but_the_order_of_sums(base, tmp_path):
 def test_what_cannot_be_shared_is_refused():
     with pytest.raises(ParallelError, match="context_parallel=2 does not divide the 1 processes of this run"):
         group_of(2)
-    with pytest.raises(ValueError, match="context_parallel=2 shares whole rows: leave chunk_size out"):
-        TrainConfig(context_parallel=2, chunk_size=64)
+    with pytest.raises(ValueError, match="chunk_size=3 must be at least 4"):
+        TrainConfig(context_parallel=4, chunk_size=3)
+    with pytest.raises(ValueError, match=r"offload with chunk_size=64 keeps keys .* context_parallel=2 cannot"):
+        TrainConfig(context_parallel=2, chunk_size=64, offload=True)
     assert load(["--context_parallel", "4"]).context_parallel == load(["--context-parallel", "4"]).context_parallel == 4

@@ -82,8 +82,8 @@ def _spec(module: nn.Module, num_heads: int) -> BlockSparseSpec | None:
     if specs is None:
         _say("config.lcpatch carries no specs, so this is plain causal attention; save the model with a newer lcpatch")
         return None
-    if str(patch.get("sinks") or "").startswith("logit"):
-        raise ValueError("this model has learnable sink logits, which only lcpatch.from_pretrained loads")
+    if str(patch.get("sinks") or "").startswith(("logit", "prefix")):
+        raise ValueError("this model has learnable sinks, which only lcpatch.from_pretrained loads")
     mode = patch.get("mode")
     if mode not in ("train", "always", "never"):
         raise ValueError(f"config.lcpatch has mode={mode!r}; it must be 'train', 'always' or 'never'")

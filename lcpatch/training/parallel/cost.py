@@ -132,14 +132,15 @@ def _area(work: Work, queries: int, keys: int) -> int:
     for row in work.documents:
         for call in sees(work.layout, row, queries, keys):
             for q0, q1, k0, k1, gap in call:
-                area += (q1 - q0) * (k1 - k0) if gap else (q1 - q0) * (q1 - q0 + 1) // 2
+                rows = q1 - q0
+                area += rows * (k1 - k0) - (0 if gap else rows * (rows - 1) // 2)
     return area
 
 
 def _pairs_of_rank(work: Work, rank: int) -> int:
     pairs = 0
     for row in work.documents:
-        for piece in work.layout.pieces(rank, row):
+        for piece in work.layout.queries(rank, row):
             start, end = piece.document
             pairs += work.spec.num_pairs(piece.start - start, piece.end - start, end - start)
     return pairs

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcpatch_kernels import BlockSparseSpec, Rule, block_sparse
+from lcpatch_kernels import DENSE, BlockSparseSpec, Rule, block_sparse
 
 from ...hf.watch import Call
 from .layout import Documents, Layout, Piece, Run, Shard
@@ -63,6 +63,8 @@ class Halo(Strategy):
     def problem(self, work: Work) -> str | None:
         if work.spec.is_cyclic:
             return "rolled groups (wrap=True) are not causal intervals; 'ulysses' runs them"
+        if work.layout.begin and all(work.spec.rules[r] == DENSE for r in work.spec.head_rules):
+            return "a dense layer's graph would hold all that was before the chunk; 'tokenring' sends its queries there"
         return None
 
 
@@ -191,7 +193,7 @@ def _missing_of(
     rules: tuple[Rule, ...], block_size: int, layout: Layout, documents: tuple[Run, ...], rank: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     needed = [torch.arange(0)]
-    for piece in layout.pieces(rank, documents):
+    for piece in layout.queries(rank, documents):
         first, last, length = _positions(piece)
         if first:  # else all that its rows see is in the piece
             needed += [keys_seen(fixed(r, length), block_size, first, last, length) + piece.document[0] for r in rules]
@@ -253,7 +255,7 @@ class _Builder:
         part: int,
     ) -> None:
         self.spec, self.heads, self.layout, self.documents, self.rank = spec, heads, layout, documents, rank
-        self.num_tokens = layout.num_tokens(rank)
+        self.num_tokens, self.num_before = layout.num_tokens(rank), layout.num_before(rank)
         self.num_own = len(documents) * len(heads) * self.num_tokens
         self.size = _run_of_heads(spec, num_kv_heads)
         group = spec.num_heads // num_kv_heads
@@ -283,7 +285,7 @@ class _Builder:
         for number, (_, kv, rules) in enumerate(self.groups):
             found: dict[tuple, list[list[tuple]]] = {}
             for b, row in enumerate(self.documents):
-                for piece in self.layout.pieces(self.rank, row):
+                for piece in self.layout.queries(self.rank, row):
                     first, last, length = _positions(piece)
                     shorter = Shorter.of(rules, self.spec.block_size, first, last, length) if first else None
                     if shorter is None:  # the document begins here
@@ -300,7 +302,9 @@ class _Builder:
 
     def _own(self, rows: list[list[tuple[Piece, Any]]]) -> tuple[list[list[tuple[int, ...]]], None]:
         spans = [[(p.local, p.local + p.end - p.start) for p, _ in row] for row in rows]
-        return [[(*span, *span) for span in row] for row in spans], None
+        return [
+            [(start - self.num_before, end - self.num_before, start, end) for start, end in row] for row in spans
+        ], None
 
     def _gathered(
         self, rows: list[list[tuple[Piece, Shorter]]], kv: Tensor
@@ -315,7 +319,8 @@ class _Builder:
             bounds.append([])
             at = 0
             for piece, shorter in row:
-                bounds[-1].append((piece.local, piece.local + piece.end - piece.start, at, at + shorter.length))
+                q0 = piece.local - self.num_before
+                bounds[-1].append((q0, q0 + piece.end - piece.start, at, at + shorter.length))
                 for n, (head, (keys, slots)) in enumerate(zip(kv.tolist(), shorter.keys, strict=True)):
                     index[b, n, at + slots] = self._find(b, head, keys + piece.document[0])
                 at += shorter.length

@@ -34,12 +34,14 @@ class Layout:
     """A cut of a row.
 
     Args:
-        name: "contiguous", "head_tail" or "per_document".
+        name: "contiguous", "head_tail", "per_document" or "chunks".
         runs: for each rank its runs [start, end), ascending and not empty; together they are the row.
+        begin: the first token whose query is asked. Those before it, whole runs, are only seen: chunks that were run.
     """
 
     name: str
     runs: tuple[tuple[Run, ...], ...]
+    begin: int = 0
 
     @property
     def num_ranks(self) -> int:
@@ -54,21 +56,33 @@ class Layout:
         """Tokens that `rank` holds of each row."""
         return sum(end - start for start, end in self.runs[rank])
 
+    def num_before(self, rank: int) -> int:
+        """Tokens that `rank` holds before `begin`: where its queries start in its own tokens."""
+        return sum(end - start for start, end in self.runs[rank] if end <= self.begin)
+
+    def num_queries(self, rank: int) -> int:
+        """Tokens that `rank` holds from `begin` on."""
+        return self.num_tokens(rank) - self.num_before(rank)
+
     def tokens(self, rank: int) -> Tensor:
         """Places in the whole row of the tokens that `rank` holds, ascending."""
         parts = [torch.arange(start, end) for start, end in self.runs[rank]]
         return torch.cat(parts) if parts else torch.arange(0)
 
-    def pieces(self, rank: int, documents: tuple[Run, ...]) -> list[Piece]:
-        """The rank's runs cut by the documents of one batch row, ascending."""
+    def pieces(self, rank: int, documents: tuple[Run, ...], begin: int = 0) -> list[Piece]:
+        """The rank's runs, those from `begin` on, cut by the documents of one batch row, ascending."""
         found, local = [], 0
         for start, end in self.runs[rank]:
-            for document in documents:
+            for document in documents if start >= begin else ():
                 first, last = max(start, document[0]), min(end, document[1])
                 if first < last:
                     found.append(Piece(document, first, last, local + first - start))
             local += end - start
         return found
+
+    def queries(self, rank: int, documents: tuple[Run, ...]) -> list[Piece]:
+        """The pieces whose queries are asked."""
+        return self.pieces(rank, documents, self.begin)
 
     def locate(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """For each place of the row the rank that holds it, and where among that rank's own tokens."""
@@ -106,9 +120,14 @@ class Shard:
     def num_tokens(self) -> int:
         return self.layout.num_tokens(self.rank)
 
+    @property
+    def has_past(self) -> bool:
+        """Whether keys come beside those of the queries' own tokens."""
+        return self.layout.begin > 0
+
     def digest(self) -> int:
         """A number that differs where ranks were given different batches."""
-        return hash((self.layout.runs, self.documents)) & (2**62 - 1)
+        return hash((self.layout.runs, self.layout.begin, self.documents)) & (2**62 - 1)
 
 
 def contiguous(length: int, num_ranks: int) -> Layout:
@@ -128,6 +147,16 @@ def per_document(documents: tuple[Run, ...], length: int, num_ranks: int) -> Lay
         stretches += [(at, start), (start, end)]  # padding, then the document
         at = end
     return Layout("per_document", _head_tail(stretches, num_ranks))
+
+
+def chunked(chunks: Sequence[Run], num_ranks: int) -> Layout:
+    """Of every chunk one run a rank, for the queries of the last chunk: every rank has its share of all before it.
+
+    So all ranks have as much to do, but for the last chunk's own triangle, and none waits for another's chunk.
+    """
+    cuts = [_cuts(start, end, num_ranks) for start, end in chunks]
+    runs = (tuple(run for run in mine if run[0] < run[1]) for mine in zip(*cuts, strict=True))
+    return Layout("chunks", tuple(runs), chunks[-1][0])
 
 
 def make_layout(name: str, length: int, num_ranks: int, documents: Documents) -> Layout:
@@ -154,21 +183,20 @@ def make_layout(name: str, length: int, num_ranks: int, documents: Documents) ->
 def sees(layout: Layout, documents: tuple[Run, ...], queries: int, keys: int) -> list[list[tuple[int, ...]]]:
     """Which tokens of rank `queries` causal attention shows which of rank `keys`, as calls of `block_sparse`.
 
-    Each call is a list of segments (q0, q1, k0, k1, gap) in the ranks' own tokens, no token in two of them. Between two
-    ranks a run sees another whole or not at all, so these are rectangles (gap = q1 - q0); a rank with itself is a
-    triangle per document. One call is enough for the layouts above.
+    Each call is a list of segments (q0, q1, k0, k1, gap) in the ranks' own tokens, no token in two of them; queries are
+    counted from `layout.begin` on. Between two ranks a run sees another whole or not at all, so these are rectangles
+    (gap = q1 - q0); a rank with itself is a triangle per document, behind what was before `begin`. One call is enough
+    for the layouts above.
     """
     calls: list[list[tuple[int, ...]]] = []
-    mine: dict[Run, list[Piece]] = {}
-    theirs: dict[Run, list[Piece]] = {}
-    for rank, found in ((queries, mine), (keys, theirs)):
-        for piece in layout.pieces(rank, documents):
-            found.setdefault(piece.document, []).append(piece)
+    before = layout.num_before(queries)
+    mine = _by_document(layout.queries(queries, documents))
+    theirs = _by_document(layout.pieces(keys, tuple(mine)))
     for document, pieces in mine.items():
         first, last = pieces[0], pieces[-1]
         if queries == keys:
-            span = (first.local, last.local + last.end - last.start)
-            _add(calls, 0, (*span, *span, 0))
+            end = last.local + last.end - last.start
+            _add(calls, 0, (first.local - before, end - before, theirs[document][0].local, end, 0))
             continue
         steps: dict[int, list[Piece]] = {}  # number of keys seen -> the queries' pieces
         for piece in pieces:
@@ -176,10 +204,17 @@ def sees(layout: Layout, documents: tuple[Run, ...], queries: int, keys: int) ->
             if seen:
                 steps.setdefault(seen, []).append(piece)
         for n, (seen, rows) in enumerate(steps.items()):
-            q0, q1 = rows[0].local, rows[-1].local + rows[-1].end - rows[-1].start
+            q0, q1 = rows[0].local - before, rows[-1].local + rows[-1].end - rows[-1].start - before
             k0 = theirs[document][0].local
             _add(calls, n, (q0, q1, k0, k0 + seen, q1 - q0))
     return calls
+
+
+def _by_document(pieces: Sequence[Piece]) -> dict[Run, list[Piece]]:
+    found: dict[Run, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(piece.document, []).append(piece)
+    return found
 
 
 def _add(calls: list[list[tuple[int, ...]]], n: int, segment: tuple[int, ...]) -> None:

@@ -231,10 +231,10 @@ class Parallel:
                 raise ParallelError(f"rank {rank} holds a part of another batch than rank 0; shard one batch on all")
         for rank, (_, rows, tokens, _) in enumerate(found):
             layout = shard.layout
-            if tokens != layout.num_tokens(rank) or rows != len(shard.documents):
+            if tokens != layout.num_queries(rank) or rows != len(shard.documents):
                 raise ParallelError(
                     f"rank {rank} was given {rows} rows of {tokens} tokens; its part of the batch is "
-                    f"{len(shard.documents)} of {layout.num_tokens(rank)}"
+                    f"{len(shard.documents)} of {layout.num_queries(rank)}"
                 )
         self._checked = shard
 

@@ -16,7 +16,7 @@ from .strategy import strategies
 class Ring(Pairwise):
     """Every pair is computed where its queries live."""
 
-    layouts = ("head_tail", "per_document", "contiguous")
+    layouts = ("head_tail", "per_document", "contiguous", "chunks")
 
     def schedule(self, num_ranks: int) -> Schedule:
         ranks = range(num_ranks)

@@ -17,7 +17,7 @@ from .strategy import strategies
 class TokenRing(Pairwise):
     """Every pair is computed where its keys live."""
 
-    layouts = ("head_tail", "per_document", "contiguous")
+    layouts = ("head_tail", "per_document", "contiguous", "chunks")
 
     def schedule(self, num_ranks: int) -> Schedule:
         ranks = range(num_ranks)

@@ -40,7 +40,8 @@ class ParallelMixin:
         loss = torch.zeros((), device=self.args.device)
         batches = self.ranks.pool(inputs)
         for n, batch in enumerate(batches):
-            part = self.ranks.shard(batch, num_items=num_items_in_batch)
+            chunks = getattr(self, "chunkwise", None) is not None  # which are cut before ranks share them
+            part = batch if chunks else self.ranks.shard(batch, num_items=num_items_in_batch)
             with self._unsynced(model) if n + 1 < len(batches) else nullcontext():
                 loss += super().training_step(model, part, num_items_in_batch)
         return loss

@@ -26,6 +26,8 @@ class Ulysses(Strategy):
 
     def problem(self, work: Work) -> str | None:
         ranks, heads, kv_heads = work.layout.num_ranks, work.num_heads, work.num_kv_heads
+        if work.layout.name == "chunks":
+            return "it brings whole rows together, of which chunks leave only a part at a time"
         if heads % ranks:
             return f"{ranks} ranks cannot share {heads} query heads evenly"
         if kv_heads % ranks and ranks % kv_heads:

@@ -6,6 +6,8 @@ the diagonal down. Scores are held transposed, keys by queries, so that a sum ov
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,10 +18,26 @@ from ..block_sparse._triton_common import INTERPRETED, LOG2E, _load, _tanh
 REDUCE = {"sum": 0, "mean": 1, "max": 2}
 
 
+class Tiles(NamedTuple):
+    """Keys that stay, queries that walk past them, warps, and how many tiles of queries are on their way."""
+
+    keys: int
+    queries: int
+    num_warps: int
+    num_stages: int
+
+
 def forward(
-    q: Tensor, k: Tensor, lse: Tensor, bounds: Tensor | None, scale: float, softcap: float, reduce: str
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    bounds: Tensor | None,
+    scale: float,
+    softcap: float,
+    reduce: str,
+    tiles: Tiles | None = None,
 ) -> Tensor:
-    """As `reference.forward`."""
+    """As `reference.forward`; `tiles`: others than `tiles_for` says."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     lse = lse.float().contiguous()
     bounds = None if bounds is None else bounds.contiguous()
@@ -28,7 +46,7 @@ def forward(
     one = num_queries == 1  # then the heads of a group are the rows of a tile
     block_d = max(16, triton.next_power_of_2(head_dim))
     major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 8
-    block_n, block_m, num_warps, num_stages = tiles(q.dtype, block_d, major)
+    block_n, block_m, num_warps, num_stages = tiles or tiles_for(q.dtype, block_d, major)
     if one:
         block_m = max(16, triton.next_power_of_2(heads // kv_heads))
     out = torch.zeros((batch, kv_heads, num_keys), dtype=torch.float32, device=q.device)
@@ -171,11 +189,10 @@ def _mass_kernel(
         tl.store(p_out + (i_batch * num_kv_heads + i_kv) * S + k0 + j, mass, j < length)
 
 
-def tiles(dtype: torch.dtype, block_d: int, major: int) -> tuple[int, int, int, int]:
-    """`(keys, queries, warps, stages)` of a tile on a GPU of compute capability `major`. The keys stay; `stages` tiles
-    of queries are on their way."""
+def tiles_for(dtype: torch.dtype, block_d: int, major: int) -> Tiles:
+    """On a GPU of compute capability `major`."""
     if dtype == torch.float32 or block_d > 128:
-        return 64, 32, 4, 2
+        return Tiles(64, 32, 4, 2)
     if major >= 9:
-        return 128, 128, 8, 3  # 128 KiB of shared memory at head dim 128
-    return 128, 64, 4, 2  # 64 KiB, which every GPU from sm_80 on has
+        return Tiles(128, 128, 8, 3)  # 128 KiB of shared memory at head dim 128
+    return Tiles(128, 64, 4, 2)  # 64 KiB, which every GPU from sm_80 on has

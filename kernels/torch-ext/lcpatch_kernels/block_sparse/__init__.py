@@ -47,6 +47,7 @@ def block_sparse(
     bounds: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    bias: Tensor | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query head over the keys that its rule allows; both results are differentiable in q, k and v.
@@ -63,6 +64,8 @@ def block_sparse(
             sequence against keys that lie further back, to be merged by LSE.
         scale: factor of q k^T; default 1 / sqrt(D).
         softcap: scores become softcap * tanh(scores / softcap); None or 0: as they are.
+        bias: fp32 [B, K, S], added to the scores of a key (after the softcap): the log of the tokens it stands for.
+            Inference only, by "triton" and "reference".
         impl: "triton" (a CUDA device, or TRITON_INTERPRET=1), "reference" (plain torch, tile by tile), "sdpa" (dense
             mask, small sizes), "flex" (FlexAttention), or "auto": triton on CUDA, reference on CPU.
 
@@ -80,6 +83,9 @@ def block_sparse(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     softcap = float(softcap or 0.0)
     chosen = choose(impl, q, spec)
+    if bias is not None:
+        _check_bias(bias, k, chosen)
+        return _forward_biased(q, k, v, bounds, bias, spec.to_ints(), scale, softcap, chosen)
     if chosen == "sdpa":
         return dense.attention(q, k, v, spec, bounds, scale, softcap)
     if chosen == "flex":
@@ -216,7 +222,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, spec: BlockSparseSpec, bounds: Tenso
         raise ValueError(f"bounds must be int32 on {q.device}; got {bounds.dtype} on {bounds.device}")
 
 
-# The two ops. `flash_attn` in their names is what selective recomputation policies look for, to keep their results.
+def _check_bias(bias: Tensor, k: Tensor, chosen: str) -> None:
+    if bias.shape != k.shape[:3] or bias.dtype != torch.float32 or bias.device != k.device:
+        raise ValueError(
+            f"bias must be {list(k.shape[:3])} in torch.float32 on {k.device}; got {list(bias.shape)} in {bias.dtype} "
+            f"on {bias.device}"
+        )
+    if chosen not in ("triton", "reference"):
+        raise ValueError(f"impl={chosen!r} takes no bias; use impl='triton' or 'reference'")
+
+
+# The ops. `flash_attn` in their names is what selective recomputation policies look for, to keep their results.
 
 
 @torch.library.custom_op(add_op_namespace_prefix("flash_attn_block_sparse"), mutates_args=())
@@ -236,9 +252,34 @@ def _forward(
 
 @_forward.register_fake
 def _(q, k, v, bounds, spec, scale, softcap, impl):
+    return _empty_results(q)
+
+
+def _empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return out, q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("flash_attn_block_sparse_biased"), mutates_args=())
+def _forward_biased(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor | None,
+    bias: Tensor,
+    spec: Sequence[int],
+    scale: float,
+    softcap: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    bounds = None if bounds is None else bounds.expand(q.shape[0], -1, -1)
+    return _module(impl).forward(q, k, v, BlockSparseSpec.from_ints(spec), bounds, scale, softcap, bias)
+
+
+@_forward_biased.register_fake
+def _(q, k, v, bounds, bias, spec, scale, softcap, impl):
+    return _empty_results(q)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("flash_attn_block_sparse_backward"), mutates_args=())

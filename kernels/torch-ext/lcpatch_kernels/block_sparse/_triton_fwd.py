@@ -73,11 +73,13 @@ def _walk(
     p_v,
     d_k,
     d_v,
+    p_bias,
     stride_ks,
     stride_vs,
     i_batch,
     i_kv,
     k0,
+    S,
     steps,
     rule,
     i_m,
@@ -93,6 +95,7 @@ def _walk(
     HAS_SINK: tl.constexpr,
     HAS_STRIPE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     TMA: tl.constexpr,
     RUNNING: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -108,6 +111,7 @@ def _walk(
 
     # Outside of segments a key past the last row is either not there or finite: the diagonal may go the fast way too.
     FOLD: tl.constexpr = TMA and SEGMENTS == 0
+    SCALED: tl.constexpr = HAS_SOFTCAP or HAS_BIAS  # scores are final before their maximum is taken
     diagonal = steps[2] if FOLD else 0
     # A loop that may run zero times merges its initial accumulator with one still being multiplied into, for which
     # ptxas (C7515) makes every matrix instruction of the kernel wait for the one before: hence the `if`s.
@@ -119,6 +123,8 @@ def _walk(
             v = _load(p_v, o_j * stride_vs, inside, D, BLOCK_D, True, UPCAST)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
             s = cap_out * _tanh(s * cap_in) if HAS_SOFTCAP else s * qk_scale
+            if HAS_BIAS:
+                s += tl.load(p_bias + j, inside, 0.0)[None, :] * 1.4426950408889634
             keep = _keep(rule, i_m[:, None], j[None, :], lo_m[:, None], BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
             s = tl.where(keep & inside[None, :], s, float("-inf"))
             if RUNNING:
@@ -144,19 +150,23 @@ def _walk(
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
             if HAS_SOFTCAP:
                 s = cap_out * _tanh(s * cap_in)
+            if HAS_BIAS:
+                o_b = tl.arange(0, BLOCK_N) if TMA else o_n
+                b = tl.load(p_bias + j0 + o_b, k0 + j0 + o_b < S, 0.0)[None, :] * 1.4426950408889634
+                s = s + b if HAS_SOFTCAP else s * qk_scale + b
             if FOLD:  # noqa: SIM102 (decided when compiled)
                 if t < diagonal:
                     j = j0 + tl.arange(0, BLOCK_N)
                     keep = _keep(rule, i_m[:, None], j[None, :], lo_m[:, None], BLOCK_SIZE, HAS_SINK, HAS_STRIPE)
                     s = tl.where(keep, s, float("-inf"))
             if RUNNING:
-                top_new = tl.maximum(top, tl.max(s, 1) if HAS_SOFTCAP else tl.max(s, 1) * qk_scale)
+                top_new = tl.maximum(top, tl.max(s, 1) if SCALED else tl.max(s, 1) * qk_scale)
                 alpha = tl.exp2(top - top_new)
                 total *= alpha
                 acc *= alpha[:, None]
                 top = top_new
             # Without a softcap one fused multiply-add a score; the running maximum then needs qk_scale > 0.
-            p = tl.exp2(s - top[:, None]) if HAS_SOFTCAP else tl.exp2(s * qk_scale - top[:, None])
+            p = tl.exp2(s - top[:, None]) if SCALED else tl.exp2(s * qk_scale - top[:, None])
             total += tl.sum(p, 1)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return acc, total, top
@@ -171,6 +181,7 @@ def _fwd_kernel(
     p_lse,
     p_bounds,
     p_packs,
+    p_bias,
     d_k,
     d_v,
     stride_qb,
@@ -185,6 +196,7 @@ def _fwd_kernel(
     stride_ob,
     stride_oh,
     stride_ot,
+    stride_bias,
     stride_bounds,
     num_segments,
     num_slots,
@@ -207,6 +219,7 @@ def _fwd_kernel(
     HAS_STRIPE: tl.constexpr,
     HAS_RATIO: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     TMA: tl.constexpr,
     FIXED: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -231,6 +244,9 @@ def _fwd_kernel(
     p_k += i_batch * stride_kb + i_kv * stride_kh + k0.to(tl.int64) * stride_ks
     p_v += i_batch * stride_vb + i_kv * stride_vh + k0.to(tl.int64) * stride_vs
 
+    if HAS_BIAS:
+        p_bias += i_batch * stride_bias + i_kv * S + k0
+
     i_first, i_last = tl.maximum(i0, first), tl.minimum(i0 + BLOCK_M, length) - 1
     steps = _steps(rule, i_first, i_last, num_keys, BLOCK_N, BLOCK_SIZE, HAS_SINK, HAS_STRIPE, GAP)
     fits = 0
@@ -238,10 +254,12 @@ def _fwd_kernel(
         own = _load(p_k, i_m.to(tl.int64) * stride_ks, real, D, BLOCK_D, True, UPCAST)
         own = tl.sum(q.to(tl.float32) * own.to(tl.float32), 1)
         top = cap_out * _tanh(own * cap_in) if HAS_SOFTCAP else own * qk_scale
+        if HAS_BIAS:
+            top += tl.load(p_bias + i_m, real, 0.0) * 1.4426950408889634
         acc, total, top = _walk(
-            q, p_k, p_v, d_k, d_v, stride_ks, stride_vs, i_batch, i_kv, k0, steps, rule, i_m, top,
+            q, p_k, p_v, d_k, d_v, p_bias, stride_ks, stride_vs, i_batch, i_kv, k0, S, steps, rule, i_m, top,
             qk_scale, cap_in, cap_out, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, SEGMENTS,
-            HAS_SINK, HAS_STRIPE, HAS_SOFTCAP, TMA, False, UPCAST,
+            HAS_SINK, HAS_STRIPE, HAS_SOFTCAP, HAS_BIAS, TMA, False, UPCAST,
         )  # fmt: skip
         finite = tl.sum(acc * 0.0, 1) == 0.0
         fits = tl.min(((total < LARGEST) & finite).to(tl.int32), 0)
@@ -252,9 +270,9 @@ def _fwd_kernel(
     if fits == 0:
         top = tl.full([PACK * BLOCK_M], -1e30, tl.float32)  # finite: -inf - -inf would be NaN
         acc, total, top = _walk(
-            q, p_k, p_v, d_k, d_v, stride_ks, stride_vs, i_batch, i_kv, k0, steps, rule, i_m, top,
+            q, p_k, p_v, d_k, d_v, p_bias, stride_ks, stride_vs, i_batch, i_kv, k0, S, steps, rule, i_m, top,
             qk_scale, cap_in, cap_out, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, SEGMENTS,
-            HAS_SINK, HAS_STRIPE, HAS_SOFTCAP, TMA, True, UPCAST,
+            HAS_SINK, HAS_STRIPE, HAS_SOFTCAP, HAS_BIAS, TMA, True, UPCAST,
         )  # fmt: skip
 
     if GAP:  # a row may see nothing

@@ -1,6 +1,6 @@
 """Block-sparse attention in plain torch, tile by tile: the definition that the kernels are judged by.
 
-    scores = softcap(scale * q k^T)  over the keys that a row's `Rule` allows
+    scores = softcap(scale * q k^T)  over the keys that a row's `Rule` allows, each with its bias added, if there is one
     lse    = logsumexp(scores)       natural logarithm
     out    = softmax(scores) v
 
@@ -124,7 +124,14 @@ def _keys_and_mask(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, spec: BlockSparseSpec, bounds: Tensor | None, scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: BlockSparseSpec,
+    bounds: Tensor | None,
+    scale: float,
+    softcap: float,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(out [B, H, T, D], lse [B, H, T])`; rows that see nothing are 0 and -inf."""
     dtype = _math_dtype(q)
@@ -134,6 +141,8 @@ def forward(
         q_t = q[t.row, t.heads, t.rows].to(dtype)
         k_t, v_t = (x[t.row, t.kv_head, t.keys].to(dtype) for x in (k, v))
         scores, _ = _scores(q_t, k_t, t.allowed, scale, softcap)
+        if bias is not None:
+            scores = scores + bias[t.row, t.kv_head, t.keys].to(dtype)
         lse_t = scores.logsumexp(-1)
         lse[t.row, t.heads, t.rows] = lse_t
         out[t.row, t.heads, t.rows] = (_probabilities(scores, lse_t) @ v_t).to(q.dtype)

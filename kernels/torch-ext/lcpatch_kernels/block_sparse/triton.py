@@ -110,10 +110,17 @@ def sink_tiles(dtype: torch.dtype | None, head_dim: int, sinks: int) -> Config:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, spec: BlockSparseSpec, bounds: Tensor | None, scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: BlockSparseSpec,
+    bounds: Tensor | None,
+    scale: float,
+    softcap: float,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(out [B, H, T, D], lse [B, H, T])`; rows that see nothing are 0 and -inf."""
-    return launch_forward(q, k, v, spec, bounds, scale, softcap)
+    return launch_forward(q, k, v, spec, bounds, scale, softcap, bias)
 
 
 def backward(
@@ -144,6 +151,7 @@ def launch_forward(
     bounds: Tensor | None,
     scale: float,
     softcap: float,
+    bias: Tensor | None = None,
     tiles: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`forward` with its tiles as an argument, for the tuner."""
@@ -160,17 +168,19 @@ def launch_forward(
     if not out.numel():
         return out, lse
     tiles = tiles or _config("fwd", q, k, spec)
+    bias = None if bias is None else bias.contiguous()
     has_gap = bounds is not None and bounds.shape[2] == 5  # then a row need not have a key of its own
     table = pack_table(spec, k.shape[1], tiles.pack, q.device)
     num_slots = _query_slots(bounds, num_queries, num_keys, tiles.block_m)
     boxes = _key_boxes(k, v, spec, table, tiles, scale)
     with _on(q):
         _fwd_kernel[(num_slots * table.num_packs * batch,)](
-            q, k, v, out, lse, bounds, table.packs, *boxes,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            q, k, v, out, lse, bounds, table.packs, bias, *boxes,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], 0 if bias is None else bias.stride(0),
             *_segment_args(bounds), num_slots, table.num_packs, heads, num_queries, num_keys,
             *_scales(scale, softcap),
-            PACK=tiles.pack, TMA=boxes[0] is not None, FIXED=q.dtype != torch.float16 and not has_gap,
+            HAS_BIAS=bias is not None, PACK=tiles.pack, TMA=boxes[0] is not None,
+            FIXED=q.dtype != torch.float16 and not has_gap,
             **_constants(q, spec, bounds, softcap, table, tiles),
         )  # fmt: skip
     return out, lse

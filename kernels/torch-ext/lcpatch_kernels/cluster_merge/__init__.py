@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from .._impl import Impl, choose
 from .._ops import add_op_namespace_prefix
-from ..block_sparse import TRITON_DTYPES, TRITON_MAX_HEAD_DIM, has_triton, interpreting
 
 __all__ = ["MergeImpl", "cluster_merge", "num_merged"]
 
-MergeImpl = Literal["auto", "triton", "reference"]
+MergeImpl = Impl
 TRITON_MAX_CHUNK = 256  # a program holds the chunk's chunk / 2 x chunk / 2 similarities in registers
 TRITON_MAX_BYTES = 64 << 10  # and its keys in shared memory, of which sm_86 has 99 KiB
 
@@ -58,30 +57,14 @@ def cluster_merge(
     """
     merges = chunk // 2 if merges is None else merges
     _check(k, v, size, chunk, merges)
-    return _merge(k, v, size, chunk, merges, weighted, _choose(impl, k, chunk))
+    most = _largest_chunk(k)
+    problem = None if chunk <= most else f"chunks of {chunk} where at most {most} fit"
+    return _merge(k, v, size, chunk, merges, weighted, choose(impl, k, problem))
 
 
 def num_merged(size: int, chunk: int, merges: int) -> int:
     """How many of `size` slots a pass with these options gives up."""
     return size // chunk * merges + size % chunk * merges // chunk
-
-
-def _choose(impl: str, k: Tensor, chunk: int) -> str:
-    if impl not in get_args(MergeImpl):
-        raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, get_args(MergeImpl)))}")
-    largest = _largest_chunk(k)
-    fits = k.dtype in TRITON_DTYPES and k.shape[-1] <= TRITON_MAX_HEAD_DIM and chunk <= largest
-    if impl == "auto":
-        return "triton" if k.is_cuda and has_triton() and fits else "reference"
-    if impl == "triton":
-        if not has_triton():
-            raise ImportError("impl='triton' needs triton, which is not installed: pip install triton")
-        if not (k.is_cuda or interpreting()) or not fits:
-            raise ValueError(
-                f"impl='triton' cannot run {k.dtype} with head dim {k.shape[-1]} and chunks of {chunk} on "
-                f"{k.device.type} (at most {TRITON_MAX_HEAD_DIM} and {largest}); use impl='auto'"
-            )
-    return impl
 
 
 def _largest_chunk(k: Tensor) -> int:

@@ -33,8 +33,9 @@ def sparse_decode(
     v_scale: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    return_scores: bool = False,
     impl: DecodeImpl = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Attention of the newest token of each row. Inference only.
 
     Lengths are tensors, so a CUDA graph replays at any length.
@@ -53,11 +54,13 @@ def sparse_decode(
         bias: fp32 [B, K, S], added to the scores of a key (after the softcap): the log of the tokens it stands for.
         k_scale, v_scale: [B, K, S], what a quantised key or value is multiplied by.
         scale, softcap: as in `block_sparse`.
+        return_scores: also return what the softmax is taken of.
         impl: "triton" (a CUDA device, or TRITON_INTERPRET=1), "reference", or "auto".
 
     Returns:
         `(out, lse)`: [B, H, 1, D] in q's dtype and [B, H, 1] in fp32 (float64 for float64); rows without keys get
-        0 and -inf.
+        0 and -inf. With `return_scores` also the scores [B, H, S] in lse's dtype, bias and softcap included, -inf where
+        a head does not attend: exp(scores - lse) are the probabilities, for which keys are not read again.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or an `impl` that cannot run this.
@@ -71,7 +74,8 @@ def sparse_decode(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     flat = [] if spec is None else spec.to_ints()
     lists = (bounds, slots, num_keys, page_size, bias, k_scale, v_scale)
-    return _forward(q, k, v, flat, *lists, scale, float(softcap or 0.0), choose(impl, q))
+    out, lse, scores = _forward(q, k, v, flat, *lists, scale, float(softcap or 0.0), return_scores, choose(impl, q))
+    return (out, lse, scores) if return_scores else (out, lse)
 
 
 def _check(
@@ -142,17 +146,20 @@ def _forward(
     v_scale: Tensor | None,
     scale: float,
     softcap: float,
+    return_scores: bool,
     impl: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     pattern = BlockSparseSpec.from_ints(spec) if spec else None
     lists = (bounds, slots, num_keys, page_size, bias, k_scale, v_scale)
-    return _module(impl).forward(q, k, v, pattern, *lists, scale, softcap)
+    out, lse, scores = _module(impl).forward(q, k, v, pattern, *lists, scale, softcap, return_scores)
+    return out, lse, lse.new_empty(0) if scores is None else scores
 
 
 @_forward.register_fake
-def _(q, k, v, spec, bounds, slots, num_keys, page_size, bias, k_scale, v_scale, scale, softcap, impl):
+def _(q, k, v, spec, bounds, slots, num_keys, page_size, bias, k_scale, v_scale, scale, softcap, return_scores, impl):
     out = q.new_empty(q.shape[0], 1, q.shape[1], q.shape[3]).transpose(1, 2)
-    return out, q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return out, lse, lse.new_empty((*q.shape[:2], k.shape[2]) if return_scores else 0)
 
 
 def _module(impl: str) -> ModuleType:

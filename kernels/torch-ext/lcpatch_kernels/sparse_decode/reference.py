@@ -30,11 +30,13 @@ def forward(
     v_scale: Tensor | None,
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """`(out [B, H, 1, D], lse [B, H, 1])`; rows without keys are 0 and -inf."""
+    return_scores: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(out [B, H, 1, D], lse [B, H, 1], scores [B, H, S] or None)`; rows without keys are 0 and -inf."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_zeros(q.shape[0], 1, q.shape[1], q.shape[3]).transpose(1, 2)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
+    every = lse.expand(-1, -1, k.shape[2]).clone() if return_scores else None
     if spec is not None:
         rows = _by_rule(k, spec, bounds)
     else:
@@ -53,9 +55,11 @@ def forward(
             scores = softcap * (scores / softcap).tanh()
         if bias is not None:
             scores = scores + bias[row, kv_head, keys].to(dtype)
+        if every is not None:
+            every[row, heads, keys] = scores
         lse[row, heads, 0] = scores.logsumexp(-1)
         out[row, heads, 0] = (scores.softmax(-1) @ v_t).to(q.dtype)
-    return out, lse
+    return out, lse, every
 
 
 def _by_rule(k: Tensor, spec: BlockSparseSpec, bounds: Tensor | None) -> Iterator[tuple[int, slice, int, Tensor]]:

@@ -31,7 +31,7 @@ from ..block_sparse._triton_common import (
 )
 from ..block_sparse.spec import DENSE, BlockSparseSpec
 
-BLOCK_N = 64
+BLOCK_N = 64  # keys of a tile, up to 256 bytes each; fewer of wider ones, so that three tiles fit 99 KiB (sm_86)
 PROGRAMS_PER_SM = 4  # enough loads in flight to fill the memory pipe, few enough that merging costs nothing
 MAX_SPLITS = 64
 
@@ -50,10 +50,11 @@ def forward(
     v_scale: Tensor | None,
     scale: float,
     softcap: float,
+    return_scores: bool = False,
     splits: int | None = None,
     num_warps: int = 4,
     num_stages: int = 3,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `reference.forward`; `splits`, `num_warps` and `num_stages` are for the tuner."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     bounds, slots, num_keys, bias, k_scale, v_scale = (
@@ -66,18 +67,20 @@ def forward(
     table = pack_table(pattern, num_kv_heads, pack, q.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
     most_keys = _most_keys(pattern, size) if slots is None else slots.shape[2] * page_size
+    block_n = tile_keys(block_d, k.element_size())
     splits = splits or _splits(batch * table.num_packs, most_keys, q)
     out = q.new_empty(batch, 1, heads, head_dim).transpose(1, 2)
     lse = torch.empty((batch, heads, 1), dtype=torch.float32, device=q.device)
     part_out = torch.empty((splits, batch, heads, head_dim), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((splits, batch, heads), dtype=torch.float32, device=q.device)
+    scores = torch.full((batch, heads, size), -torch.inf, device=q.device) if return_scores else None
     with torch.cuda.device_of(q):
         _decode_kernel[(splits, table.num_packs, batch)](
-            q, k, v, part_out, part_lse, table.packs, bounds, slots, num_keys, bias, k_scale, v_scale,
+            q, k, v, part_out, part_lse, scores, table.packs, bounds, slots, num_keys, bias, k_scale, v_scale,
             *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
             num_kv_heads, heads, size, 0 if slots is None else slots.shape[2], batch,
             scale * LOG2E, 2 * LOG2E * scale / softcap if softcap else 0.0, softcap * LOG2E,
-            D=head_dim, BLOCK_D=block_d, PACK=pack, BLOCK_N=BLOCK_N, PAGE=page_size,
+            D=head_dim, BLOCK_D=block_d, PACK=pack, BLOCK_N=block_n, PAGE=page_size,
             BLOCK_SIZE=pattern.block_size if table.flags["HAS_STRIPE"] else 1,
             HAS_SOFTCAP=softcap != 0, UPCAST=INTERPRETED and q.dtype != torch.float32,
             num_warps=num_warps, num_stages=num_stages, **table.flags,
@@ -86,7 +89,7 @@ def forward(
             part_out, part_lse, out, lse, batch, heads, *out.stride()[:2],
             D=head_dim, BLOCK_D=block_d, SPLITS=splits, num_warps=4,
         )  # fmt: skip
-    return out, lse
+    return out, lse, scores
 
 
 @triton.jit
@@ -100,6 +103,8 @@ def _absorb(
     p_bias,
     p_k_scale,
     p_v_scale,
+    p_scores,
+    real,
     stride_k,
     stride_v,
     scales,
@@ -109,7 +114,7 @@ def _absorb(
     HAS_SOFTCAP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Take the keys `j` into the online softmax (acc, total, top) of the pack's heads; base-2 scores."""
+    """Take the keys `j` into the online softmax (acc, total, top) of the pack's `real` heads; base-2 scores."""
     acc, total, top = state
     o_j = j.to(tl.int64)
     k = _load(p_k, o_j * stride_k, inside, D, BLOCK_D, MASKED, UPCAST)
@@ -120,6 +125,8 @@ def _absorb(
     s = scales[2] * _tanh(s * scales[1]) if HAS_SOFTCAP else s * scales[0]
     if p_bias is not None:
         s += tl.load(p_bias + o_j, inside, 0.0)[None, :] * 1.4426950408889634
+    if p_scores is not None:
+        tl.store(p_scores[:, None] + o_j[None, :], s * 0.6931471805599453, real[:, None] & inside[None, :])
     if MASKED:
         s = tl.where(inside[None, :], s, float("-inf"))
     top_new = tl.maximum(top, tl.max(s, 1))
@@ -140,6 +147,7 @@ def _decode_kernel(
     p_v,
     p_part_out,
     p_part_lse,
+    p_scores,
     p_packs,
     p_bounds,
     p_slots,
@@ -193,6 +201,7 @@ def _decode_kernel(
     b_bias = p_bias if p_bias is None else p_bias + row
     b_k_scale = p_k_scale if p_k_scale is None else p_k_scale + row
     b_v_scale = p_v_scale if p_v_scale is None else p_v_scale + row
+    b_scores = p_scores if p_scores is None else p_scores + (i_batch * H + head) * S + k0
     scales = (qk_scale, cap_in, cap_out)
     acc = tl.zeros([PACK, BLOCK_D], tl.float32)
     total = tl.zeros([PACK], tl.float32)
@@ -211,7 +220,7 @@ def _decode_kernel(
             inside = (n < count) & (page >= 0)
             acc, total, top = _absorb(
                 (acc, total, top), q, p_k, p_v, page * PAGE + n % PAGE, inside, b_bias, b_k_scale, b_v_scale,
-                stride_ks, stride_vs, scales, D, BLOCK_D, True, HAS_SOFTCAP, UPCAST,
+                b_scores, real, stride_ks, stride_vs, scales, D, BLOCK_D, True, HAS_SOFTCAP, UPCAST,
             )  # fmt: skip
     else:
         length = tl.maximum(k1 - k0, 0)
@@ -224,7 +233,7 @@ def _decode_kernel(
             j0, o_j = _full_keys(steps, rule, t, BLOCK_N, BLOCK_SIZE, HAS_STRIPE)
             acc, total, top = _absorb(
                 (acc, total, top), q, p_k, p_v, j0 + o_j, o_n >= 0, b_bias, b_k_scale, b_v_scale,
-                stride_ks, stride_vs, scales, D, BLOCK_D, False, HAS_SOFTCAP, UPCAST,
+                b_scores, real, stride_ks, stride_vs, scales, D, BLOCK_D, False, HAS_SOFTCAP, UPCAST,
             )  # fmt: skip
         for t in range(tl.maximum(begin, steps[1]) - steps[1], end - steps[1]):
             j, inside = _masked_keys(steps, rule, t, BLOCK_N, BLOCK_SIZE, HAS_STRIPE)
@@ -232,7 +241,7 @@ def _decode_kernel(
             inside = inside & (j <= i) & (j >= lowest)
             acc, total, top = _absorb(
                 (acc, total, top), q, p_k, p_v, j, inside, b_bias, b_k_scale, b_v_scale,
-                stride_ks, stride_vs, scales, D, BLOCK_D, True, HAS_SOFTCAP, UPCAST,
+                b_scores, real, stride_ks, stride_vs, scales, D, BLOCK_D, True, HAS_SOFTCAP, UPCAST,
             )  # fmt: skip
 
     part = (i_split.to(tl.int64) * B + i_batch) * H + head
@@ -273,6 +282,11 @@ def _merge_kernel(
     out = tl.sum(x * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(p_out + i_batch * stride_ob + i_head * stride_oh + o_d, out.to(p_out.dtype.element_ty), o_d < D)
     tl.store(p_lse + i_batch * H + i_head, (top + tl.log2(total)) * 0.6931471805599453)
+
+
+def tile_keys(block_d: int, num_bytes: int) -> int:
+    """Keys of a tile whose rows are `block_d` elements of `num_bytes`."""
+    return min(BLOCK_N, max(16, BLOCK_N * 256 // (block_d * num_bytes)))
 
 
 @lru_cache(maxsize=64)
