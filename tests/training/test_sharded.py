@@ -42,7 +42,7 @@ class Runs:
         output = self.folder / name
         if not (output / "model").is_dir():
             command = [*launch, *RECIPE, "--model", str(self.base), "--output", str(output), *more]
-            finished(command, environment(self.folder))
+            finished(command, environment(self.folder, CUDA_VISIBLE_DEVICES=""))  # gloo, wherever this runs
         return output
 
 
