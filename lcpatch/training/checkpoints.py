@@ -80,9 +80,14 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was written after."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def disk_full(error: OSError, folder: Path, step: int) -> TrainingError:
     """What to tell a user whose checkpoint could not be written."""
-    kept = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    kept = sorted(folder.glob("checkpoint-*"), key=step_of)
     has = f"the last whole one is {kept[-1]}" if kept else "there is none yet"
     return TrainingError(
         f"the checkpoint of step {step} could not be written ({error.strerror or error}); nothing half-written was "

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from ..hf.demo_model import cache_folder
 from . import encode, lora, rows, tokens
-from .checkpoints import arriving, claim
+from .checkpoints import arriving, claim, step_of
 from .config import TrainConfig
 from .model import checkpointing_settings, dtype_of, enable_inputs, load_model, load_tokenizer
 from .sources import sources
@@ -73,6 +73,10 @@ def train(config: TrainConfig, save: Save | None) -> Result:
     output = Path(config.output).expanduser()
     with state.main_process_first():
         checkpoint = claim(output, _record(config, train_rows), config.resume if state.is_main_process else "auto")
+    if checkpoint is not None and step_of(checkpoint) >= config.steps and (output / "model").is_dir():
+        raise ValueError(
+            f"{output} holds this run, finished after {config.steps} steps: take another --output for another"
+        )
     set_seed(config.seed)
     model = load_model(config)
     stop = StopOnSignal()
@@ -93,7 +97,10 @@ def train(config: TrainConfig, save: Save | None) -> Result:
         )
         if config.context_parallel > 1:
             trainer.ranks = stack.enter_context(parallelize(model, group, config.parallel))
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is not None and step_of(checkpoint) >= config.steps:
+            trainer.take(checkpoint)  # all steps were taken, but the run ended before its model was written
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finished = trainer.state.global_step >= config.steps
         metrics = trainer.evaluate() if finished and eval_rows is not None else {}
     model = trainer.whole(partial(load_model, config))

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..core.errors import TrainingError
@@ -155,6 +156,20 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_sinks(self.model, Path(resume_from_checkpoint))
+
+    def take(self, checkpoint: Path) -> None:
+        """Stand where a finished run stood, without the one more step that `train` takes.
+
+        Raises:
+            TrainingError: weights are in pieces, which only `train` puts together.
+        """
+        if self.in_pieces:
+            raise TrainingError(
+                f"{checkpoint} is of the last step, but its model was not written: run the same command on one process "
+                "without FSDP or DeepSpeed, or delete that checkpoint and take its steps again"
+            )
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 class StopOnSignal(TrainerCallback):

@@ -226,6 +226,21 @@ def test_a_stopped_run_goes_on_exactly(trained, base, tmp_path: Path, interrupt,
     assert rest.metrics["eval_dense_loss"] == whole.metrics["eval_dense_loss"]
 
 
+def test_a_finished_run_takes_no_further_step(base, tmp_path: Path):
+    """Run again it is refused; where its model is missing, that is written from the last checkpoint."""
+    settings = SETTINGS["sinklora"] | {"steps": 4, "save_every": 4}
+    whole = run(base, tmp_path, **settings)
+    with pytest.raises(ValueError, match="finished after 4 steps: take another --output"):
+        run(base, tmp_path, **settings)
+    shutil.rmtree(tmp_path / "model")
+    again = run(base, tmp_path, **settings)
+    assert (again.finished, again.step, again.losses) == (True, 4, [])
+    a, b = (dict(r.model.named_parameters()) for r in (whole, again))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert again.metrics["eval_dense_loss"] == whole.metrics["eval_dense_loss"]
+    assert (tmp_path / "model").is_dir()
+
+
 def test_a_run_with_another_config_is_refused(trained, base, monkeypatch):
     _, output = trained["longlora"]
     before = sorted(output.rglob("*"))
