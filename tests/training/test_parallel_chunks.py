@@ -184,7 +184,7 @@ def test_nothing_else_grows_inside_a_rank(group):
         chunked_backward(model, {"input_ids": tokens(1, length), "labels": tokens(1, length)}, 32)
 
     with parallelize(model, strategy="tokenring"):
-        assert 2 <= slope(run) < 3
+        assert 1.9 < slope(run) < 3  # two are the buffers; what is beside them at the peak varies a little
     lcpatch.apply(model, "sf", **SHORT["sf"])
     with parallelize(model, strategy="halo"):
-        assert 2 <= slope(run) < 2.1  # what a pattern's rows see does not grow, so neither does what they are brought
+        assert 1.9 < slope(run) < 2.1  # what a pattern's rows see does not grow, so neither does what they are brought
