@@ -73,10 +73,6 @@ def train(config: TrainConfig, save: Save | None) -> Result:
     output = Path(config.output).expanduser()
     with state.main_process_first():
         checkpoint = claim(output, _record(config, train_rows), config.resume if state.is_main_process else "auto")
-    if checkpoint is not None and step_of(checkpoint) >= config.steps and (output / "model").is_dir():
-        raise ValueError(
-            f"{output} holds this run, finished after {config.steps} steps: take another --output for another"
-        )
     set_seed(config.seed)
     model = load_model(config)
     stop = StopOnSignal()
@@ -98,7 +94,7 @@ def train(config: TrainConfig, save: Save | None) -> Result:
         if config.context_parallel > 1:
             trainer.ranks = stack.enter_context(parallelize(model, group, config.parallel))
         if checkpoint is not None and step_of(checkpoint) >= config.steps:
-            trainer.take(checkpoint)  # all steps were taken, but the run ended before its model was written
+            trainer.take(checkpoint)  # all steps were taken: the model is evaluated and written as it is
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finished = trainer.state.global_step >= config.steps

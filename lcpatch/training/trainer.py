@@ -165,8 +165,8 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
         """
         if self.in_pieces:
             raise TrainingError(
-                f"{checkpoint} is of the last step, but its model was not written: run the same command on one process "
-                "without FSDP or DeepSpeed, or delete that checkpoint and take its steps again"
+                f"{checkpoint} is of the last step, so nothing is left to train. Should its model be missing, run the "
+                "same command on one process without FSDP or DeepSpeed"
             )
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
