@@ -103,7 +103,7 @@ def _launcher(kernel: str, pattern: str, shape: Shape, length: int) -> Callable[
         lse = torch.full(q.shape[:3], shape.head_dim**0.5, device=q.device)
         return lambda t: mass.forward(q, k, lse, None, scale, 0.0, "sum", mass.Tiles(t[2], t[0], *t[3:]))
     if kernel == "fwd":
-        return lambda tiles: kernels.launch_forward(q, k, v, spec, None, scale, 0.0, tiles=kernels.Config(*tiles))
+        return lambda tiles: kernels.forward(q, k, v, spec, None, scale, 0.0, tiles=kernels.Config(*tiles))
     out, lse = kernels.forward(q, k, v, spec, None, scale, 0.0)
     grad = torch.randn_like(out)
     terms = kernels.launch_terms(grad, None, out, lse)

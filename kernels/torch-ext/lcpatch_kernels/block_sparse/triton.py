@@ -118,43 +118,9 @@ def forward(
     scale: float,
     softcap: float,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`(out [B, H, T, D], lse [B, H, T])`; rows that see nothing are 0 and -inf."""
-    return launch_forward(q, k, v, spec, bounds, scale, softcap, bias)
-
-
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    spec: BlockSparseSpec,
-    bounds: Tensor | None,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(dq, dk, dv)` in the inputs' dtypes, summed in fp32."""
-    grad_out, q, k, v, out = (_rows_contiguous(x) for x in (grad_out, q, k, v, out))
-    terms = launch_terms(grad_out, grad_lse, out, lse, _copies(bounds, q.shape[2], k.shape[2]))
-    args = (grad_out, q, k, v, terms, spec, bounds, scale, softcap)
-    return launch_dq(*args), *launch_dkdv(*args)
-
-
-def launch_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spec: BlockSparseSpec,
-    bounds: Tensor | None,
-    scale: float,
-    softcap: float,
-    bias: Tensor | None = None,
     tiles: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`forward` with its tiles as an argument, for the tuner."""
+    """`(out [B, H, T, D], lse [B, H, T])`; rows that see nothing are 0 and -inf. `tiles`: for the tuner."""
     q, k, v, bounds = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v), _bounds(bounds)
     if scale < 0:  # the kernel takes the maximum before it scales
         q, scale = -q, -scale
@@ -184,6 +150,26 @@ def launch_forward(
             **_constants(q, spec, bounds, softcap, table, tiles),
         )  # fmt: skip
     return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spec: BlockSparseSpec,
+    bounds: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(dq, dk, dv)` in the inputs' dtypes, summed in fp32."""
+    grad_out, q, k, v, out = (_rows_contiguous(x) for x in (grad_out, q, k, v, out))
+    terms = launch_terms(grad_out, grad_lse, out, lse, _copies(bounds, q.shape[2], k.shape[2]))
+    args = (grad_out, q, k, v, terms, spec, bounds, scale, softcap)
+    return launch_dq(*args), *launch_dkdv(*args)
 
 
 def _copies(bounds: Tensor | None, num_queries: int, num_keys: int) -> int:
