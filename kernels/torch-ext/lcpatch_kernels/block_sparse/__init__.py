@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .._check import check_tensor
 from .._ops import add_op_namespace_prefix
 from . import dense, reference
 from .spec import DENSE, UNBOUNDED, BlockSparseSpec, Pack, Rule
@@ -84,7 +85,9 @@ def block_sparse(
     softcap = float(softcap or 0.0)
     chosen = choose(impl, q, spec)
     if bias is not None:
-        _check_bias(bias, k, chosen)
+        check_tensor("bias", bias, k.shape[:3], torch.float32, k.device)
+        if chosen not in ("triton", "reference"):
+            raise ValueError(f"impl={chosen!r} takes no bias; use impl='triton' or 'reference'")
         return _forward_biased(q, k, v, bounds, bias, spec.to_ints(), scale, softcap, chosen)
     if chosen == "sdpa":
         return dense.attention(q, k, v, spec, bounds, scale, softcap)
@@ -220,16 +223,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, spec: BlockSparseSpec, bounds: Tenso
         raise ValueError(f"bounds must be [{q.shape[0]} or 1, N, 4 or 5]; got {list(bounds.shape)}")
     elif bounds.dtype != torch.int32 or bounds.device != q.device:
         raise ValueError(f"bounds must be int32 on {q.device}; got {bounds.dtype} on {bounds.device}")
-
-
-def _check_bias(bias: Tensor, k: Tensor, chosen: str) -> None:
-    if bias.shape != k.shape[:3] or bias.dtype != torch.float32 or bias.device != k.device:
-        raise ValueError(
-            f"bias must be {list(k.shape[:3])} in torch.float32 on {k.device}; got {list(bias.shape)} in {bias.dtype} "
-            f"on {bias.device}"
-        )
-    if chosen not in ("triton", "reference"):
-        raise ValueError(f"impl={chosen!r} takes no bias; use impl='triton' or 'reference'")
 
 
 # The ops. `flash_attn` in their names is what selective recomputation policies look for, to keep their results.

@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .._check import check_tensor
 from .._impl import Impl, choose
 from .._ops import add_op_namespace_prefix
 
@@ -79,11 +80,8 @@ def _check(k: Tensor, v: Tensor, size: Tensor, chunk: int, merges: int) -> None:
             f"k and v [B, K, S, D] of one floating dtype are wanted; got {list(k.shape)} {k.dtype}, {list(v.shape)} "
             f"{v.dtype}"
         )
-    if size.shape != k.shape[:3] or size.dtype != torch.float32 or not size.device == k.device == v.device:
-        raise ValueError(
-            f"size must be {list(k.shape[:3])} in torch.float32 on {k.device}; got {list(size.shape)} in {size.dtype} "
-            f"on {size.device}"
-        )
+    check_tensor("v", v, k.shape, k.dtype, k.device)
+    check_tensor("size", size, k.shape[:3], torch.float32, k.device)
     if chunk < 2 or chunk % 2:
         raise ValueError(f"chunk={chunk} must be even and at least 2: its slots take turns as a and b")
     if not 0 <= merges <= chunk // 2:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .._check import check_tensor
 from .._impl import Impl, choose
 from .._ops import add_op_namespace_prefix
 
@@ -44,7 +45,7 @@ def page_bounds(
     if page_size < 1:
         raise ValueError(f"page_size={page_size} must be at least 1")
     if bounds is not None:
-        _check_like("bounds", bounds, (k.shape[0], 2), torch.int32, k.device)
+        check_tensor("bounds", bounds, (k.shape[0], 2), torch.int32, k.device)
     return _bounds(k, page_size, bounds, choose(impl, k))
 
 
@@ -77,19 +78,12 @@ def page_scores(
         )
     if (q.shape[0], q.shape[3]) != (low.shape[0], low.shape[3]) or q.shape[1] % low.shape[1]:
         raise ValueError(f"q {list(q.shape)} and pages {list(low.shape)} do not fit together")
-    _check_like("low", low, low.shape, q.dtype, q.device)
+    check_tensor("low", low, low.shape, q.dtype, q.device)
     if high is not None:
-        _check_like("high", high, low.shape, q.dtype, q.device)
+        check_tensor("high", high, low.shape, q.dtype, q.device)
     if kind not in get_args(Kind):
         raise ValueError(f"kind={kind!r} is not one of {', '.join(map(repr, get_args(Kind)))}")
     return _scores(q, low, high, kind == "lower", choose(impl, q))
-
-
-def _check_like(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    if tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != device:
-        raise ValueError(
-            f"{name} must be {list(shape)} in {dtype} on {device}; got {list(x.shape)} in {x.dtype} on {x.device}"
-        )
 
 
 @torch.library.custom_op(add_op_namespace_prefix("page_bounds"), mutates_args=())

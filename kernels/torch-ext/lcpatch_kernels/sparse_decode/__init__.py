@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .._check import check_tensor
 from .._impl import Impl, choose
 from .._ops import add_op_namespace_prefix
 from ..block_sparse.spec import DENSE, BlockSparseSpec
@@ -121,14 +122,8 @@ def _check(
         "v_scale": (v_scale, (batch, num_kv_heads, size), None),
     }
     for name, (tensor, shape, dtype) in wanted.items():
-        if tensor is None:
-            continue
-        fits = tensor.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
-        if not fits or dtype not in (None, tensor.dtype) or tensor.device != q.device:
-            raise ValueError(
-                f"{name} must be {list(shape)}{'' if dtype is None else f' in {dtype}'} on {q.device}; "
-                f"got {list(tensor.shape)} in {tensor.dtype} on {tensor.device}"
-            )
+        if tensor is not None:
+            check_tensor(name, tensor, shape, dtype, q.device)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("flash_attn_sparse_decode"), mutates_args=())
