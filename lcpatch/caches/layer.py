@@ -277,15 +277,14 @@ class LongCache(Cache):
         Raises:
             RuntimeError: what is held was written under `torch.inference_mode`, and this step is outside of it.
         """
-        if torch.compiler.is_compiling():  # dynamo cannot ask; the steps before have
-            pass
-        elif torch.is_inference_mode_enabled():
-            self._inference = True
-        elif self._inference:
-            raise RuntimeError(
-                f"{type(self).__name__}: it was filled under torch.inference_mode(), where torch makes tensors that "
-                "cannot be changed outside: go on under torch.inference_mode(), or fill it under torch.no_grad()"
-            )
+        if not torch.compiler.is_compiling():  # dynamo cannot ask; the steps before have
+            inference = torch.is_inference_mode_enabled()
+            if self._inference and not inference:
+                raise RuntimeError(
+                    f"{type(self).__name__}: it was filled under torch.inference_mode(), whose tensors cannot be "
+                    "changed outside: go on under torch.inference_mode(), or fill it under torch.no_grad()"
+                )
+            self._inference = inference
         return super().update(*args, **kwargs)
 
     def reset(self) -> None:

@@ -20,6 +20,13 @@ A reader that knows them leaves it aside."""
 MAX_PREFIX = 256
 """Prefix sinks of a layer: far more than papers use (1 to 8), and few enough that a file may ask for them."""
 
+SINKS: dict[str, dict[str, float]] = {
+    "tokens": {"count": 4},
+    "logit": {"start": -15.0},
+    "prefix": {"count": 4, "start": -8.0},
+}
+"""Kinds of sinks, and the numbers that may follow a kind's name, in order, with their defaults."""
+
 Mode = Literal["train", "always", "never"]
 
 
@@ -149,15 +156,12 @@ def parse_sinks(sinks: str | None) -> Sinks | None:
         numbers = [float(value) for value in values]
     except ValueError:
         numbers = [math.nan]
-    counts = numbers[: kind != "logit"]
-    whole = all(n >= 1 and n % 1 == 0 for n in counts)
-    few = kind != "prefix" or all(n <= MAX_PREFIX for n in counts)
-    limit = {"tokens": 1, "logit": 1, "prefix": 2}.get(kind, -1)
-    if len(numbers) > limit or not all(map(math.isfinite, numbers)) or not whole or not few:
+    given = SINKS.get(kind, {}) | dict(zip(SINKS.get(kind, ()), numbers, strict=False))
+    count = given.get("count", 1)
+    known = kind in SINKS and len(numbers) <= len(SINKS[kind]) and all(map(math.isfinite, numbers))
+    if not known or count < 1 or count % 1 or (kind == "prefix" and count > MAX_PREFIX):
         raise ValueError(
             f"sinks={sinks!r} must be 'tokens', 'tokens:N' (N >= 1), 'logit', 'logit:START', 'prefix', 'prefix:N' "
             f"(N from 1 to {MAX_PREFIX}) or 'prefix:N:START'"
         )
-    if kind == "logit":
-        return Sinks(kind, start=[*numbers, -15.0][0])
-    return Sinks(kind, int([*counts, 4][0]), [*numbers[1:], -8.0][0])
+    return Sinks(kind, int(count), given.get("start", 0.0))
