@@ -95,7 +95,7 @@ def _keep(args: argparse.Namespace) -> Callable[[dict[str, Any]], None]:
 
     earlier = None
     if args.out and getattr(args, "append", False) and args.out.exists():
-        earlier = json.loads(args.out.read_text(encoding="utf-8"))
+        earlier = _read(args.out)
         measure.with_earlier(measure.environment(args.commit), earlier)  # refused before anything is measured
 
     def keep(result: dict[str, Any]) -> None:
@@ -103,6 +103,13 @@ def _keep(args: argparse.Namespace) -> Callable[[dict[str, Any]], None]:
             measure.write(measure.with_earlier(result, earlier) if earlier else result, args.out)
 
     return keep
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a result of `lcpatch bench`: {error}") from error
 
 
 def _cases_and_shape(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
@@ -197,10 +204,7 @@ def _tables(args: argparse.Namespace) -> int:
         kind = path.name.split("-")[0]
         if kind not in tables.KINDS:
             raise ValueError(f"{path}: its name must start with its kind, one of {', '.join(tables.KINDS)}")
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not a result of `lcpatch bench`: {error}") from error
+        result = _read(path)
         text = f"{table(*tables.KINDS[kind](result))}\n\n{tables.provenance(result)}"
         if args.write:
             args.write.write_text(with_block(args.write, f"bench-{kind}", text), encoding="utf-8")
