@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layout_cases import assert_sees_causally
 from models import SHORT, build, tokens
 from noise import FACTOR, distance
 from parallel_cases import EXACT, make_model, single, worst
@@ -23,7 +24,7 @@ from lcpatch.training import chunkwise
 from lcpatch.training.buffers import DeviceStore
 from lcpatch.training.parallel import parallelize
 from lcpatch.training.parallel.chunks import share
-from lcpatch.training.parallel.layout import Layout, chunked, sees
+from lcpatch.training.parallel.layout import Layout, chunked
 from lcpatch.training.text import Text, make_text
 
 
@@ -44,20 +45,7 @@ def chunk_cuts(draw) -> tuple[Layout, tuple[tuple[int, int], ...]]:
 def test_a_chunks_queries_see_all_that_was_before_and_no_more(cut):
     """Every pair of the last chunk's tokens with the tokens before them in their document, in exactly one call."""
     layout, documents = cut
-    document = torch.full((layout.length,), -1)
-    for n, (start, end) in enumerate(documents):
-        document[start:end] = n
-    seen = torch.zeros(layout.length, layout.length, dtype=torch.int64)
-    for i in range(layout.num_ranks):
-        for j in range(layout.num_ranks):
-            rows, columns = layout.tokens(i)[layout.num_before(i) :], layout.tokens(j)
-            for call in sees(layout, documents, i, j):
-                for q0, q1, k0, k1, gap in call:
-                    triangle = torch.ones(q1 - q0, k1 - k0).tril(k1 - k0 + gap - (q1 - q0)).long()
-                    seen[rows[q0:q1, None], columns[None, k0:k1]] += triangle
-    causal = torch.ones_like(seen).tril() * (document[:, None] == document) * (document >= 0)
-    causal[: layout.begin] = 0
-    assert seen.equal(causal)
+    assert_sees_causally(layout, documents)
     shares = [layout.num_tokens(r) for r in range(layout.num_ranks)]
     assert max(shares) - min(shares) <= len(layout.runs[0])
 

@@ -7,6 +7,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layout_cases import assert_sees_causally
 from parallel_cases import batch_of
 from transformers import DataCollatorWithFlattening
 
@@ -19,7 +20,7 @@ from lcpatch.patterns import LayerShape
 from lcpatch.training.parallel.batch import IGNORE, documents_of, shard_batch, shifted
 from lcpatch.training.parallel.cost import Rates, choose
 from lcpatch.training.parallel.halo import _part
-from lcpatch.training.parallel.layout import make_layout, sees
+from lcpatch.training.parallel.layout import make_layout
 from lcpatch.training.parallel.lightseq import LightSeq, idle_fraction
 from lcpatch.training.parallel.shorter import Shorter
 from lcpatch.training.parallel.strategy import Work, strategies
@@ -61,20 +62,7 @@ def test_layouts_deal_out_every_token_once(cut):
 @given(cuts())
 def test_rectangles_are_causal_attention(cut):
     """Every pair of tokens that causal attention within documents allows, in exactly one call, and no other."""
-    layout, documents = cut
-    document = torch.full((layout.length,), -1)
-    for n, (start, end) in enumerate(documents):
-        document[start:end] = n
-    seen = torch.zeros(layout.length, layout.length, dtype=torch.int64)
-    for i in range(layout.num_ranks):
-        for j in range(layout.num_ranks):
-            rows, columns = layout.tokens(i), layout.tokens(j)
-            for call in sees(layout, documents, i, j):
-                for q0, q1, k0, k1, gap in call:
-                    triangle = torch.ones(q1 - q0, k1 - k0).tril(k1 - k0 + gap - (q1 - q0)).long()
-                    seen[rows[q0:q1, None], columns[None, k0:k1]] += triangle
-    causal = torch.ones_like(seen).tril() * (document[:, None] == document) * (document >= 0)
-    assert seen.equal(causal)
+    assert_sees_causally(*cut)
 
 
 @pytest.mark.parametrize("ranks", range(1, 18))
