@@ -23,6 +23,7 @@ class Budget:
         recent: the newest tokens, always kept: how many, or as a float which share of what the sinks leave.
         evict_every: while generating, tokens between two compactions. The row holds at most its budget, on average
             half of this less. Default: a 32nd of the budget, at most 64.
+        free: slots that sinks and recent tokens must leave whatever happens: a cache that merges needs one to merge to.
 
     Raises:
         ValueError: numbers out of range, or a budget that its sinks and recent tokens fill.
@@ -32,6 +33,7 @@ class Budget:
     num_sinks: int = 4
     recent: int | float = 0.5
     evict_every: int | None = None
+    free: int = 0
 
     def __post_init__(self) -> None:
         if _is_whole(self.tokens):
@@ -52,8 +54,8 @@ class Budget:
             raise ValueError(f"evict_every={self.evict_every!r} must be an integer >= 1")
         if _is_whole(self.tokens) and self.tokens < self.least:
             raise ValueError(
-                f"budget={self.tokens} must hold the {self.num_sinks} sinks and the recent tokens: at least "
-                f"{self.least}, or fewer num_sinks or recent"
+                f"budget={self.tokens} must hold the {self.num_sinks} sinks, the recent tokens"
+                f"{' and a slot beside them' if self.free else ''}: at least {self.least}, or fewer num_sinks or recent"
             )
 
     @property
@@ -63,7 +65,7 @@ class Budget:
     @property
     def least(self) -> int:
         """The fewest tokens that any row keeps."""
-        return self.num_sinks + (self.recent if _is_whole(self.recent) else 1)
+        return self.num_sinks + (self.recent if _is_whole(self.recent) else 1) + self.free
 
     def of(self, real: int) -> int:
         """The budget of a row of `real` tokens."""
@@ -74,14 +76,14 @@ class Budget:
 
     def protected(self, budget: int) -> tuple[int, int]:
         """`(sinks, recent)` of a row that may keep `budget` tokens."""
-        rest = budget - self.num_sinks
+        rest = budget - self.num_sinks - self.free
         recent = min(self.recent, rest) if _is_whole(self.recent) else max(int(rest * self.recent), 1)
         return self.num_sinks, recent
 
     def slack(self, budget: int) -> int:
         """Tokens between two compactions of a row that may keep `budget` tokens; never into what is protected."""
         wanted = self.evict_every or max(1, min(budget // 32, MOST_SLACK))
-        return max(1, min(wanted, budget - sum(self.protected(budget)) + 1))
+        return max(1, min(wanted, budget - sum(self.protected(budget)) - self.free + 1))
 
 
 def _is_whole(x: object) -> bool:

@@ -83,9 +83,7 @@ class ClusterCache(LongCache):
             raise ValueError(f"passes={passes!r} must be an integer >= 1")
         if num_sinks == 0:
             raise ValueError("num_sinks=0: ClusterCache needs at least one sink, where attention rests")
-        kept = Budget(budget, num_sinks, recent, evict_every)
-        if isinstance(budget, int) and sum(kept.protected(budget)) >= budget:
-            raise ValueError(f"budget={budget} leaves no slot for a centroid; give more, or a smaller recent={recent}")
+        kept = Budget(budget, num_sinks, recent, evict_every, free=1)
         options = Merging(chunk, passes, weighted, impl)
         if compiled:
             check_codec(codec)
@@ -182,22 +180,22 @@ class ClusterLayer(EvictingLayer):
         for rows, count, target in self._alike(targets):
             row = rows[0]
             which = self._which(rows)
+            old, new = length - count, most - target
+            if target == count:
+                for name, x in self.slots.tensors.items():
+                    out[name][which, :, new:most] = x[which, :, old:length]
+                continue
             sinks, recent = self.budget.protected(self.budgets[row])
-            sinks = max(min(sinks, target - recent - 1), 0)  # a share of very few tokens may leave no centroid
-            begin, end, new = length - count + sinks, length - recent, most - target
-            if target < count:
-                middle = self._clusters(which, begin, end)
-                tokens = self.seen - self.pads[row] - sinks - recent
-                merged = shrink(middle, self.centroids[row], target - sinks - recent, tokens, self.merging)
-            else:
-                merged = self._clusters(which, begin, end)
+            middle = self._clusters(which, old + sinks, length - recent)
+            tokens = self.seen - self.pads[row] - sinks - recent
+            merged = shrink(middle, self.centroids[row], target - sinks - recent, tokens, self.merging)
             for name, x in self._parts(merged).items():
                 out[name][which, :, new + sinks : most - recent] = x
             for name, x in self.slots.tensors.items():
-                out[name][which, :, new : new + sinks] = x[which, :, begin - sinks : begin]
-                out[name][which, :, most - recent : most] = x[which, :, end:length]
+                out[name][which, :, new : new + sinks] = x[which, :, old : old + sinks]
+                out[name][which, :, most - recent : most] = x[which, :, length - recent : length]
             for row in rows:
-                self.centroids[row] = target - sinks - recent if target < count else self.centroids[row]
+                self.centroids[row] = target - sinks - recent
         self.slots = Slots(out, most)
 
     def _alike(self, targets: list[int]) -> list[tuple[list[int], int, int]]:

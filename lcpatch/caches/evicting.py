@@ -327,6 +327,8 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         pads = wholes(numbers, "pads")
         rows, seen = len(pads), whole(numbers, "seen")
         counts, budgets = wholes(numbers, "counts", rows, seen), wholes(numbers, "budgets", rows)
+        if min(budgets) < self.budget.least:
+            raise ValueError(f"budgets={budgets} must each be at least {self.budget.least}")
         length = max(counts)
         self.lazy_initialization(like.expand(rows, -1, -1, -1), like)
         likes = self._new_slots(like, like)

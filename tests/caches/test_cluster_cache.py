@@ -72,6 +72,31 @@ def test_every_token_stands_in_one_slot_and_values_are_conserved(cut):
         assert distance(total, want) <= 1e3 * torch.finfo(torch.float64).eps * want.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("options", "cut"),
+    [
+        ({"budget": 24, "recent": 8, "evict_every": 100}, [50, *[1] * 40]),
+        ({"budget": 6, "recent": 1}, [1] * LENGTH),
+        ({"budget": 0.1}, [1] * LENGTH),
+        ({"budget": 0.1, "recent": 3}, [LENGTH]),
+    ],
+)
+def test_sinks_and_recent_tokens_never_merge(options, cut):
+    """However rarely it compacts and however little there is: one slot is left to merge to."""
+    model = build()
+    cache = lcpatch.ClusterCache(model, **options)
+    feed(model, tokens(3, LENGTH), cache, cut, left_padding([0, LENGTH - 1, 11]))
+    for layer in cache.layers:
+        for row, pads in enumerate(layer.pads):
+            count, real = layer.counts[row], LENGTH - pads
+            sinks, recent = (min(n, real) for n in layer.budget.protected(layer.budgets[row]))
+            kept, joined = (x[row, :, -count:] for x in (layer.key_positions(), layer.slots["joined"]))
+            assert (kept[:, :sinks] == torch.arange(sinks)).all()
+            assert (kept[:, -recent:] == torch.arange(real - recent, real)).all()
+            assert not joined[:, :sinks].any()
+            assert not joined[:, -recent:].any()
+
+
 @pytest.mark.parametrize("budget", [0.5, 0.25, 0.2, 0.1])
 def test_shares_are_really_reached(budget):
     """A pass at most halves, so 80 % takes three: exactly the share is kept at any length, and no more is allocated."""
@@ -163,7 +188,7 @@ def test_with_a_pattern():
         ({"chunk": 7}, "chunk=7 must be an even"),
         ({"passes": 0}, "passes=0"),
         ({"num_sinks": 0}, "at least one sink"),
-        ({"budget": 10, "recent": 6}, "budget=10 leaves no slot for a centroid"),
+        ({"budget": 10, "recent": 6}, "and a slot beside them: at least 11"),
         ({"budget": 0}, "budget=0 must be"),
         ({"codec": "int3"}, "codec='int3' is not one of"),
     ],
