@@ -313,6 +313,8 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         self.leave_fixed()
         self._settle()
         names = ("seen", "pads", "counts", "budgets", "intact")
+        if self.budgets is None:  # all that came was taken back before anything was settled
+            self._count(True, 0)
         most = max(most_room(self.slots.length), max(self.budgets) + 1)  # a crop may leave more
         numbers = {name: getattr(self, name) for name in names}
         numbers |= {"online": [int(on) for on in self.online], "capacity": min(self.slots.capacity, most)}

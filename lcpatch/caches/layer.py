@@ -183,6 +183,8 @@ class AttendingLayer(DynamicLayer):
                 f"made for, {self.again}"
             )
         self.expected = False
+        if key_states.is_meta:
+            raise UnsupportedModelError(f"{self.owner}: a model on the meta device has no keys and values to keep")
         if torch.is_autocast_enabled(key_states.device.type):  # rotary embeddings leave keys in fp32 beside the values
             key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
@@ -251,6 +253,7 @@ class LongCache(Cache):
 
     name: ClassVar[str]
     attends = True
+    places: ClassVar[tuple[str, ...]] = ()  # options that say where this machine keeps it: no file brings them
     chunks_differ: ClassVar[str] = ""
     _inference = False  # a step was taken under torch.inference_mode
 
@@ -454,7 +457,8 @@ def _tiers(layer: Any) -> dict[str, int]:
     if hasattr(layer, "memory"):
         return {"device": layer.memory()}
     held: dict[str, dict[int, int]] = {"device": {}}
-    for x in vars(layer).values():
+    values = vars(layer).values()  # linear attention keeps its states in dictionaries
+    for x in [y for value in values for y in (value.values() if isinstance(value, dict) else [value])]:
         if isinstance(x, Tensor):  # transformers' offloaded layers leave the device that they were made on
             tier = "device" if x.device == getattr(layer, "device", x.device) else "host"
             held.setdefault(tier, {})[x.data_ptr()] = x.untyped_storage().nbytes()

@@ -217,7 +217,8 @@ class PagedLayer(AttendingLayer):
         self.pages.allow(self.reads.of(max(lengths)))
         self.pages.load(found["keys"], found["values"], lengths, numbers)
         self.seen, self.pads = seen, pads
-        self.budgets = wholes(numbers, "budgets", len(pads), self.reads.of(max(lengths)))
+        if seen:  # a row cropped to nothing counts anew
+            self.budgets = wholes(numbers, "budgets", len(pads), self.reads.of(max(lengths)))
         self.online = [bool(on) for on in wholes(numbers, "online", len(pads), 1)]
         for rows in alike(lengths):
             if (full := lengths[rows[0]] // self.reads.page) > 0:

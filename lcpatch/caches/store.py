@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import __version__ as transformers_version
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from ..core.errors import StoreError
+from ..core.errors import LcpatchError, StoreError
 from ..hf.models import attention_modules, unwrap
 from .identity import identity_of, tokenizer_identity
 from .layer import LongCache, caches
@@ -61,7 +61,7 @@ def save_cache(cache: LongCache, path: str | Path, tokenizer: Any = None) -> Pat
     header = {
         "format": FORMAT,
         "cache": cache.name,
-        "options": _json(cache.options(), cache.name),
+        "options": _json({k: v for k, v in cache.options().items() if k not in cache.places}, cache.name),
         "model": {**identity_of(model), "name": getattr(unwrap(model).config, "_name_or_path", "")},
         "tokenizer": None if tokenizer is None else tokenizer_identity(tokenizer),
         "versions": {"lcpatch": __version__, "transformers": transformers_version, "torch": torch.__version__},
@@ -71,7 +71,7 @@ def save_cache(cache: LongCache, path: str | Path, tokenizer: Any = None) -> Pat
     return path
 
 
-def load_cache(path: str | Path, model: nn.Module, tokenizer: Any = None) -> LongCache:
+def load_cache(path: str | Path, model: nn.Module, tokenizer: Any = None, **places: Any) -> LongCache:
     """The cache that `cache.save(path)` wrote, ready to go on: `model.generate(**inputs, past_key_values=cache)`.
 
     The inputs are the whole text, the saved prefix in front, as in any later turn. Continuing gives what continuing
@@ -82,6 +82,7 @@ def load_cache(path: str | Path, model: nn.Module, tokenizer: Any = None) -> Lon
         model: the model that the cache was made for, or its equal: geometry, RoPE, patch, dtype and weights are
             compared.
         tokenizer: if given, and one was when saving, it must be equal too.
+        **places: where this machine keeps it: `disk` and `host_bytes` of a tiered cache, which no file brings.
 
     Raises:
         StoreError: no such file, a broken or unknown one, or a cache of another model.
@@ -91,7 +92,7 @@ def load_cache(path: str | Path, model: nn.Module, tokenizer: Any = None) -> Lon
         with _opened(path) as file:
             header = _header(file, path)
             _compare(header, model, tokenizer, path)
-            cache = _empty(header, model, path)
+            cache = _empty(header, model, path, places)
             _fill(cache, header["layers"], file, model, path)
     except (SafetensorError, OSError) as error:
         reason = "there is no such file" if not path.exists() else f"not a safetensors file, or cut off ({error})"
@@ -140,7 +141,7 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 
 def _state(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """A layer's tensors and numbers; None for one that holds nothing yet."""
-    if not layer.is_initialized:
+    if not getattr(layer, "is_initialized", True):  # linear attention has another name for it
         return {}, None
     if hasattr(layer, "state"):
         return layer.state()
@@ -159,8 +160,11 @@ def _json(options: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
     """Write beside `path`, then rename: who reads meanwhile gets the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error}") from error
     os.close(handle)
     try:
         save_file(tensors, partial, metadata=metadata)
@@ -210,10 +214,18 @@ def _compare(header: dict[str, Any], model: nn.Module, tokenizer: Any, path: Pat
         raise StoreError(f"{path} was saved with another tokenizer: its tokens mean something else")
 
 
-def _empty(header: dict[str, Any], model: nn.Module, path: Path) -> LongCache:
+def _empty(header: dict[str, Any], model: nn.Module, path: Path, places: dict[str, Any]) -> LongCache:
+    kind = caches.get(header["cache"])
+    if wrong := places.keys() - set(kind.places):
+        known = ", ".join(kind.places) or "none"
+        raise ValueError(f"load_cache: {sorted(wrong)} cannot be chosen for a {kind.name} cache, only: {known}")
+    if foreign := header["options"].keys() & set(kind.places):
+        raise StoreError(f"{path}: {sorted(foreign)} are for this machine to choose: load_cache(path, model, disk=…)")
     try:
-        return caches.get(header["cache"])(model, **header["options"])
-    except TypeError as error:  # an option that the class does not have
+        return kind(model, **header["options"], **places)
+    except LcpatchError:
+        raise
+    except (TypeError, ValueError) as error:  # an option that the class does not have, or a value that it refuses
         raise StoreError(f"{path}: {header['cache']} cache: {error}") from error
 
 

@@ -63,6 +63,7 @@ class TieredCache(LongCache):
         TierError: (also later) a folder that cannot be written, a full disk.
     """
 
+    places = ("disk", "host_bytes")
     chunks_differ = "one token attends to its pages only, several at a time to everything"
 
     def __init__(

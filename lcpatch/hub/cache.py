@@ -37,6 +37,7 @@ def load_cache(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    **places: Any,
 ) -> LongCache:
     """The cache that `cache.save` or `lcpatch.push_to_hub` wrote: `model.generate(**inputs, past_key_values=cache)`.
 
@@ -50,6 +51,7 @@ def load_cache(
         tokenizer: if given, and one was when saving, it must be equal too.
         revision: branch, tag or commit of the repository.
         token, cache_dir, local_files_only: as in `huggingface_hub.hf_hub_download`.
+        **places: where this machine keeps it: `disk` and `host_bytes` of a tiered cache, which no file brings.
 
     Raises:
         StoreError: no such file, a broken or unknown one, or a cache of another model.
@@ -57,7 +59,7 @@ def load_cache(
     """
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     path = file_of(id_or_path, CACHE_FILE, revision, hub)
-    return store.load_cache(path, model, tokenizer)
+    return store.load_cache(path, model, tokenizer, **places)
 
 
 def push_cache(

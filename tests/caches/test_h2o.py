@@ -254,3 +254,9 @@ def test_peft():
         want = wrapped(input_ids=ids, use_cache=False).logits
     got = feed(wrapped, ids, lcpatch.H2OCache(wrapped, budget=4096), [50, *[1] * 40])
     assert distance(got, want) <= budget
+
+
+def test_the_meta_device_is_refused():
+    model = build().to("meta")
+    with pytest.raises(lcpatch.UnsupportedModelError, match="meta device has no keys"):
+        model(torch.zeros(1, 9, dtype=torch.long, device="meta"), past_key_values=lcpatch.H2OCache(model, 24))

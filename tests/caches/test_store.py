@@ -10,6 +10,7 @@ from cache_cases import ALL, feed, left_padding, make, make_model
 from models import build, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
 import lcpatch
 from lcpatch.caches import store
@@ -295,6 +296,8 @@ def test_what_cannot_be_saved_says_why(tmp_path):
     path, cache, *_ = saved("h2o", tmp_path)
     with pytest.raises(lcpatch.StoreError, match="is a folder"):
         cache.save(tmp_path)
+    with pytest.raises(lcpatch.StoreError, match="cannot be written"):
+        cache.save(path / "below a file")
     cache._model = lambda: None
     with pytest.raises(lcpatch.StoreError, match="is gone"):
         cache.save(path)
@@ -304,3 +307,59 @@ def test_an_empty_cache_can_be_saved(tmp_path):
     model = make_model("h2o")
     path = make("h2o", model, small=True).save(tmp_path / "empty")
     assert lcpatch.load_cache(path, model).get_seq_length() == 0
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_cache_cropped_to_nothing_can_be_saved(name, tmp_path):
+    """Also one whose step was taken back before anything was evicted after it."""
+    model, ids = make_model(name), tokens(2, 40)
+    for recorded in (False, True):
+        cache = make(name, model, small=True)
+        for layer in cache.layers if recorded else []:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+        feed(model, ids[:, :10], cache, [10])
+        cache.crop(-10)
+        loaded = lcpatch.load_cache(cache.save(tmp_path / name), model)
+        fresh = feed(model, ids, make(name, model, small=True), [30, *[1] * 10])
+        assert torch.equal(feed(model, ids, loaded, [30, *[1] * 10]), fresh)
+
+
+def test_linear_attention_is_counted_and_not_saved(tmp_path):
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "block_multiple_of": 8, "layer_types": ["conv", "full_attention"]}
+    model = Lfm2ForCausalLM(Lfm2Config(num_hidden_layers=2, **sizes)).eval()
+    with pytest.warns(UserWarning, match=r"layers \[0\] do not attend to their whole past"):
+        cache = lcpatch.H2OCache(model, 24)
+    feed(model, tokens(1, 40), cache, [40])
+    states = cache.layers[0].conv_states.values()
+    assert cache.memory()["device"] == cache.layers[1].memory() + sum(x.untyped_storage().nbytes() for x in states)
+    with pytest.raises(lcpatch.StoreError, match="layer 0 is a LinearAttentionLayer, which cannot be saved"):
+        cache.save(tmp_path / "cache")
+
+
+def test_where_a_cache_lies_is_for_the_machine_to_choose(tmp_path):
+    """A file could else make folders, and take all memory, wherever it is loaded."""
+    model, ids = make_model("tiered"), tokens(1, 60)
+    cache = make("tiered", model, small=True, disk=tmp_path / "one", host_bytes=0)
+    feed(model, ids[:, :50], cache, [50])
+    path = cache.save(tmp_path / "cache")
+    assert store.read_header(path)["options"].keys().isdisjoint({"disk", "host_bytes"})
+    loaded, on_disk = lcpatch.load_cache(path, model), lcpatch.load_cache(path, model, disk=tmp_path / "two")
+    want = feed(model, ids[:, 50:], cache, [1] * 10)
+    for x in (loaded, on_disk):
+        assert torch.equal(feed(model, ids[:, 50:], x, [1] * 10), want)
+    assert "disk" not in loaded.memory()
+    assert on_disk.memory()["disk"] > 0
+    with pytest.raises(ValueError, match="cannot be chosen for a tiered cache, only: disk, host_bytes"):
+        lcpatch.load_cache(path, model, budget=12)
+    for options, words in (
+        ({"disk": str(tmp_path / "three")}, "for this machine to choose"),
+        ({"budget": -1}, "must be"),
+    ):
+        header = store.read_header(path)
+        header["options"] |= options
+        save_file(load_file(path), tmp_path / "changed", metadata={KEY: json.dumps(header)})
+        with pytest.raises(lcpatch.StoreError, match=words):
+            lcpatch.load_cache(tmp_path / "changed", model)
+    assert not (tmp_path / "three").exists()
