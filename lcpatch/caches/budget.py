@@ -86,5 +86,15 @@ class Budget:
         return max(1, min(wanted, budget - sum(self.protected(budget)) - self.free + 1))
 
 
+def check_whole(name: str, value: object, least: int) -> None:
+    """Refuse an option that is no integer of at least `least`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not _is_whole(value) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer >= {least}")
+
+
 def _is_whole(x: object) -> bool:
     return isinstance(x, Integral) and not isinstance(x, bool)

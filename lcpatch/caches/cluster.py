@@ -26,12 +26,14 @@ from torch import Tensor, nn
 
 from lcpatch_kernels import cluster_merge
 
-from .budget import Budget
+from .budget import Budget, check_whole
 from .evicting import EvictingLayer
 from .fixed import check_codec, check_layer
 from .layer import LongCache, caches, routed_layers, to_list
 from .slots import Slots
 from .state import wholes
+
+IMPLS = ("auto", "triton", "reference")
 
 
 @caches.register("cluster")
@@ -79,8 +81,9 @@ class ClusterCache(LongCache):
     ) -> None:
         if not isinstance(chunk, int) or chunk < 2 or chunk % 2:
             raise ValueError(f"chunk={chunk!r} must be an even integer >= 2: its slots take turns in two halves")
-        if not isinstance(passes, int) or passes < 1:
-            raise ValueError(f"passes={passes!r} must be an integer >= 1")
+        check_whole("passes", passes, 1)
+        if impl not in IMPLS:
+            raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, IMPLS))}")
         if num_sinks == 0:
             raise ValueError("num_sinks=0: ClusterCache needs at least one sink, where attention rests")
         kept = Budget(budget, num_sinks, recent, evict_every, free=1)

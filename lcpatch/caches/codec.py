@@ -111,7 +111,7 @@ def codec_named(name: str | None) -> Plain:
     Raises:
         ValueError: no such codec.
     """
-    if name not in CODECS:
+    if not isinstance(name, (str, type(None))) or name not in CODECS:
         raise ValueError(f"codec={name!r} is not one of {', '.join(map(repr, CODECS))} (None: as the model computes)")
     return CODECS[name]()
 

@@ -11,6 +11,7 @@ what is neither recent nor among the highest sums goes. Departures:
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from lcpatch_kernels import attn_mass
 
 from . import scattered
-from .budget import Budget
+from .budget import Budget, check_whole
 from .evicting import EvictingLayer, Step
 from .fixed import check_codec, check_layer
 from .layer import LongCache, caches, routed_layers
@@ -79,10 +80,9 @@ class H2OCache(LongCache):
         for name, value, choices in (("score", score, SCORES), ("group", group, GROUPS)):
             if value not in choices:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
-        if not 0 < decay < 1:
+        if not isinstance(decay, Real) or not 0 < decay < 1:
             raise ValueError(f"decay={decay!r} must lie between 0 and 1")
-        if grace < 0:
-            raise ValueError(f"grace={grace!r} must be a number of tokens >= 0")
+        check_whole("grace", grace, 0)
         if compiled:
             check_codec(codec)
 

@@ -51,7 +51,7 @@ class Reads:
     """
 
     def __init__(self, budget: int | float, page: int, num_sinks: int, recent: int) -> None:
-        if not isinstance(page, int) or page < 1 or page & (page - 1):
+        if type(page) is not int or page < 1 or page & (page - 1):
             raise ValueError(f"page={page!r} must be a power of two")
         if not isinstance(recent, int) or recent < 1:
             raise ValueError(f"recent={recent!r} must be tokens (an integer >= 1)")

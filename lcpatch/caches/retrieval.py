@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .budget import check_whole
 from .codec import Plain
 from .layer import DenseLayer, LongCache, caches, routed_layers
 from .paged import Marks, PagedLayer, Reads
 from .pages import Pages
 from .recall import recall
 from .scorers import Scorer, make_scorers
-from .tiers import TieredPages
+from .tiers import TieredPages, traffic
 
 GROUPS = ("max", "softmax")
 
@@ -67,6 +68,7 @@ class RetrievalCache(LongCache):
         reads = Reads(budget, page, num_sinks, recent)
         if group not in GROUPS:
             raise ValueError(f"group={group!r} is not one of {', '.join(map(repr, GROUPS))}")
+        check_whole("dense_layers", dense_layers, 0)
         by_layer = make_scorers(scorer, model.config.get_text_config().num_hidden_layers)
 
         def make(index: int, module: nn.Module) -> Any:
@@ -83,10 +85,13 @@ class RetrievalCache(LongCache):
 
     def stats(self, measure: bool = False) -> dict[str, Any]:
         """Besides what every cache says: `attended`, tokens that the last generated token attended to, the most of a
-        layer; and with `measure` which share of the full attention those hold, see `caches.recall.recall`."""
-        read = [layer.read for layer in self.layers if hasattr(layer, "read")]
-        measured = recall(self.layers) if measure else {}
-        return {**super().stats(), "attended": max(read, default=0), **measured}
+        layer; with `offload` the hit rate and where pages came from, as in `TieredCache`; and with `measure` which
+        share of the full attention those hold, see `caches.recall.recall`."""
+        layers = [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+        found = {**super().stats(), "attended": max((layer.read for layer in layers), default=0)}
+        if stores := [layer.pages for layer in layers if layer.pages.apart]:
+            found |= traffic(stores)
+        return {**found, **(recall(self.layers) if measure else {})}
 
 
 class ScorerIndex:

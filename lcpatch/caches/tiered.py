@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from ..core.errors import TierError
 from ..hf.models import attention_modules, full_attention_layers, unwrap
 from ..hf.watch import Call
+from .budget import check_whole
 from .codec import codec_named
 from .layer import LongCache, caches, routed_layers
 from .page_sizes import PAGE, page_sizes
 from .paged import PagedLayer, Reads
 from .recall import recall
-from .tiers import TieredPages
+from .tiers import TieredPages, traffic
 from .tree import TreeIndex
 
 __all__ = ["TieredCache", "page_sizes"]
@@ -83,12 +84,12 @@ class TieredCache(LongCache):
     ) -> None:
         if budget is not None and gpu_bytes is not None:
             raise ValueError("give budget (tokens of the fast tier) or gpu_bytes, not both")
-        if top is not None and (not isinstance(top, int) or top < 1):
-            raise ValueError(f"top={top!r} must be an integer >= 1")
-        if host_bytes < 0:
-            raise ValueError(f"host_bytes={host_bytes!r} must be a number of bytes >= 0")
-        if gpu_bytes is not None and (not isinstance(gpu_bytes, int) or gpu_bytes < 1):
-            raise ValueError(f"gpu_bytes={gpu_bytes!r} must be a number of bytes >= 1")
+        check_whole("host_bytes", host_bytes, 0)
+        for name, value in (("top", top), ("gpu_bytes", gpu_bytes)):
+            if value is not None:
+                check_whole(name, value, 1)
+        if disk is not None and not isinstance(disk, (str, Path)):
+            raise ValueError(f"disk={disk!r} must be a folder, such as '/scratch'")
         base = unwrap(model)
         modules = attention_modules(base)
         sizes = _sizes(page, len(modules))
@@ -127,16 +128,11 @@ class TieredCache(LongCache):
         counts nowhere.
         """
         layers = [layer for layer in self.layers if isinstance(layer, TieredLayer)]
-        wanted = sum(x.pages.wanted for x in layers)
-        homes = [x.pages.home for x in layers if x.pages.keys is not None]
         searches = sum(x.searches for x in layers)
         return {
             **super().stats(),
             "attended": max((x.read for x in layers), default=0),
-            "hit_rate": sum(x.pages.found for x in layers) / wanted if wanted else 1.0,
-            "fetched_ahead": sum(x.pages.ahead for x in layers),
-            "from_host": sum(x.from_host for x in homes),
-            "from_disk": sum(x.from_disk for x in homes),
+            **traffic([x.pages for x in layers]),
             "proven": float(sum(x.proven for x in layers)) / searches if searches else 1.0,
             **(recall(self.layers) if measure else {}),
         }

@@ -351,5 +351,16 @@ class TieredPages:
         return tuple(x.view(math.prod(x.shape[:2]), -1, self.page, x.shape[3]) for x in (self.keys, self.values))
 
 
+def traffic(stores: list[TieredPages]) -> dict[str, Any]:
+    """What `stats` says of pages that lie elsewhere: see `TieredCache.stats`."""
+    wanted, homes = sum(x.wanted for x in stores), [x.home for x in stores if x.keys is not None]
+    return {
+        "hit_rate": sum(x.found for x in stores) / wanted if wanted else 1.0,
+        "fetched_ahead": sum(x.ahead for x in stores),
+        "from_host": sum(x.from_host for x in homes),
+        "from_disk": sum(x.from_disk for x in homes),
+    }
+
+
 def _index(numbers: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(numbers).to(like.device)

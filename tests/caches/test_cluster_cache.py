@@ -187,6 +187,7 @@ def test_with_a_pattern():
     [
         ({"chunk": 7}, "chunk=7 must be an even"),
         ({"passes": 0}, "passes=0"),
+        ({"impl": "cuda"}, "impl='cuda' is not one of"),
         ({"num_sinks": 0}, "at least one sink"),
         ({"budget": 10, "recent": 6}, "and a slot beside them: at least 11"),
         ({"budget": 0}, "budget=0 must be"),

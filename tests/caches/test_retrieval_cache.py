@@ -126,6 +126,16 @@ def test_dense_layers_read_everything():
     assert distance(small, want) > 100 * model_budget(model, ids)
 
 
+def test_pages_in_host_memory_have_a_hit_rate():
+    model, ids = build(), tokens(1, 60)
+    here, away = (lcpatch.RetrievalCache(model, 24, page=4, recent=4, offload=offload) for offload in (False, True))
+    for cache in (here, away):
+        feed(model, ids, cache, [50, *[1] * 10])
+    assert "hit_rate" not in here.stats()
+    assert 0 < away.stats()["hit_rate"] < 1
+    assert away.stats()["from_host"] > 0
+
+
 def test_a_share_of_the_row_grows_with_it():
     model = build()
     cache = lcpatch.RetrievalCache(model, 0.5, page=4, recent=4)
@@ -252,6 +262,8 @@ def test_the_scorers_are_registered():
     ("options", "error", "message"),
     [
         ({"page": 48}, ValueError, "page=48 must be a power of two"),
+        ({"page": True}, ValueError, "page=True must be a power of two"),
+        ({"dense_layers": -1}, ValueError, "dense_layers=-1 must be an integer >= 0"),
         ({"recent": 0}, ValueError, "recent=0 must be"),
         ({"budget": 256}, ValueError, "at least 512 with page=128"),
         ({"group": "mean"}, ValueError, "group='mean' is not one of"),

@@ -228,7 +228,9 @@ def test_bytes_of_the_fast_tier_instead_of_tokens():
         ({"budget": 128}, ValueError, "at least 160 with page=32"),
         ({"codec": "int2"}, ValueError, "codec='int2' is not one of"),
         ({"host_bytes": -1}, ValueError, "host_bytes=-1"),
+        ({"host_bytes": 0.5}, ValueError, "host_bytes=0.5 must be"),
         ({"gpu_bytes": 0}, ValueError, "gpu_bytes=0"),
+        ({"disk": 5}, ValueError, "disk=5 must be a folder"),
     ],
 )
 def test_what_cannot_work_says_why(options, error, message):
