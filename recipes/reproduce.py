@@ -3,6 +3,7 @@
     python recipes/reproduce.py --model FOLDER --data TEXTS --eval-text TEXTS --out results/smollm2
     python recipes/reproduce.py … --minutes 25        # stops in time; the same command goes on
     python recipes/reproduce.py … --report            # the tables of what is there
+    python recipes/reproduce.py … --report --write recipes/RESULTS.md --plot recipes/results.png
 
 SmolLM2-135M's 8K positions are stretched to 32K by position interpolation; every arm then trains LoRA+ on the same
 tokens, in the same order, from the same weights. Each is evaluated densely and under its own pattern: perplexity over
@@ -15,7 +16,9 @@ import math
 from pathlib import Path
 
 from lcpatch.caches import caches
-from lcpatch.eval.study import Study, run, summary
+from lcpatch.core.markdown import with_block
+from lcpatch.eval.study import Study, run
+from lcpatch.eval.study_report import picture, summary
 from lcpatch.training import recipe
 from lcpatch.training.config import TrainConfig
 
@@ -33,6 +36,8 @@ def arms(length: int) -> dict[str, dict]:
         "sf": {"attention": "sf", "options": group},
         "s2-half": {"attention": "s2", "layers": "every_2"},
         "s2": {"attention": "s2"},
+        "seco": {"attention": "full", "chunk_size": length // 8},
+        "spaco": {"attention": "full", "chunk_size": length // 8, "keep_chunks": 0.25},
     }
 
 
@@ -52,6 +57,8 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="do not begin what would not end by then")
     parser.add_argument("--checkpointing", default="full", choices=["full", "selective", "none"], help="default full")
     parser.add_argument("--report", action="store_true", help="run nothing; show what is there")
+    parser.add_argument("--write", type=Path, help="put the tables between this file's study markers")
+    parser.add_argument("--plot", type=Path, help="draw loss curves and perplexities into this file")
     return parser.parse_args(argv)
 
 
@@ -82,6 +89,7 @@ def study(args: argparse.Namespace) -> Study:
         args.passkeys,
         cache="h2o" if has_h2o else None,  # SinkLoRA's own pairing
         cache_options={"budget": 0.25},
+        cache_chunk=max(args.length // 16, 1),
         cached=("sf",),
     )
 
@@ -89,7 +97,14 @@ def study(args: argparse.Namespace) -> Study:
 def main(argv=None) -> int:
     args = parse(argv)
     store = run(study(args), args.out, 0 if args.report else args.minutes, lambda line: print(line, flush=True))
-    print(f"\n{summary(store)}" if store.rows else "nothing was measured yet")
+    if not store.rows:
+        print("nothing was measured yet")
+        return 0
+    print(f"\n{summary(store)}")
+    if args.write:
+        args.write.write_text(with_block(args.write, "study", summary(store)), encoding="utf-8")
+    if args.plot:
+        picture(store).savefig(args.plot, dpi=150)
     return 0
 
 

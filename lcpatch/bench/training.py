@@ -124,7 +124,7 @@ def run(
     say: Callable[[str], None] = print,
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Measure the parts that are asked for; gives `keep` the result after each as it is.
+    """Measure the parts that are asked for; gives `keep` the result after each row as it is.
 
     Raises:
         BenchmarkError: no GPU, or chunks that do not give the gradient they should.
@@ -136,11 +136,16 @@ def run(
     say(f"check: gradient by chunks against a plain one: {result['checks'][0]}")
     if not result["checks"][0]["passed"]:
         raise BenchmarkError("chunks do not give the gradient of a plain backward: nothing is timed")
-    bench = Bench(setup, say)
+    result["rows"] = []
+
+    def note(row: Row) -> None:
+        say(format_row(row))
+        result["rows"].append(asdict(row))
+        keep(result)
+
+    bench = Bench(setup, note)
     for part in parts:
         getattr(bench, f"part_{part}")()
-        result["rows"] = [asdict(row) for row in bench.rows]
-        keep(result)
     return result
 
 
@@ -200,13 +205,13 @@ class Bench:
 
     Args:
         setup: the sizes.
-        say: where each row is printed when it is there.
+        note: what is told each row when it is there.
     """
 
-    def __init__(self, setup: Setup, say: Callable[[str], None]) -> None:
+    def __init__(self, setup: Setup, note: Callable[[Row], None]) -> None:
         from peft import LoraConfig, get_peft_model
 
-        self.setup, self.say, self.rows = setup, say, []
+        self.setup, self.note = setup, note
         self.base = random_llama(setup.geometry, setup.device, setup.dtype)
         lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
         self.model = get_peft_model(self.base, lora).train()
@@ -366,8 +371,7 @@ class Bench:
     def _note(self, row: Row, **changes: Any) -> None:
         if row.why is None:
             row = Row(**{**asdict(row), **changes})
-        self.rows.append(row)
-        self.say(format_row(row))
+        self.note(row)
 
 
 def _over(above: Row, below: Row) -> float | None:

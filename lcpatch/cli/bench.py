@@ -198,7 +198,7 @@ def _cache(args: argparse.Namespace) -> dict[str, Any]:
 
 def _tables(args: argparse.Namespace) -> int:
     from ..bench import tables
-    from ._readme import table, with_block
+    from ..core.markdown import table, with_block
 
     for path in args.results:
         kind = path.name.split("-")[0]

@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import Any
 
-from ._readme import table
+from ..core.markdown import table
 
 
 def add_parser(subparsers: Any) -> None:

@@ -17,12 +17,13 @@ def ask(task: Task, text: Text, sample: Sample, reader: Reader, score: str) -> d
     """One row of results: the mean over the questions, and each question for itself."""
     stop = stop_tokens(reader.model, text.tokenizer)
     reader.read(text.opening + sample.context)
+    held = reader.held()
     asked = []
     for number, question in enumerate(sample.questions):
         asked.append(_one(task, text, question, reader, score, stop))
         if sample.turns and number + 1 < len(sample.questions):
             reader.tell(turn(text, question))
-    row: dict[str, Any] = {"tokens": len(text.opening) + len(sample.context)}
+    row: dict[str, Any] = {"tokens": len(text.opening) + len(sample.context), "cache_bytes": held}
     for name in ("rank", "generate"):
         if values := [one[name] for one in asked if name in one]:
             row[name] = sum(values) / len(values)

@@ -1,8 +1,7 @@
 """Perplexity, as a measure and as a task. Memory is one chunk x vocabulary, whatever the length.
 
 The text goes through the decoder once. Its hidden states then go, a chunk at a time, through whatever the model itself
-puts behind them: the head, a logit scale (Cohere, Granite), a final softcap (Gemma). That is done by calling the model
-on a single token and handing it the chunk in place of what its decoder returned, so no family needs a case of its own.
+puts behind them: the head, a logit scale (Cohere, Granite), a final softcap (Gemma); see `hf.head`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..hf.head import decode, head_of
 from ..patching.apply import unwrap
 from .task import Task, Unit, tasks
 
@@ -64,14 +64,11 @@ def token_nll(
     given, targets = input_ids[:, :-1], input_ids[:, 1:]
     mask = None if attention_mask is None else attention_mask[:, :-1]
     kwargs = {"use_cache": kwargs.get("past_key_values") is not None, **kwargs}
-    hidden = _hidden(model, base, given, attention_mask=mask, **kwargs)
-    nll = torch.cat(
-        [
-            _cross_entropy(_logits(model, base, given[:, :1], part), target)
-            for part, target in zip(hidden.split(chunk_size, 1), targets.split(chunk_size, 1), strict=True)
-        ],
-        1,
-    )
+    decoder = base.base_model
+    output, hidden = decode(model, decoder, input_ids=given, attention_mask=mask, **kwargs)
+    with head_of(model, decoder, output, given[:1, :1]) as head:
+        parts = zip(hidden.split(chunk_size, 1), targets.split(chunk_size, 1), strict=True)
+        nll = torch.cat([_cross_entropy(head(part), target) for part, target in parts], 1)
     if attention_mask is not None:
         real = attention_mask.bool()
         nll = nll.masked_fill(~(real[:, 1:] & real[:, :-1]), torch.nan)
@@ -153,32 +150,3 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([F.cross_entropy(part.float(), right, reduction="none") for part, right in pieces]).view(
         targets.shape
     )
-
-
-def _hidden(model: nn.Module, base: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
-    """The decoder's last hidden states [B, T, C], in a forward that makes one token's logits."""
-    seen: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append(output.last_hidden_state)
-
-    handle = base.base_model.register_forward_hook(keep)
-    try:
-        model(input_ids=input_ids, logits_to_keep=1, return_dict=True, **kwargs)
-    finally:
-        handle.remove()
-    return seen[0]
-
-
-def _logits(model: nn.Module, base: Any, token: Tensor, hidden: Tensor) -> Tensor:
-    """The logits [B, n, V] that the model makes of `hidden` [B, n, C], whatever `token` [B, 1] says."""
-
-    def replace(module: nn.Module, args: Any, output: Any) -> Any:
-        output.last_hidden_state = hidden
-        return output
-
-    handle = base.base_model.register_forward_hook(replace)
-    try:
-        return model(input_ids=token, use_cache=False, return_dict=True).logits
-    finally:
-        handle.remove()

@@ -94,7 +94,7 @@ def heat_maps(report: Report, task: str) -> Figure:
                 ax.set_ylabel("depth", color=GREY, fontsize=8.5)
             if down == len(ways) - 1:
                 ax.set_xlabel("length, in tokens", color=GREY, fontsize=8.5)
-            _quiet(ax)
+            quiet(ax)
     bar = figure.add_axes((1 - 0.85 / width, 1 - (TOP + high) / height, 0.12 / width, high / height))
     scale = figure.colorbar(drawn, cax=bar, ticks=[0, 0.5, 1])
     scale.ax.set_yticklabels(["0 %", "50 %", "100 %"], fontsize=8, color=GREY)
@@ -138,7 +138,7 @@ def bars(report: Report) -> Figure:
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
     ax.grid(axis="x", color=LINE, linewidth=0.8)
     ax.set_axisbelow(True)
-    _quiet(ax)
+    quiet(ax)
     ax.tick_params(axis="y", labelsize=9, labelcolor=INK)
     _legend(figure, report, "dotted: chance; thin line: 95 % interval")
     return figure
@@ -207,10 +207,11 @@ def _log_axes(ax: Axes, lengths: list[int] | None, label: str) -> None:
         ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel(label, color=GREY, fontsize=9)
     ax.grid(axis="y", color=LINE, linewidth=0.8)
-    _quiet(ax)
+    quiet(ax)
 
 
-def _quiet(ax: Axes) -> None:
+def quiet(ax: Axes) -> None:
+    """Without frame and ticks."""
     ax.tick_params(which="both", length=0, labelsize=8.5, colors=GREY)
     ax.spines[:].set_visible(False)
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..caches.layer import DenseLayer, GrowingLayer
+from ..caches.layer import DenseLayer, GrowingLayer, bytes_held
 from ..patching.apply import unwrap
 from .perplexity import token_nll
 
-WIDE_BYTES = 1 << 30
+WIDE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 """How much memory copies of a cache for several candidates at once may take."""
 
 
@@ -53,6 +53,10 @@ class Reader:
         ids = torch.tensor(context, device=self.device)
         for part in ids.split(self.chunk or len(ids)):
             self._feed(self.cache, part[None])
+
+    def held(self) -> int:
+        """Bytes on the model's device in which what was read is kept."""
+        return bytes_held(self.cache.layers)["device"]
 
     def tell(self, ids: Sequence[int]) -> None:
         """Read on: what follows is said after `ids` as well."""
@@ -123,9 +127,8 @@ class Reader:
 
     def _width(self, cache: Any) -> int:
         """How many copies of `cache` there may be at one time."""
-        tensors = [x for layer in cache.layers for x in vars(layer).values() if isinstance(x, Tensor)]
-        size = sum(x.nbytes for x in tensors) + sum(getattr(cache, "memory", dict)().values())
-        return max(1, min(self.batch_size, WIDE_BYTES // max(size, 1)))
+        room = WIDE_BYTES.get(self.device.type, WIDE_BYTES["cpu"])
+        return max(1, min(self.batch_size, room // max(sum(bytes_held(cache.layers).values()), 1)))
 
     @contextmanager
     def _branch(self, cache: Any, repeat: int = 1) -> Iterator[Any]:

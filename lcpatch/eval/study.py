@@ -21,14 +21,12 @@ import numpy as np
 import torch
 
 from .arms import Arm
-from .stats import MIN_SEEDS, bootstrap, recovery
 from .store import Store
 
 if TYPE_CHECKING:
     from ..training.config import TrainConfig
 
-UNTUNED = "untuned"
-FULL, SHORT = "full", "short"
+UNTUNED, FULL, SHORT = "untuned", "full", "short"
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ class Study:
         passkey_seeds: pass keys at each depth; 0: none.
         cache: a cache to evaluate the arms of `cached` with too.
         cache_options: of it.
+        cache_chunk: tokens that are read at a time through it; it evicts between two reads.
         cached: names of arms.
     """
 
@@ -57,6 +56,7 @@ class Study:
     passkey_seeds: int = 3
     cache: str | None = None
     cache_options: Mapping[str, Any] | None = None
+    cache_chunk: int | None = None
     cached: Sequence[str] = ()
 
     def todo(self) -> list[tuple[str, int]]:
@@ -68,11 +68,14 @@ class Study:
         fixed = self.config.to_dict()
         for name in ("attention", "options", "layers", "seed", "output"):
             fixed.pop(name)
+        fixed |= {"model": Path(self.config.model).name, "data": [Path(name).name for name in self.config.data]}
         judged = {
             "lengths": list(self.lengths),
             "windows": self.windows,
             "passkey_seeds": self.passkey_seeds,
             "cache": self.cache,
+            "cache_options": dict(self.cache_options or {}),
+            "cache_chunk": self.cache_chunk,
         }
         return {"training": fixed, **judged, "text": [Path(p).name for p in self.text or ()]}
 
@@ -117,21 +120,25 @@ def _one(study: Study, arm: str, seed: int, folder: Path) -> dict[str, Any]:
     settings = {} if arm == UNTUNED else study.arms[arm]
     own = {"attention": FULL, "seed": seed, "output": str(folder), "save_every": 0, "eval_rows": 0, **settings}
     config = replace(study.config, **own)
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
     if arm == UNTUNED:
-        model, losses = load_model(config).to("cuda" if torch.cuda.is_available() else "cpu"), []
+        model, losses = load_model(config).to("cuda" if gpu else "cpu"), []
         settle(model)
     else:
         result = train(config, None)
         model, losses = result.model, result.losses
-    trained = time.perf_counter()
+    trained, peak = time.perf_counter(), torch.cuda.max_memory_allocated() / 2**30 if gpu else None
     found = _judge(study, arm, model, load_tokenizer(config))
     del model
     gc.collect()
     shutil.rmtree(folder, ignore_errors=True)
     seconds = time.perf_counter() - begin
-    facts = {"arm": arm, "seed": seed, "settings": config.to_dict(), "train_losses": losses, "seconds": seconds}
-    return {**facts, "train_seconds": trained - begin, "tokens": len(losses) * tokens_per_step(config), **found}
+    facts = {"arm": arm, "seed": seed, "settings": dict(settings), "train_losses": losses, "seconds": seconds}
+    cost = {"train_seconds": trained - begin, "peak_gib": peak, "tokens": len(losses) * tokens_per_step(config)}
+    return {**facts, **cost, "device": torch.cuda.get_device_name() if gpu else "CPU", **found}
 
 
 def tokens_per_step(config: TrainConfig) -> int:
@@ -152,7 +159,8 @@ def _judge(study: Study, arm: str, model: Any, tokenizer: Any) -> dict[str, Any]
     if patch["mode"] != "never" and grows:  # a share of the length, or its end rolled to its front, has no next token
         ways.append(Arm(patch["method"], pattern, label="patched"))
     if study.cache and arm in study.cached:
-        ways.append(Arm(cache=study.cache, cache_options=study.cache_options or {}, label=study.cache))
+        options = study.cache_options or {}
+        ways.append(Arm(cache=study.cache, cache_options=options, chunk=study.cache_chunk, label=study.cache))
     tasks = ["perplexity", *(["passkey"] if study.passkey_seeds else [])]
     report = evaluate(
         model,
@@ -164,7 +172,6 @@ def _judge(study: Study, arm: str, model: Any, tokenizer: Any) -> dict[str, Any]
         seeds=study.passkey_seeds or 1,
         score="rank",
         options={"max_windows": study.windows},
-        batch_size=1,
     )
     found: dict[str, Any] = {"perplexity": {}, "tail": {}, "passkey": {}}
     for way in ways:
@@ -176,61 +183,3 @@ def _judge(study: Study, arm: str, model: Any, tokenizer: Any) -> dict[str, Any]
                 keys = [row["rank"] for row in report.rows_of("passkey", way.label, length)]
                 found["passkey"].setdefault(way.label, {})[str(length)] = sum(keys) / len(keys)
     return found
-
-
-def summary(store: Store) -> str:
-    """The study as Markdown tables: perplexity with intervals, pass keys, and what each arm recovers."""
-    rows = list(store.rows.values())
-    names = list(dict.fromkeys(row["arm"] for row in rows))
-    lengths = map(str, store.header["lengths"])
-    return "\n\n".join(f"**{length} tokens**\n\n{_table(rows, names, length)}" for length in lengths)
-
-
-def losses_of(rows: Sequence[Mapping[str, Any]], arm: str, way: str, length: str) -> list[list[float]]:
-    """[seeds][windows] of one arm, seeds in order."""
-    mine = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["seed"])
-    return [row["perplexity"][way][length] for row in mine if way in row["perplexity"]]
-
-
-def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], length: str) -> str:
-    header = ("Arm", "Run", "Seeds", "Perplexity", "Pass keys", "R, from PI alone", "R, from short", "Train s")
-    lines = [header, ("---",) * len(header)]
-    for arm in names:
-        ways = next(row["perplexity"] for row in rows if row["arm"] == arm)
-        lines += [_line(rows, arm, way, length) for way in ways]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _line(rows: Sequence[Mapping[str, Any]], arm: str, way: str, length: str) -> tuple[str, ...]:
-    losses = losses_of(rows, arm, way, length)
-    mean, low, high = (math.exp(x) for x in bootstrap(np.mean(losses, 0).tolist()))
-    mine = [row for row in rows if row["arm"] == arm]
-    keys = [row["passkey"][way][length] for row in mine if way in row["passkey"]]
-    shares = _shares(rows, losses, arm, length) if way == "dense" else {}
-    return (
-        arm,
-        way,
-        str(len(losses)),
-        f"{mean:.3f} ({low:.3f} to {high:.3f})",
-        f"{np.mean(keys):.2f}" if keys else "",
-        shares.get("pi", ""),
-        shares.get("short", ""),
-        f"{np.mean([row['train_seconds'] for row in mine]):.0f}" if arm != UNTUNED else "",
-    )
-
-
-def _shares(rows: Sequence[Mapping[str, Any]], losses: list[list[float]], arm: str, length: str) -> dict[str, str]:
-    """R against both baselines, over perplexities and over their logarithms."""
-    full = losses_of(rows, FULL, "dense", length)
-    bases = {"pi": losses_of(rows, UNTUNED, "dense", length), "short": losses_of(rows, SHORT, "dense", length)}
-    bases = {name: found for name, found in bases.items() if found and (len(found) in (1, len(losses)))}
-    if arm in (UNTUNED, FULL) or len(losses) < MIN_SEEDS or len(full) != len(losses) or not bases:
-        return {}
-    found = recovery(losses, full, bases)
-    written = {}
-    for name, units in found.items():
-        if name == SHORT and arm == SHORT:
-            continue
-        (r, low, high), (nats, *_) = units["ppl"], units["nats"]
-        written[name] = f"{r:.0%} ({low:.0%} to {high:.0%}; nats {nats:.0%})"
-    return written

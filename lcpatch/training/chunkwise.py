@@ -22,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core.errors import ParallelError
 from ..hf.attention import SHARD
+from ..hf.head import decode, head_of, head_parameters
 from . import spaco
 from .buffers import DeviceStore, exact_gradients
 from .chunk_cache import ChunkCache
-from .head import decode, head_of, head_parameters
 from .loss import summed_cross_entropy
 from .offload import POOL, HostStore
 from .packing import chunk_mask

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hf.head import decode, head_of, head_parameters
 from ..hf.models import unwrap
-from .head import decode, head_of, head_parameters
 from .loss import IGNORE, summed_cross_entropy
 from .support import without_wrapper
 

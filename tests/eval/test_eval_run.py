@@ -368,3 +368,15 @@ def test_tables_and_data_sets_are_read(tmp_path, monkeypatch):
         "hub:me/data@test, a.txt",
     )
     assert asked == [("me/data", {"split": "test", "streaming": True, "revision": "abc"})]
+
+
+def test_rows_say_what_a_cache_holds_of_the_context():
+    """In bytes, of keys and values: all tokens densely, a tenth of them by H2O, whose masses come on top."""
+    h2o = Arm(cache="h2o", cache_options={"budget": 0.1})
+    seen = run("passkey", arms=(Arm(), h2o), seeds=1)
+    config = model().config
+    token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    for row in seen.rows_of("passkey", "dense"):
+        assert row["cache_bytes"] == row["tokens"] * token
+    for row in seen.rows_of("passkey", h2o.label):
+        assert 0.1 * row["tokens"] * token < row["cache_bytes"] < 0.5 * row["tokens"] * token

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import training_cases
 
-from lcpatch.eval import study
+from lcpatch.eval import study, study_report
 from lcpatch.eval.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +67,17 @@ def test_a_study_goes_on_where_it_stopped(reproduce, words, tmp_path, monkeypatc
     assert nll["dense"]["128"] != nll["patched"]["128"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "results.jsonl"]
     assert "| shift-rolled | dense | 1 |" in capsys.readouterr().out
+    page, drawn = tmp_path / "RESULTS.md", tmp_path / "results.png"
+    page.write_text("Before.\n<!-- study:begin -->\nold\n<!-- study:end -->\nAfter.\n")
+    assert reproduce.main([*words, *out, "--report", "--write", str(page), "--plot", str(drawn)]) == 0
+    assert "| shift-rolled | dense | 1 |" in page.read_text()
+    assert page.read_text().startswith("Before.")
+    assert "old" not in page.read_text()
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    assert reproduce.main([*words, *out[:2], "--arms", "seco,spaco"]) == 0
+    rows |= {row["arm"]: row for row in lines(tmp_path)[1:]}
+    assert rows["seco"]["train_losses"] == pytest.approx(rows["full"]["train_losses"], rel=1e-5)  # exact gradients
+    assert rows["spaco"]["settings"] == {"attention": "full", "chunk_size": 16, "keep_chunks": 0.25}
     with pytest.raises(ValueError, match="holds a run with training="):
         reproduce.main([*words, *out, "--steps", "3"])
     with pytest.raises(ValueError, match=r"--arms: 'nothing' is not one of full, short, shift"):
@@ -93,9 +104,16 @@ def test_recovery_follows_from_the_rows():
     for arm, extra in level.items():
         for seed in range(1 if arm == "untuned" else 3):
             nll = (window + extra).tolist()
-            facts = {"arm": arm, "seed": seed, "train_seconds": 1.0, "train_losses": [], "passkey": {}}
+            facts = {
+                "arm": arm,
+                "seed": seed,
+                "train_seconds": 1.0,
+                "train_losses": [],
+                "peak_gib": None,
+                "passkey": {},
+            }
             store.add(f"{arm}/{seed}", {**facts, "perplexity": {"dense": {"64": nll}}})
-    table = study.summary(store)
+    table = study_report.summary(store)
     line = next(line for line in table.splitlines() if line.startswith("| sf "))
     assert "nats 90%" in line
     assert "nats 75%" in line
