@@ -63,7 +63,7 @@ class Setup:
     limit: tuple[int, int] = (131072, 262144)
     limit_offloaded: int = 393216
     chunk: int = 4096
-    wide: tuple[int, ...] = (2048, 4096)
+    wide: tuple[int, ...] = (4096, 8192)
     loss_tokens: int = 4096
     draws: int = 8
     full: tuple[int, bool] = (204800, False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import math
 import shutil
 import time
@@ -114,23 +115,24 @@ def describe(row: Mapping[str, Any]) -> str:
 def _one(study: Study, arm: str, seed: int, folder: Path) -> dict[str, Any]:
     from ..training.lora import settle
     from ..training.model import load_model, load_tokenizer
-    from ..training.run import train
+    from ..training.run import LOG_FILE, train
 
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped half-way
     settings = {} if arm == UNTUNED else study.arms[arm]
     own = {"attention": FULL, "seed": seed, "output": str(folder), "save_every": 0, "eval_rows": 0, **settings}
     config = replace(study.config, **own)
     gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
+    peak = None
     if arm == UNTUNED:
         model, losses = load_model(config).to("cuda" if gpu else "cpu"), []
         settle(model)
     else:
         result = train(config, None)
         model, losses = result.model, result.losses
-    trained, peak = time.perf_counter(), torch.cuda.max_memory_allocated() / 2**30 if gpu else None
+        log = json.loads((Path(config.output) / LOG_FILE).read_text(encoding="utf-8"))
+        peak = max((step["peak_gib"] for step in log if "peak_gib" in step), default=None)
+    trained = time.perf_counter()
     found = _judge(study, arm, model, load_tokenizer(config))
     del model
     gc.collect()
