@@ -1,4 +1,4 @@
-"""Caches of a whole model: prefill, peak memory, decoding, beside transformers' own; and what H2O's scores cost.
+"""Caches of a whole model: prefill, peak memory, decoding, beside those of others; and what H2O's scores cost.
 
 Random weights with the geometry of Llama-3.1-8B. Each arm reads a prompt of `length` tokens and then generates. Rows of
 a batch beyond the first are copies of the first, made after the prefill: decoding costs the same whatever they say.
@@ -27,7 +27,7 @@ from ..caches.retrieval import RetrievalCache
 from ..caches.tiered import TieredCache
 from ..core.errors import BenchmarkError
 from ..patching import remove
-from . import measure
+from . import measure, peers
 from .geometry import LLAMA_8B, random_llama
 
 CHUNK = 8192
@@ -36,20 +36,31 @@ COMPILED_TOKENS = 128
 SLOW_TOKENS = 8  # half a second each: all keys and values cross the bus
 
 
+def _read(model: nn.Module, ids: torch.Tensor, cache: Any) -> None:
+    model(ids, past_key_values=cache, logits_to_keep=1)
+
+
 @dataclass(frozen=True)
 class Arm:
     """A cache, how it is made for (model, batch, most tokens), and in what chunks a prompt is read (None: at once).
 
-    `partial`: a step reads less than the cache holds, so that reading all of it is no floor. `new`: tokens generated
-    in a run (a few on a CPU, where times say nothing).
+    `all_rows`: every row of a batch is read, as rows of this cache are not copied. `partial`: a step reads less than
+    the cache holds, so that reading all of it is no floor. `new`: tokens generated in a run (a few on a CPU, where
+    times say nothing). `read`: takes a part of the prompt. `needs`: the package that brings the cache.
     """
 
     name: str
     make: Callable[[nn.Module, int, int], Any]
     chunk: int | None = None
-    static: bool = False
+    all_rows: bool = False
     partial: bool = False
     new: int = NEW_TOKENS
+    read: Callable[[nn.Module, torch.Tensor, Any], None] = _read
+    needs: str | None = None
+
+
+def _dynamic(model: nn.Module, *_: int) -> DynamicCache:
+    return DynamicCache(config=model.config)
 
 
 def _static(model: nn.Module, batch: int, most: int) -> StaticCache:
@@ -57,8 +68,8 @@ def _static(model: nn.Module, batch: int, most: int) -> StaticCache:
 
 
 ARMS = (
-    Arm("DynamicCache", lambda model, batch, most: DynamicCache(config=model.config)),
-    Arm("StaticCache, compiled", _static, CHUNK, static=True, new=COMPILED_TOKENS),
+    Arm("DynamicCache", _dynamic),
+    Arm("StaticCache, compiled", _static, CHUNK, all_rows=True, new=COMPILED_TOKENS),
     Arm("H2O 0.2", lambda model, batch, most: H2OCache(model, budget=0.2), CHUNK),
     Arm("H2O 0.2, at once", lambda model, batch, most: H2OCache(model, budget=0.2)),
     Arm("H2O 0.2, compiled", lambda model, *_: H2OCache(model, 0.2, compiled=True), CHUNK, new=COMPILED_TOKENS),
@@ -68,6 +79,10 @@ ARMS = (
     Arm("Retrieval 4K", lambda model, batch, most: RetrievalCache(model, budget=4096), CHUNK, partial=True),
     Arm("Tiered, 2 GB", lambda model, batch, most: TieredCache(model, gpu_bytes=2 << 30), CHUNK, partial=True),
     Arm("DynamicCache, offloaded", lambda model, *_: _offloaded(model), CHUNK, partial=True, new=SLOW_TOKENS),
+    Arm("QuantizedCache, hqq", peers.quantized("hqq"), all_rows=True, needs="hqq"),
+    Arm("QuantizedCache, quanto", peers.quantized("optimum-quanto"), all_rows=True, needs="optimum-quanto"),
+    Arm("SnapKV 0.2, kvpress", _dynamic, read=peers.pressed("SnapKVPress"), needs="kvpress"),
+    Arm("Knorm 0.2, kvpress", _dynamic, read=peers.pressed("KnormPress"), needs="kvpress"),
 )
 
 
@@ -76,7 +91,7 @@ class Row:
     """One arm at one length and batch.
 
     Args:
-        prefill_s: seconds to read one row's prompt.
+        prefill_s: seconds to read one row's prompt; of every row where rows are not copied.
         peak_gib: the most memory held while reading it, weights included.
         cache_gib: what the cache holds on the GPU afterwards, all rows.
         decode_ms: milliseconds a generated token after the first.
@@ -123,6 +138,7 @@ def run(
     geometry = geometry or LLAMA_8B
     model = random_llama(geometry, device, torch.bfloat16 if device == "cuda" else torch.float32)
     result = {**measure.environment(commit), "geometry": geometry, "chunk": chunk}
+    result["peers"] = {name: measure.installed(name) for name in peers.INSTALL}
     result["checks"] = [check(model, chunk)]
     say(f"check: H2O with room for everything against DynamicCache, logits {result['checks'][0]}")
     if not result["checks"][0]["passed"]:
@@ -203,25 +219,31 @@ def _offloaded(model: nn.Module) -> DynamicCache:
 
 def _measured(model: nn.Module, arm: Arm, batch: int, length: int, chunk: int, rate: float | None) -> Row:
     on_gpu = next(model.parameters()).is_cuda
+    if why := peers.missing(arm.needs):
+        return Row(arm.name, batch, length, why=why)
     gc.collect()
     try:
         new = arm.new if on_gpu else 8
-        rows, most = batch if arm.static else 1, length + 4 * new + 8
-        step = max(chunk // rows, 1) if arm.chunk or rows > 1 else length
+        rows, most = batch if arm.all_rows else 1, length + 4 * new + 8
+        step = max(chunk // rows, 1) if arm.chunk else length
         warm = min(length, 2 * chunk)
-        _prefill(model, arm.make(model, batch, most), warm, min(step, chunk), rows)  # compiles
+        _prefill(model, arm, arm.make(model, batch, most), warm, min(step, warm), rows)  # compiles
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         cache = arm.make(model, batch, most)
-        prefill = _prefill(model, cache, length, step, rows)
+        prefill = _prefill(model, arm, cache, length, step, rows)
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
-        if batch > 1 and not arm.static:
+        if batch > 1 and not arm.all_rows:
             cache.batch_repeat_interleave(batch)
         held = bytes_held(cache.layers)["device"]
-        token_s = _decode(model, cache, batch, length, new)
+        token_s = _decode(model, cache, batch, new)
     except torch.OutOfMemoryError:
         return Row(arm.name, batch, length, why="out of memory")
+    except Exception as error:
+        if arm.needs is None:
+            raise
+        return Row(arm.name, batch, length, why=peers.failed(arm.needs, error))
     finally:
         remove(model)
         model.__dict__.pop("_compiled_call", None)  # the next arm compiles for itself, not for a shape that changed
@@ -232,18 +254,20 @@ def _measured(model: nn.Module, arm: Arm, batch: int, length: int, chunk: int, r
 
 
 @torch.no_grad()
-def _prefill(model: nn.Module, cache: Any, length: int, chunk: int, batch: int) -> float:
+def _prefill(model: nn.Module, arm: Arm, cache: Any, length: int, chunk: int, batch: int) -> float:
     ids = _ids(model, batch, length)
     start = _now(model)
     for part in ids.split(chunk, 1):
-        model(part, past_key_values=cache, logits_to_keep=1)
+        arm.read(model, part, cache)
     return _now(model) - start
 
 
-def _decode(model: nn.Module, cache: Any, batch: int, length: int, new: int) -> float:
+def _decode(model: nn.Module, cache: Any, batch: int, new: int) -> float:
     """Seconds a token of `generate`, which goes on with the cache: of `new` tokens after the first, which transformers
-    computes as the end of the prompt, never compiled. Median of two runs after one that compiles."""
-    ids = _ids(model, 1, length + 1).expand(batch, -1)
+    computes as the end of the prompt, never compiled. Median of two runs after one that compiles.
+
+    The text is as long as the cache says: kvpress's counts what is left, and the rest would be read again."""
+    ids = _ids(model, 1, int(cache.get_seq_length()) + 1).expand(batch, -1)
     times: dict[int, list[float]] = {}
     for tokens in (new + 1, 1, new + 1, 1, new + 1):
         start = _now(model)

@@ -75,10 +75,22 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "triton", "transformers", "lcpatch")},
+        **{name: installed(name) for name in ("torch", "triton", "transformers", "lcpatch")},
         "cuda": torch.version.cuda,
         "commit": commit or _commit(),
     }
+
+
+def installed(name: str) -> str | None:
+    """The version of a package; None where there is none."""
+    if name == "lcpatch":
+        from lcpatch import __version__
+
+        return __version__
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def with_earlier(result: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
@@ -108,17 +120,6 @@ def write(result: dict[str, Any], path: Path) -> None:
 
 def _what(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in WHAT)
-
-
-def _version(name: str) -> str | None:
-    if name == "lcpatch":
-        from lcpatch import __version__
-
-        return __version__
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

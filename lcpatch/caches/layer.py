@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -457,12 +457,23 @@ def _tiers(layer: Any) -> dict[str, int]:
     if hasattr(layer, "memory"):
         return {"device": layer.memory()}
     held: dict[str, dict[int, int]] = {"device": {}}
-    values = vars(layer).values()  # linear attention keeps its states in dictionaries
-    for x in [y for value in values for y in (value.values() if isinstance(value, dict) else [value])]:
-        if isinstance(x, Tensor):  # transformers' offloaded layers leave the device that they were made on
-            tier = "device" if x.device == getattr(layer, "device", x.device) else "host"
-            held.setdefault(tier, {})[x.data_ptr()] = x.untyped_storage().nbytes()
+    for x in _tensors(vars(layer)):  # transformers' offloaded layers leave the device that they were made on
+        tier = "device" if x.device == getattr(layer, "device", x.device) else "host"
+        held.setdefault(tier, {})[x.data_ptr()] = x.untyped_storage().nbytes()
     return {tier: sum(sizes.values()) for tier, sizes in held.items()}
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors that hold a value's data: linear attention keeps its states in dictionaries, quantised layers keep
+    tuples, or tensors that are made of others and have no storage."""
+    if isinstance(value, dict | tuple | list):
+        for x in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(x)
+    elif hasattr(value, "__tensor_flatten__"):
+        for name in value.__tensor_flatten__()[0]:
+            yield from _tensors(getattr(value, name))
+    elif isinstance(value, Tensor):
+        yield value
 
 
 def _grown(x: Tensor, capacity: int, filled: int) -> Tensor:

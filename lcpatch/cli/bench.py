@@ -48,7 +48,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     training.add_argument("--offload", action="store_true", help="part f with keys and values in host memory")
     training.add_argument("--tiny", action="store_true", help="a small model on the CPU: tries the benchmark itself")
     training.set_defaults(measure=_training)
-    cache = what.add_parser("cache", help="caches of a whole 8B model: prefill, memory, decoding")
+    cache = what.add_parser(
+        "cache", help="caches of a whole 8B model beside those of others: prefill, memory, decoding"
+    )
     cache.add_argument("--tasks", default="1:32768,1:131072,8:32768", help="batch:tokens, …")
     cache.add_argument("--arms", help="names of arms, separated by semicolons (default: all)")
     cache.add_argument("--layers", type=int, default=32, help="layers of the model (default 32)")

@@ -1,13 +1,17 @@
 """`lcpatch bench cache` on a tiny model on the CPU: every arm runs, what is wrong is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lcpatch.bench import cache, tables
+from lcpatch.bench import cache, measure, peers, tables
 from lcpatch.bench.geometry import TINY
 from lcpatch.caches.h2o import H2OLayer
+from lcpatch.caches.layer import bytes_held
 from lcpatch.cli import main
 from lcpatch.core.errors import BenchmarkError
 
@@ -44,6 +48,58 @@ def test_a_result_grows_by_what_is_appended(tmp_path, capsys):
     assert bench("--commit", "b", "--append", arms="H2O 0.2") == 2
     assert "the file has commit 'a', this run 'b'" in capsys.readouterr().err
     assert json.loads(out.read_text())["rows"] == rows
+
+
+def _rows(*names: str) -> list[dict]:
+    return cache.run(((1, 200), (2, 200)), TINY, "cpu", arms=names, chunk=64)["rows"]
+
+
+def test_a_peer_that_is_not_installed_says_how_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(measure, "installed", lambda name: None)
+    names = [arm.name for arm in cache.ARMS if arm.needs]
+    assert len(names) == 4
+    rows = _rows(*names)
+    assert [row["arm"] for row in rows] == 2 * names
+    assert {row["why"] for row in rows} == {f"needs `{line}`" for line in peers.INSTALL.values()}
+    assert all(row["why"] in capsys.readouterr().out for row in rows[:1])
+    header, lines = tables.cache({"rows": rows})
+    assert all(len(line) == len(header) for line in lines)
+
+
+def test_a_peer_that_fails_says_why_and_an_arm_of_ours_raises(monkeypatch):
+    def make(*_):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(measure, "installed", lambda name: "0.0")
+    monkeypatch.setattr(cache, "ARMS", (cache.Arm("peer", make, needs="hqq"), cache.Arm("ours", make)))
+    assert "hqq 0.0 fails under transformers" in _rows("peer")[0]["why"]
+    assert _rows("peer")[1]["why"].endswith(": RuntimeError: two lines")
+    with pytest.raises(RuntimeError, match="two"):
+        _rows("ours")
+
+
+@pytest.mark.parametrize("arm", [arm for arm in cache.ARMS if arm.needs], ids=lambda arm: arm.name)
+def test_a_peer_that_is_installed_runs(arm):
+    if why := peers.missing(arm.needs):
+        pytest.skip(why)
+    before = dict(ALL_ATTENTION_FUNCTIONS)
+    rows = _rows("DynamicCache", arm.name)
+    assert {name: ALL_ATTENTION_FUNCTIONS[name] for name in before} == before
+    for full, row in zip(rows[::2], rows[1::2], strict=True):
+        assert row["why"] is None
+        share = row["cache_gib"] / full["cache_gib"]
+        if arm.needs == "kvpress":
+            assert 39 <= round(200 * share) <= 40  # 200 * (1 - 0.8) is a little less than 40
+        else:  # 4 bits of 32, and a scale and a zero (fp32 here) for 64 numbers
+            assert 4 / 32 < share <= 4 / 32 + 2 / 64
+
+
+def test_bytes_of_tuples_and_of_tensors_made_of_others():
+    codes, scale, zero, a, b = (torch.zeros(size) for size in (16, 2, 4, 8, 8))
+    layer = SimpleNamespace(
+        keys=(codes, {"scale": scale, "zero": zero, "axis": 1}), values=TwoTensor(a, b), again=codes
+    )
+    assert bytes_held([layer]) == {"device": 4 * (16 + 2 + 4 + 8 + 8)}
 
 
 def test_a_wrong_cache_is_not_timed(monkeypatch):
