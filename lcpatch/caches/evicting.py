@@ -26,7 +26,7 @@ from ..hf.watch import Call, attend
 from . import scattered
 from .budget import Budget
 from .codec import BFloat16, Plain, codec_named
-from .fixed import FixedDecoding
+from .fixed import FixedDecoding, room
 from .layer import AttendingLayer, decode, negative, to_list
 from .slots import GRAIN, Slots, grown, most_room
 from .state import fitting, whole, wholes
@@ -315,7 +315,7 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         names = ("seen", "pads", "counts", "budgets", "intact")
         if self.budgets is None:  # all that came was taken back before anything was settled
             self._count(True, 0)
-        most = max(most_room(self.slots.length), max(self.budgets) + 1)  # a crop may leave more
+        most = max(most_room(self.slots.length), self._room(max(self.budgets)))  # a crop may leave more
         numbers = {name: getattr(self, name) for name in names}
         numbers |= {"online": [int(on) for on in self.online], "capacity": min(self.slots.capacity, most)}
         return {name: self.slots[name] for name in self.slots.tensors}, numbers
@@ -335,7 +335,7 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         self.lazy_initialization(like.expand(rows, -1, -1, -1), like)
         likes = self._new_slots(like, like)
         found = fitting(tensors, likes, rows, length)
-        capacity = whole(numbers, "capacity", max(most_room(length), max(budgets) + 1))
+        capacity = whole(numbers, "capacity", max(most_room(length), self._room(max(budgets))))
         self.slots = Slots(found).owned(capacity)
         self.seen, self.pads, self.counts, self.budgets = seen, pads, counts, budgets
         self.intact = whole(numbers, "intact", seen)
@@ -394,10 +394,13 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         self.online = [on and min(num, n) < 2 for on, n in zip(self.online, real, strict=True)]
 
     def _capacity(self, needed: int) -> int:
-        """Slots to reserve where `needed` are filled: never more than the budget and the token that overflows it, while
-        that stands still."""
+        """Slots to reserve where `needed` are filled: never more than the budget and the token that overflows it (and
+        what fills a block), while that stands still."""
         still = self.budgets is not None and not any(self.online)
-        return grown(needed, max(self.budgets) + 1 if still else None)
+        return grown(needed, self._room(max(self.budgets)) if still else None)
+
+    def _room(self, most: int) -> int:
+        return room(most) if self.is_compileable else most + 1
 
     def _decoded(self, slots: Slots, name: str, like: Tensor) -> Tensor:
         parts = {key[len(name) :]: slots[key] for key in slots.tensors if key.startswith(name)}

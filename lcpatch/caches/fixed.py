@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from .evicting import EvictingLayer
 
 BLOCK = 256  # slots among which one program looks for the least: 100 blocks a KV head of 128K tokens, a fifth kept
+WHOLE = 8 * BLOCK  # from here on a row is whole blocks, at most an eighth more: looking for the least needs no padding
 MOST = torch.iinfo(torch.int64).max
+
+
+def room(most: int) -> int:
+    """Slots of a row: for `most` tokens, and the one that overflows them."""
+    return most + 1 if most < WHOLE else -(-(most + 1) // BLOCK) * BLOCK
 
 
 def check_codec(codec: str | None) -> None:
@@ -57,20 +63,25 @@ class FixedSlots:
         rows, device = len(layer.pads), layer.device
         self.size = _size(layer)
         self.slots = Slots({}, 0)
-        self.live, self.limit, self.pads, self.sinks, self.recent = (
-            torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(5)
+        self.limit, self.pads, self.sinks, self.recent = (
+            torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(4)
         )
         self.seen = torch.zeros((), dtype=torch.int64, device=device)
-        self.span = torch.zeros(rows, 2, dtype=torch.int32, device=device)
+        self.span = torch.zeros(rows, 2, dtype=torch.int32, device=device)  # 0, and how many slots are filled
         self.hole = torch.zeros(rows, layer.num_kv_heads, dtype=torch.int64, device=device)  # where the next token goes
-        self.replaces = layer.replaces
+        self.replaces, self.added_to = layer.replaces, layer.added_to
         for x in vars(self).values():
             if isinstance(x, Tensor):
                 torch._dynamo.mark_static_address(x)
 
+    @property
+    def live(self) -> Tensor:
+        """int32 [B], slots filled: a view, since each tensor that a step changes costs it a kernel."""
+        return self.span[:, 1]
+
     def fits(self, layer: EvictingLayer) -> bool:
         """Whether `layer`, as it is now, can enter."""
-        return len(self.live) == len(layer.pads) and self.size == _size(layer)
+        return len(self.span) == len(layer.pads) and self.size == _size(layer)
 
     def holds(self, slots: Slots) -> bool:
         """Whether `slots` lie in these tensors."""
@@ -98,7 +109,6 @@ class FixedSlots:
         for x, values in zip((self.live, self.limit, self.pads, self.sinks, self.recent), numbers, strict=True):
             x.copy_(torch.as_tensor(values))
         self.seen.fill_(layer.seen)
-        self.span[:, 1] = self.live
         self.hole.copy_(self.live[:, None])
 
     def _to_the_left(self, layer: EvictingLayer, into: Slots) -> bool:
@@ -107,10 +117,13 @@ class FixedSlots:
 
     def put(self, new: dict[str, Tensor]) -> None:
         """Write one token a row, given as slots [B, K, 1, …], over the one that is worth least."""
+        place = torch.arange(self.size, device=self.hole.device)
         for name, x in new.items():
-            self.write(name, self.hole[..., None], x)
+            if name in self.added_to:
+                self.slots.tensors[name].masked_fill_(place == self.hole[..., None], 0)
+            else:
+                self.write(name, self.hole[..., None], x)
         self.live.copy_(torch.minimum(self.live + 1, self.limit))
-        self.span[:, 1] = self.live
         self.seen.add_(1)
 
     def write(self, name: str, place: Tensor, x: Tensor) -> None:
@@ -171,8 +184,7 @@ class FixedSlots:
 
 
 def _size(layer: EvictingLayer) -> int:
-    """Slots of a row: the largest budget, and the token that overflows it."""
-    return max(layer.budgets) + 1
+    return room(max(layer.budgets))
 
 
 def _key(worth: Tensor, then: Tensor) -> Tensor:
@@ -184,7 +196,8 @@ def _key(worth: Tensor, then: Tensor) -> Tensor:
 
 def _first_least(key: Tensor) -> Tensor:
     """`key.argmin(-1)` of int64 [B, K, S], block by block: a few long rows would leave most of a GPU idle."""
-    blocks = torch.constant_pad_nd(key, (0, -key.shape[-1] % BLOCK), MOST).unflatten(-1, (-1, BLOCK))
+    missing = -key.shape[-1] % BLOCK
+    blocks = (torch.constant_pad_nd(key, (0, missing), MOST) if missing else key).unflatten(-1, (-1, BLOCK))
     block = blocks.amin(-1).argmin(-1)
     chosen = blocks.gather(2, block[..., None, None].expand(-1, -1, 1, BLOCK))[:, :, 0]
     return block * BLOCK + chosen.argmin(-1)
@@ -195,6 +208,7 @@ class FixedDecoding:
     for, which `generate` does ahead of a step; left by whatever needs the tokens in order."""
 
     fixed: FixedSlots | None = None  # instead of `slots`, `counts` and `seen` while it generates
+    added_to: ClassVar[tuple[str, ...]] = ()  # fields that `observe` goes through: a new token's becomes 0 in passing
     replaces: ClassVar[bool] = True  # a full row's next token takes another's slot; False: `enter_fixed` makes room
 
     def _clear(self) -> None:

@@ -99,6 +99,7 @@ class H2OLayer(EvictingLayer):
 
     owner = "H2OCache"
     fields: ClassVar = {"mass": torch.float32}
+    added_to = ("mass",)
     wants_scores = True
 
     def __init__(

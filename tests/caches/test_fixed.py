@@ -11,6 +11,7 @@ from noise import distance, model_budget
 from transformers import CompileConfig
 
 import lcpatch
+from lcpatch.caches import fixed as fixed_slots
 
 LENGTH = 110
 CUTS = {"prompt": [50, *[1] * 60], "turns": [30, *[1] * 30, 20, *[1] * 30], "tokens": [3, *[1] * 107]}
@@ -47,6 +48,26 @@ def test_it_keeps_what_eviction_after_every_step_keeps(cut, name):
         assert torch.equal(one.key_positions(), other.key_positions())
         assert (one.counts, one.intact) == (other.counts, other.intact)
     assert fixed.stats() == plain.stats()
+
+
+@pytest.mark.parametrize("name", ["h2o", "sink", "cluster"])
+def test_rows_of_whole_blocks(name, monkeypatch):
+    """What long rows are filled up to, in short ones: slots that are never filled are neither seen nor chosen."""
+    monkeypatch.setattr(fixed_slots, "WHOLE", 0)
+    model, (kind, options) = build(), CACHES[name]
+    ids = tokens(2, LENGTH)
+    plain, fixed = kind(model, **EVERY | options), kind(model, compiled=True, **options)
+    want, got = (feed(model, ids, cache, CUTS["turns"]) for cache in (plain, fixed))
+    assert fixed.layers[0].fixed.size == fixed_slots.BLOCK
+    assert distance(got, want) <= model_budget(model, ids)
+    for one, other in zip(fixed.layers, plain.layers, strict=True):
+        one.leave_fixed()
+        assert torch.equal(one.key_positions(), other.key_positions())
+
+
+def test_a_row_is_filled_up_by_an_eighth_at_most():
+    sizes = {most: fixed_slots.room(most) for most in (24, 2047, 2048, 2303, 2304, 26214)}
+    assert sizes == {24: 25, 2047: 2048, 2048: 2304, 2303: 2304, 2304: 2560, 26214: 26368}
 
 
 @pytest.mark.parametrize("codec", ["int8", "fp8"])
@@ -128,10 +149,11 @@ def test_a_budget_that_grew_gets_other_tensors_and_lets_the_old_ones_go():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [lcpatch.H2OCache, lcpatch.SinkCache, lcpatch.ClusterCache])
-def test_the_compiled_step_copies_no_keys_and_values(kind):
+def test_the_compiled_step_copies_no_keys_and_values(kind, monkeypatch):
     """Inductor writes the token into the buffers that the step was given: what it allocates is small beside them."""
     from torch._inductor.utils import run_and_get_code
 
+    monkeypatch.setattr(fixed_slots, "WHOLE", 0)  # as in the long rows that it matters for
     model, ids = build(num_hidden_layers=1), tokens(1, 300)
     how = CompileConfig(mode=None, fullgraph=True)
     how._compile_all_devices = True
@@ -140,6 +162,11 @@ def test_the_compiled_step_copies_no_keys_and_values(kind):
     _, codes = run_and_get_code(model.generate, ids, past_key_values=cache, compile_config=how, **options)
     shapes = [eval(shape) for code in codes for shape in re.findall(r"= empty_strided_cpu\((\([^)]*\))", code)]
     buffer = cache.layers[0].fixed.slots.tensors["keys"]
+    if kind is lcpatch.H2OCache:  # its masses are added to in place, not made anew and copied back
+        floats = [
+            eval(x) for code in codes for x in re.findall(r"= empty_strided_cpu\((\([^)]*\)).*torch.float32", code)
+        ]
+        assert tuple(cache.layers[0].fixed.slots.tensors["mass"].shape) not in floats
     assert shapes
     assert max(math.prod(shape) for shape in shapes) < buffer.numel() / 4
     assert "index out of bounds" in codes[0], "there is a write by index to be judged"
