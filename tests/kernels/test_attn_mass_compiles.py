@@ -40,7 +40,7 @@ def build(head_dim: int, one: bool, group: int, arch: int) -> dict:
 
     from lcpatch_kernels.attn_mass.triton import _mass_kernel, tiles_for
 
-    block_n, block_m, num_warps, num_stages = tiles_for(torch.bfloat16, head_dim, arch // 10)
+    block_n, block_m, num_warps, num_stages = tiles_for(torch.bfloat16, head_dim)
     constants = {
         "GROUP": group, "D": head_dim, "BLOCK_D": head_dim, "BLOCK_M": 16 if one else block_m, "BLOCK_N": block_n,
         "REDUCE": 0, "ONE": one, "HAS_SOFTCAP": False, "UPCAST": False,
