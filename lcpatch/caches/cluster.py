@@ -19,12 +19,13 @@ merged, and a centroid stands at the position of one of its tokens.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lcpatch_kernels import cluster_merge
+from lcpatch_kernels.cluster_merge import MergeImpl
 
 from .budget import Budget, check_whole
 from .evicting import EvictingLayer
@@ -32,8 +33,6 @@ from .fixed import check_codec, check_layer
 from .layer import LongCache, caches, routed_layers, to_list
 from .slots import Slots
 from .state import wholes
-
-IMPLS = ("auto", "triton", "reference")
 
 
 @caches.register("cluster")
@@ -82,8 +81,8 @@ class ClusterCache(LongCache):
         if not isinstance(chunk, int) or chunk < 2 or chunk % 2:
             raise ValueError(f"chunk={chunk!r} must be an even integer >= 2: its slots take turns in two halves")
         check_whole("passes", passes, 1)
-        if impl not in IMPLS:
-            raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, IMPLS))}")
+        if impl not in get_args(MergeImpl):
+            raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, get_args(MergeImpl)))}")
         if num_sinks == 0:
             raise ValueError("num_sinks=0: ClusterCache needs at least one sink, where attention rests")
         kept = Budget(budget, num_sinks, recent, evict_every, free=1)

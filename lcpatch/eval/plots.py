@@ -42,7 +42,7 @@ def perplexity(report: Report) -> Figure:
     """Left: by length of the window; right: by position in the longest one."""
     lengths = report.lengths("perplexity")
     many = len(lengths) > 1
-    figure = _figure(10.6 if many else 7.6, 4.9, f"Perplexity of {report.header['text']}", report)
+    figure = titled(10.6 if many else 7.6, 4.9, f"Perplexity of {report.header['text']}", _note(report))
     grid = figure.add_gridspec(1, 1 + many, left=0.075, right=0.97, top=0.8, bottom=0.22, wspace=0.17)
     if many:
         ax = figure.add_subplot(grid[0])
@@ -74,7 +74,7 @@ def heat_maps(report: Report, task: str) -> Figure:
     wide, high = max(0.62 * len(lengths), 2.5), max(0.36 * len(depths), 1.5)  # inches of a map
     count = len(report.arms)
     width, height = max(0.95 + count * wide + (count - 1) * 0.3 + 1.1, 7.0), TOP + len(ways) * (high + 0.75)
-    figure = _figure(width, height, f"{task}: {_title(task)}", report)
+    figure = titled(width, height, f"{task}: {_title(task)}", _note(report))
     for across, arm in enumerate(report.arms):
         for down, way in enumerate(ways):
             left, top = 0.95 + across * (wide + 0.3), TOP + down * (high + 0.75)
@@ -113,7 +113,7 @@ def bars(report: Report) -> Figure:
     step = max(bar * len(report.arms) + 0.16, 0.36)
     high = step * len(groups)
     width, height = 8.6, 0.95 + high + 0.9
-    figure = _figure(width, height, "Share of right answers, mean over lengths", report)
+    figure = titled(width, height, "Share of right answers, mean over lengths", _note(report))
     ax = figure.add_axes((2.35 / width, 0.9 / height, (width - 2.35 - 0.4) / width, high / height))
     for place, (task, metric) in enumerate(groups):
         for number, arm in enumerate(report.arms):
@@ -156,14 +156,18 @@ def _short(label: str, letters: int) -> str:
     return label if len(label) <= letters else label[: letters - 1] + "…"
 
 
-def _figure(width: float, height: float, title: str, report: Report) -> Figure:
+def titled(width: float, height: float, title: str, note: str) -> Figure:
+    """An empty figure of so many inches, with a title and a line below it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), facecolor="white")
     figure.text(0.3 / width, 1 - 0.3 / height, title, fontsize=13, weight="bold", color=INK, va="center")
-    note = f"{report.header['model']}, {report.header['dtype']}"
     figure.text(0.3 / width, 1 - 0.57 / height, note, fontsize=9, color=GREY, va="center")
     return figure
+
+
+def _note(report: Report) -> str:
+    return f"{report.header['model']}, {report.header['dtype']}"
 
 
 def _legend(figure: Figure, report: Report, note: str = "") -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import math
 import shutil
 import time
@@ -115,7 +114,7 @@ def describe(row: Mapping[str, Any]) -> str:
 def _one(study: Study, arm: str, seed: int, folder: Path) -> dict[str, Any]:
     from ..training.lora import settle
     from ..training.model import load_model, load_tokenizer
-    from ..training.run import LOG_FILE, train
+    from ..training.run import train
 
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped half-way
     settings = {} if arm == UNTUNED else study.arms[arm]
@@ -130,8 +129,7 @@ def _one(study: Study, arm: str, seed: int, folder: Path) -> dict[str, Any]:
     else:
         result = train(config, None)
         model, losses = result.model, result.losses
-        log = json.loads((Path(config.output) / LOG_FILE).read_text(encoding="utf-8"))
-        peak = max((step["peak_gib"] for step in log if "peak_gib" in step), default=None)
+        peak = max((step["peak_gib"] for step in result.log if "peak_gib" in step), default=None)
     trained = time.perf_counter()
     found = _judge(study, arm, model, load_tokenizer(config))
     del model

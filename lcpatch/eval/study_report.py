@@ -31,17 +31,14 @@ def summary(store: Store) -> str:
 
 def picture(store: Store) -> Figure:
     """Left: training loss by step; right: perplexity at the longest context, run densely, patched and with a cache."""
-    from matplotlib.figure import Figure
-
-    from .plots import GREY, INK, tokens
+    from .plots import titled, tokens
 
     rows, length = list(store.rows.values()), store.header["lengths"][-1]
     names = [name for name in _arms(rows) if name != UNTUNED]
-    figure = Figure(figsize=(10.6, 5.2), facecolor="white")
     model, steps = store.header["training"]["model"], max(len(row["train_losses"]) for row in rows)
-    figure.text(0.03, 0.94, f"{model}: {steps} steps of {tokens(length)} tokens", fontsize=13, weight="bold", color=INK)
     seeds = len({row["seed"] for row in rows})
-    figure.text(0.03, 0.895, f"{seeds} seed{'s' * (seeds > 1)}, equal budgets; bars: 95 %", fontsize=9, color=GREY)
+    note = f"{seeds} seed{'s' * (seeds > 1)}, equal budgets; bars: 95 %"
+    figure = titled(10.6, 5.2, f"{model}: {steps} steps of {tokens(length)} tokens", note)
     grid = figure.add_gridspec(1, 2, left=0.07, right=0.97, top=0.8, bottom=0.12, wspace=0.42)
     _curves(figure.add_subplot(grid[0]), rows, names)
     _ends_of(figure.add_subplot(grid[1]), rows, names, str(length))
@@ -73,7 +70,7 @@ def _table(rows: Sequence[Mapping[str, Any]], length: str) -> str:
 
 def _line(rows: Sequence[Mapping[str, Any]], arm: str, way: str, length: str) -> tuple[str, ...]:
     losses = losses_of(rows, arm, way, length)
-    mean, low, high = (math.exp(x) for x in bootstrap(np.mean(losses, 0).tolist()))
+    mean, low, high = _perplexity(losses)
     mine = _rows_of(rows, arm)
     keys = [row["passkey"][way][length] for row in mine if way in row["passkey"]]
     shares = _shares(rows, losses, arm, length)
@@ -90,6 +87,12 @@ def _line(rows: Sequence[Mapping[str, Any]], arm: str, way: str, length: str) ->
         f"{np.median(steps):.2f}" if steps else "",
         f"{max(peaks):.1f}" if peaks else "",
     )
+
+
+def _perplexity(losses: list[list[float]]) -> tuple[float, float, float]:
+    """Of [seeds][windows], and its interval over windows."""
+    mean, low, high = bootstrap(np.mean(losses, 0).tolist())
+    return math.exp(mean), math.exp(low), math.exp(high)
 
 
 def _shares(rows: Sequence[Mapping[str, Any]], losses: list[list[float]], arm: str, length: str) -> dict[str, str]:
@@ -132,7 +135,7 @@ def _ends_of(ax: Axes, rows: Sequence[Mapping[str, Any]], names: Sequence[str], 
     used: dict[str, Any] = {}
     for number, arm in enumerate(names):
         for offset, way in enumerate(_ways(rows, arm)):
-            mean, low, high = (math.exp(x) for x in bootstrap(np.mean(losses_of(rows, arm, way, length), 0).tolist()))
+            mean, low, high = _perplexity(losses_of(rows, arm, way, length))
             y = number + 0.24 * (offset - 0.5)
             colour = _look(number)["color"]
             ax.plot([low, high], [y, y], color=colour, linewidth=1.4, alpha=0.5)

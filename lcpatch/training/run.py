@@ -37,6 +37,7 @@ class Result:
         metrics: of the last evaluation.
         finished: False if it was asked to stop before its last step.
         step: the last step.
+        log: what was logged, as in `log.json`.
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class Result:
     metrics: dict[str, float] = field(default_factory=dict)
     finished: bool = True
     step: int = 0
+    log: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train(config: TrainConfig, save: Save | None) -> Result:
@@ -100,10 +102,11 @@ def train(config: TrainConfig, save: Save | None) -> Result:
         finished = trainer.state.global_step >= config.steps
         metrics = trainer.evaluate() if finished and eval_rows is not None else {}
     model = trainer.whole(partial(load_model, config))
-    result = Result(model, trainer.losses, metrics, finished, trainer.state.global_step)
+    log = trainer.state.log_history
+    result = Result(model, trainer.losses, metrics, finished, trainer.state.global_step, log)
     if state.is_main_process:
         with arriving(output / LOG_FILE) as new:
-            new.write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
+            new.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
     writes = finished and save is not None and state.is_main_process
     if writes:
         with arriving(output / "model") as folder:
