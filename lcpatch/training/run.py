@@ -79,8 +79,9 @@ def train(config: TrainConfig, save: Save | None) -> Result:
     model = load_model(config)
     stop = StopOnSignal()
     with ExitStack() as stack:
-        for hook in [*lora.keep_dtype(model), enable_inputs(model)]:
+        for hook in enable_inputs(model):
             stack.callback(hook.remove)
+        stack.enter_context(lora.keep_dtype(model))
         stack.enter_context(stop.listening())
         trainer = LongTrainer(
             model=model,
