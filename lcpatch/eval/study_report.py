@@ -74,7 +74,9 @@ def _line(rows: Sequence[Mapping[str, Any]], arm: str, way: str, length: str) ->
     mine = _rows_of(rows, arm)
     keys = [row["passkey"][way][length] for row in mine if way in row["passkey"]]
     shares = _shares(rows, losses, arm, length)
-    steps = [row["train_seconds"] / len(row["train_losses"]) for row in mine if row["train_losses"]]
+    steps = [
+        row["train_seconds"] / len(row["train_losses"]) for row in mine if row["train_losses"] and row["train_seconds"]
+    ]
     peaks = [row["peak_gib"] for row in mine if row["train_losses"] and row["peak_gib"]]
     return (
         arm,
