@@ -118,7 +118,7 @@ class PagedLayer(AttendingLayer):
         num = keys.shape[2]
         skip = [min(max(pads - self.seen, 0), num) for pads in self.pads]
         self._count(num, skip)
-        self.pages.allow(max(self.budgets))
+        self.pages.allow(self.budgets)
         for rows, begin, end in self.pages.append(keys, values, skip):
             self.index.append(self.pages.tokens(rows, begin, end), rows, begin, self.pages.room)
         self.seen += num
@@ -214,11 +214,11 @@ class PagedLayer(AttendingLayer):
         lengths = [max(seen - n, 0) for n in pads]
         found = fitting(tensors, {"keys": like, "values": like}, len(pads), max(lengths))
         self.lazy_initialization(like.expand(len(pads), -1, -1, -1), like)
-        self.pages.allow(self.reads.of(max(lengths)))
-        self.pages.load(found["keys"], found["values"], lengths, numbers)
         self.seen, self.pads = seen, pads
         if seen:  # a row cropped to nothing counts anew
             self.budgets = wholes(numbers, "budgets", len(pads), self.reads.of(max(lengths)))
+        self.pages.allow(self.budgets or [self.reads.least] * len(pads))
+        self.pages.load(found["keys"], found["values"], lengths, numbers)
         self.online = [bool(on) for on in wholes(numbers, "online", len(pads), 1)]
         for rows in alike(lengths):
             if (full := lengths[rows[0]] // self.reads.page) > 0:
