@@ -2,14 +2,16 @@
 
 Source: arXiv 2506.20187. The fast tier (the GPU; on a machine without one, main memory beside a disk) holds the pages
 used last and, of every page, the bounds of its keys. A generated token searches the tree of those bounds (`tree.py`)
-for the pages that may hold one of its best keys; what is not on the fast tier is fetched, and while a layer attends,
-the next one begins to fetch what this one's query would ask for there. Departures:
+for the pages that may hold one of its best keys; what is not on the fast tier is fetched, and with a disk, while a
+layer attends, the next one begins to fetch what this one's query would ask for there. Departures:
 
 - The paper's rule takes twice the pages it wants by their upper bound and scores those exactly. Here pages are kept by
   a rule that proves what it drops, and where more are left than fit the budget, the best upper bounds win.
 - Its pages are longer where a layer's attention is skewed less: in its code, 8 tokens in the first two layers and 32 in
   the others. Here `page` is one size, or one for every layer, which `page_sizes` measures on a text.
 - Bounds stay on the fast tier (1 / page of the keys and values together) instead of on every tier.
+- How much a token attends to and how much the fast tier holds are two numbers: the second over the first is how many
+  different choices stay at hand, and so the hit rate.
 - Several tokens at a time attend to everything, brought in for one layer at a time.
 """
 
@@ -38,6 +40,10 @@ from .tree import TreeIndex
 
 __all__ = ["TieredCache", "page_sizes"]
 
+ATTEND = 4096
+"""Tokens that one attends to by default, of a row that the fast tier does not hold: 277 MB of an 8B model's int8 pages,
+6 ms of a bus of 50 GB/s, if the fast tier has none of them."""
+
 
 @caches.register("tiered")
 class TieredCache(LongCache):
@@ -45,18 +51,21 @@ class TieredCache(LongCache):
 
     Args:
         model: a causal language model of transformers, patched or not.
-        budget: tokens per KV head on the fast tier, in whole pages, and the most that a generated token attends to; a
-            float is a share of the row's.
+        budget: tokens per KV head on the fast tier, in whole pages; a float is a share of the row's. A row that it
+            holds is attended to in full.
         gpu_bytes: instead of `budget`: bytes of keys and values on the fast tier, for all layers and rows together.
-        top: best keys of every query head that are read for certain, where their pages fit the budget; default: as many
-            as a quarter of the budget.
+        attend: the most tokens per KV head that a generated token of a longer row attends to, in whole pages; no more
+            than the budget. What is not on the fast tier of these crosses the bus. Default: 4096.
+        top: best keys of every query head that are read for certain, where their pages fit what is attended to;
+            default: as many as a quarter of that.
         page: tokens a page, a power of two: what is fetched at a time, and a leaf of the tree of bounds. Or a list, one
             for every layer of the model: `page_sizes(model, ids, budget=…)`.
         num_sinks, recent: tokens at the row's begin and end whose pages are always read.
         codec: how a page is stored off the fast tier: "int8", "int4", "fp8", "bf16", or None (as it is).
         disk: folder of the slowest tier, which then holds every page; None: host memory does.
         host_bytes: with a disk, what host memory holds of the pages used last, for all layers together.
-        ahead: fetch for the next layer by this layer's query.
+        ahead: fetch for the next layer by this layer's query; default: with a disk, which takes longer to answer than
+            a layer to compute. From host memory, choosing twice takes longer than fetching once.
 
     Raises:
         UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.
@@ -73,6 +82,7 @@ class TieredCache(LongCache):
         budget: int | float | None = None,
         *,
         gpu_bytes: int | None = None,
+        attend: int | None = None,
         top: int | None = None,
         page: int | Sequence[int] = PAGE,
         num_sinks: int = 4,
@@ -80,12 +90,12 @@ class TieredCache(LongCache):
         codec: str | None = "int8",
         disk: str | Path | None = None,
         host_bytes: int = 1 << 30,
-        ahead: bool = True,
+        ahead: bool | None = None,
     ) -> None:
         if budget is not None and gpu_bytes is not None:
             raise ValueError("give budget (tokens of the fast tier) or gpu_bytes, not both")
         check_whole("host_bytes", host_bytes, 0)
-        for name, value in (("top", top), ("gpu_bytes", gpu_bytes)):
+        for name, value in (("top", top), ("gpu_bytes", gpu_bytes), ("attend", attend)):
             if value is not None:
                 check_whole(name, value, 1)
         if disk is not None and not isinstance(disk, (str, Path)):
@@ -93,16 +103,27 @@ class TieredCache(LongCache):
         base = unwrap(model)
         modules = attention_modules(base)
         sizes = _sizes(page, len(modules))
-        reads = {size: Reads(4096 if budget is None else budget, size, num_sinks, recent) for size in set(sizes)}
+        reads = {size: Reads(ATTEND if budget is None else budget, size, num_sinks, recent) for size in set(sizes)}
+        if attend is not None:
+            if isinstance(budget, int) and attend > budget:
+                raise ValueError(
+                    f"attend={attend} must be at most budget={budget}: what a token reads must fit the GPU"
+                )
+            if (least := max(each.least * each.page for each in reads.values())) > attend:
+                raise ValueError(
+                    f"attend={attend} must hold the pages that are always read and one more: at least {least}, or "
+                    "smaller pages"
+                )
         stored = codec_named(codec)
         num = max(1, len(full_attention_layers(base.config, modules)))
 
         def make(index: int, module: nn.Module) -> TieredLayer:
             pages = partial(TieredPages, sizes[index], stored, disk, host_bytes // num)
-            return TieredLayer(reads[sizes[index]], top, pages, None if gpu_bytes is None else gpu_bytes // num)
+            fast_bytes = None if gpu_bytes is None else gpu_bytes // num
+            return TieredLayer(reads[sizes[index]], top, pages, attend or ATTEND, fast_bytes)
 
         super().__init__(layers=routed_layers(model, "TieredCache", make))
-        self.ahead = ahead
+        self.ahead = disk is not None if ahead is None else ahead
         self._chain()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredCache:
@@ -158,9 +179,10 @@ class TieredLayer(PagedLayer):
     """One layer.
 
     Args:
-        reads: how many pages a token reads, which is what the fast tier holds.
+        reads: how many pages the fast tier holds.
         top: best keys to read for certain; None: a quarter of what is read.
         make_pages: an empty store.
+        attend: the most tokens that are read of a row that the fast tier does not hold.
         fast_bytes: of keys and values on the fast tier, instead of what `reads` says; None: what it says.
     """
 
@@ -169,10 +191,11 @@ class TieredLayer(PagedLayer):
         reads: Reads,
         top: int | None,
         make_pages: Callable[[], TieredPages],
+        attend: int = ATTEND,
         fast_bytes: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self.fast_bytes = fast_bytes
+        self.most, self.fast_bytes = attend, fast_bytes
         super().__init__("TieredCache", reads, lambda reads, rows: TreeIndex(reads, top, rows), make_pages, **kwargs)
 
     def _clear(self) -> None:
@@ -206,6 +229,11 @@ class TieredLayer(PagedLayer):
         except TierError:
             self.failed = True
             raise
+
+    def _limits(self) -> list[int]:
+        page, most = self.reads.page, max(self.most // self.reads.page, self.reads.least)
+        rows = zip(self.pages.lengths, self.budgets, strict=True)
+        return [held if -(-length // page) <= held else min(held, most) for length, held in rows]
 
     def recalled(self) -> Tensor | None:
         """As every paged layer; what it reads for this is no hit and no miss."""
