@@ -215,14 +215,19 @@ class PagedLayer(AttendingLayer):
         """
         pads, seen = wholes(numbers, "pads"), whole(numbers, "seen")
         lengths = [max(seen - n, 0) for n in pads]
-        found = fitting(tensors, {"keys": like, "values": like}, len(pads), max(lengths))
         self.lazy_initialization(like.expand(len(pads), -1, -1, -1), like)
         self.seen, self.pads = seen, pads
         if seen:  # a row cropped to nothing counts anew
             self.budgets = wholes(numbers, "budgets", len(pads), self.reads.of(max(lengths)))
-        self.pages.allow(self.budgets or [self.reads.least] * len(pads))
-        self.pages.load(found["keys"], found["values"], lengths, numbers)
         self.online = [bool(on) for on in wholes(numbers, "online", len(pads), 1)]
+        self._load_pages(tensors, numbers, lengths, like)
+
+    def _load_pages(
+        self, tensors: dict[str, Tensor], numbers: dict[str, Any], lengths: list[int], like: Tensor
+    ) -> None:
+        found = fitting(tensors, {"keys": like, "values": like}, len(lengths), max(lengths))
+        self.pages.allow(self.budgets or [self.reads.least] * len(lengths))
+        self.pages.load(found["keys"], found["values"], lengths, numbers)
         for rows in alike(lengths):
             if (full := lengths[rows[0]] // self.reads.page) > 0:
                 keys = found["keys"][rows, :, : full * self.reads.page]

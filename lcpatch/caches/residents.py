@@ -76,6 +76,14 @@ class Residents:
         place = torch.arange(slots, device=limits.device)
         self.used[:, 1:].masked_fill_((place < limits[:, None]) & (self.used[:, 1:] == NEVER), 0)
 
+    def restore(self, page_in: Tensor, used: Tensor, clock: int) -> None:
+        """Hold what another's tables [G, slots] said, without their first columns; slots and pages are reserved."""
+        self.page_in[:, 1:], self.used[:, 1:], self.clock = page_in, used, clock
+        self.slot_of.scatter_(
+            1, self.page_in + 1, torch.arange(-1, self.num_slots, device=used.device).expand_as(self.used)
+        )
+        self.slot_of[:, 0] = -1
+
     def reserve(self, pages: int) -> None:
         """Room for pages 0 … pages - 1."""
         if (missing := 1 + pages - self.slot_of.shape[1]) > 0:

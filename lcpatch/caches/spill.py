@@ -85,6 +85,8 @@ class Arena:
 
     def read(self, numbers: Tensor) -> Tensor:
         """The records [n, bytes] of these numbers [n], on their device: a GPU reads them itself, and nothing waits."""
+        if not len(numbers):
+            return torch.empty(0, self.record, dtype=torch.uint8, device=numbers.device)
         if self._table is None or self._table.device != numbers.device:
             self._table = block_table(self.blocks, numbers.device)
         out = gather_records(self.blocks, self._table, numbers)

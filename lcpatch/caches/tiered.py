@@ -34,7 +34,9 @@ from .codec import codec_named
 from .layer import LongCache, caches, routed_layers
 from .page_sizes import PAGE, page_sizes
 from .paged import PagedLayer, Reads
+from .pages import alike
 from .recall import recall
+from .state import fitting, whole
 from .tiers import TieredPages, traffic
 from .tree import TreeIndex
 
@@ -53,7 +55,8 @@ class TieredCache(LongCache):
         model: a causal language model of transformers, patched or not.
         budget: tokens per KV head on the fast tier, in whole pages; a float is a share of the row's. A row that it
             holds is attended to in full.
-        gpu_bytes: instead of `budget`: bytes of keys and values on the fast tier, for all layers and rows together.
+        gpu_bytes: instead of `budget`: bytes of keys and values on the fast tier, for all layers and rows together (as
+            many rows as come at first).
         attend: the most tokens per KV head that a generated token of a longer row attends to, in whole pages; no more
             than the budget. What is not on the fast tier of these crosses the bus. Default: 4096.
         top: best keys of every query head that are read for certain, where their pages fit what is attended to;
@@ -201,22 +204,57 @@ class TieredLayer(PagedLayer):
     def _clear(self) -> None:
         super()._clear()
         self.failed = False
+        self.held: int | None = None  # full pages that `fast_bytes` are enough for, at the first step
         self.searches = 0
         self.proven: Tensor | int = 0  # of these, those whose proven pages fitted
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        if self.fast_bytes is not None:
+        if self.fast_bytes is not None and self.held is None:
             batch, heads, _, head_dim = key_states.shape
             page, sinks, recent = self.reads.page, self.reads.budget.num_sinks, self.reads.recent
-            held = 2 * batch * heads * page * head_dim * key_states.element_size()
-            pages = self.fast_bytes // held - 1  # and the open one
+            size = 2 * batch * heads * page * head_dim * key_states.element_size()
+            pages = self.fast_bytes // size - 1  # and the open one
             if pages < self.reads.least:
                 raise ValueError(
                     f"gpu_bytes leaves {self.fast_bytes} bytes a layer, {max(pages, 0)} pages of {page} tokens for "
-                    f"{batch} rows; {self.reads.least} are wanted at least: {held * (self.reads.least + 1)} bytes"
+                    f"{batch} rows; {self.reads.least} are wanted at least: {size * (self.reads.least + 1)} bytes"
                 )
             self.reads = Reads(pages * page, page, sinks, recent)
+            self.held = pages
         super().lazy_initialization(key_states, value_states)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As every paged layer; with a lossy codec also the bounds of the keys as they came."""
+        tensors, numbers = super().state()
+        if "records" in tensors:
+            full = tensors["records"].shape[2]
+            bounds = [x[:, :, :full] for x in self.index.tree.levels[0]] if full else [tensors["keys"][:, :, :0]] * 2
+            tensors |= dict(zip(("low", "high"), bounds, strict=True))
+        return tensors, numbers | ({} if self.held is None else {"held": self.held})
+
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
+        """As every paged layer; the fast tier is as large as it was, though rows may have been repeated since."""
+        if self.fast_bytes is not None:
+            page, sinks, recent = self.reads.page, self.reads.budget.num_sinks, self.reads.recent
+            self.held = whole(numbers, "held")
+            self.reads = Reads(self.held * page, page, sinks, recent)
+        super().load_state(tensors, numbers, like)
+
+    def _load_pages(
+        self, tensors: dict[str, Tensor], numbers: dict[str, Any], lengths: list[int], like: Tensor
+    ) -> None:
+        names = {"keys", "values", "records", "page_in", "used", "low", "high"}
+        if tensors.keys() != names:
+            return super()._load_pages(tensors, numbers, lengths, like)
+        full = [n // self.reads.page for n in lengths]
+        bounds = {name: tensors[name] for name in ("low", "high")}
+        bounds = fitting(bounds, dict.fromkeys(bounds, like), len(lengths), max(full))
+        self.pages.restore(tensors, lengths, numbers, like)
+        for rows in alike(full):
+            if full[rows[0]]:
+                self.index.tree.append_bounds(
+                    *(bounds[name][rows, :, : full[rows[0]]] for name in ("low", "high")), rows
+                )
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor]:
         """As every paged layer; once a tier has failed, layers disagree, and every later step says so."""

@@ -23,8 +23,9 @@ from torch.nn.functional import pad
 from .codec import Plain
 from .pages import alike
 from .records import Record
-from .residents import GRAIN, Residents
+from .residents import GRAIN, NEVER, Residents
 from .spill import Home
+from .state import fitting, whole, wholes
 
 BATCH = 64 << 20  # bytes of records that are on their way at a time where everything is wanted
 
@@ -176,16 +177,26 @@ class TieredPages:
 
     def select_rows(self, rows: list[int]) -> None:
         """Keep these rows; those that share a past share its pages at home."""
-        self.lengths, self.limits = ([x[r] for r in rows] for x in (self.lengths, self.limits or self.lengths))
+        self.lengths = [self.lengths[r] for r in rows]
+        self.limits = [self.limits[r] for r in rows] if self.limits else []
         if self.data is None:
             return
         self._land()
         self.residents.select(self._groups()[rows].flatten())
         self.table, self.data = self.table[rows], self.data[rows]
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """All tokens, and what `load` takes beside them."""
-        return dict(zip(("keys", "values"), self.whole(), strict=True)), {}
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `load` takes, or, where a page that comes back is not what it was, `restore`."""
+        if self.codec.lossless:
+            return dict(zip(("keys", "values"), self.whole(), strict=True)), {}
+        self._land()
+        table = self.table[:, :, : max(self.lengths) // self.page]
+        records = (
+            self._records(table.clamp(min=0).flatten()).view(*table.shape, -1).masked_fill(table[..., None] < 0, 0)
+        )
+        page_in, used = (x[:, 1:].view(*table.shape[:2], -1) for x in (self.residents.page_in, self.residents.used))
+        tensors = {"keys": self.keys, "values": self.values, "records": records, "page_in": page_in, "used": used}
+        return tensors, {"limits": self.limits, "clock": self.residents.clock}
 
     def load(self, keys: Tensor, values: Tensor, lengths: list[int], numbers: dict[str, Any]) -> None:
         """Hold the tokens [B, K, T, D] of rows that are filled from the left."""
@@ -195,6 +206,40 @@ class TieredPages:
             which, end = self._rows(rows), lengths[rows[0]]
             for _ in self._append(rows, torch.stack([x[which, :, :end] for x in (keys, values)], 2)):
                 pass
+
+    def restore(self, tensors: dict[str, Tensor], lengths: list[int], numbers: dict[str, Any], like: Tensor) -> None:
+        """Hold what `state` of a store with such a codec gave: pages as they lay, the same ones on the device.
+
+        Raises:
+            ValueError: tensors or numbers that do not fit.
+        """
+        rows, full = len(lengths), [n // self.page for n in lengths]
+        self._begin(like.expand(rows, -1, -1, -1))
+        slots = tensors["page_in"].shape[-1]
+        hot = {name: tensors[name] for name in ("keys", "values")}
+        hot = fitting(hot, dict.fromkeys(hot, like), rows, (slots + 1) * self.page)
+        at_home = like.new_empty(1, like.shape[1], 0, self.record.nbytes, dtype=torch.uint8)
+        records = fitting({"records": tensors["records"]}, {"records": at_home}, rows, max(full))["records"]
+        tables = {name: tensors[name] for name in ("page_in", "used")}
+        numeral = like.new_empty(1, like.shape[1], 0, dtype=torch.int64)
+        tables = fitting(tables, dict.fromkeys(tables, numeral), rows, slots)
+        page_in, used, clock = tables["page_in"], tables["used"], whole(numbers, "clock")
+        ends = torch.tensor(full, device=like.device)[:, None, None]
+        twice = page_in.sort(-1).values.diff(dim=-1) == 0
+        if ((page_in < -1) | (page_in >= ends)).any() or (twice & (page_in.sort(-1).values[..., 1:] >= 0)).any():
+            raise ValueError("page_in must hold full pages of each row, each once, or -1")
+        if ((used < 0) | ((used > clock) & (used != NEVER))).any():
+            raise ValueError(f"used must hold times from 0 to clock={clock}")
+        self.lengths, self.limits = lengths, wholes(numbers, "limits", rows)
+        self.data, self.slots, self._granted = torch.stack(list(hot.values()), 2), slots, list(self.limits)
+        self.residents.grow(slots, torch.tensor(self.limits, device=like.device).repeat_interleave(self.num_heads))
+        self.residents.reserve(max(full))
+        self.residents.restore(page_in.flatten(0, 1), used.flatten(0, 1), clock)
+        self.table = pad(self.table, (0, -(-max(full) // GRAIN) * GRAIN), value=-1)
+        first = self.home.append(records.flatten(0, 2))
+        found = torch.arange(first, first + records[..., 0].numel(), device=like.device).view(records.shape[:3])
+        page = torch.arange(max(full), device=like.device)
+        self.table[:, :, : max(full)] = found.masked_fill(page >= ends, -1)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes per tier."""

@@ -45,15 +45,17 @@ class BoundTree:
 
     def append(self, keys: Tensor, rows: list[int]) -> None:
         """Take the next pages of `rows`, which have equally many so far: [rows, K, pages * leaf, D]."""
-        low, high, _ = page_bounds(keys, self.leaf)
+        self.append_bounds(*page_bounds(keys, self.leaf)[:2], rows)
+
+    def append_bounds(self, low: Tensor, high: Tensor, rows: list[int]) -> None:
+        """The same of pages whose bounds [rows, K, pages, D] are known."""
         begin, stop = self.leaves[rows[0]], self.leaves[rows[0]] + low.shape[2]
         for row in rows:
             self.leaves[row] = stop
         self._reserve(low)
-        largest = torch.maximum(low.abs(), high.abs()).amax((2, 3))[..., None]
         if self.largest is None:
-            self.largest = largest.new_zeros(len(self.leaves), *largest.shape[1:])
-        self.largest[rows] = torch.maximum(self.largest[rows], largest)
+            self.largest = low.new_zeros(len(self.leaves), low.shape[1], 1)
+        self.largest[rows] = torch.maximum(self.largest[rows], _largest(low, high))
         for own, new in zip(self.levels[0], (low, high), strict=True):
             own[rows, :, begin:stop] = new
         for level in range(1, len(self.levels)):
@@ -66,6 +68,10 @@ class BoundTree:
         for level, (low, high) in enumerate(self.levels):
             first = -(-self.leaves[row] // FANOUT**level)
             low[row, :, first:], high[row, :, first:] = torch.inf, -torch.inf
+        if self.levels:
+            self.largest[row] = 0
+            if self.leaves[row]:
+                self.largest[row] = _largest(*(x[row : row + 1, :, : self.leaves[row]] for x in self.levels[0]))[0]
 
     def select_rows(self, rows: list[int]) -> None:
         """Keep the batch rows `rows`, in that order; a row may come several times."""
@@ -196,6 +202,11 @@ class TreeIndex:
     @property
     def nbytes(self) -> int:
         return self.tree.nbytes
+
+
+def _largest(low: Tensor, high: Tensor) -> Tensor:
+    """The largest magnitude in bounds [B, K, pages, D] of one page at least: [B, K, 1]."""
+    return torch.maximum(low.abs(), high.abs()).amax((2, 3))[..., None]
 
 
 def _possible(upper: Tensor, bound: Tensor) -> Tensor:
