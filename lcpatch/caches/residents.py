@@ -51,11 +51,11 @@ class Residents:
         oldest = self.used[:, 1:].argsort(dim=1, stable=True)
         rank = (missing.cumsum(1) - 1).clamp(min=0, max=self.num_slots - 1)
         slot = oldest.gather(1, rank).masked_fill(~missing, -1)
-        before = self.page_in.gather(1, slot + 1)
-        self.slot_of.scatter_(1, before + 1, -1)
+        column = slot + 1
+        self.slot_of.scatter_(1, self.page_in.gather(1, column) + 1, -1)
         self.slot_of.scatter_(1, page + 1, slot)
-        self.page_in.scatter_(1, slot + 1, page)
-        self.used.scatter_(1, slot + 1, self.clock)
+        self.page_in.scatter_(1, column, page)
+        self.used.scatter_(1, column, self.clock)
         return slot
 
     def forget(self, groups: slice, first: int) -> None:

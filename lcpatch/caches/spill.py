@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lcpatch_kernels.gather_records import block_table, gather_records
+from lcpatch_kernels import block_table, gather_records
 
 from ..core.errors import TierError
 from .residents import Residents

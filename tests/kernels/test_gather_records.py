@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from lcpatch_kernels import block_table, gather_records
 from lcpatch_kernels.block_sparse import has_triton
-from lcpatch_kernels.gather_records import block_table, gather_records
 
 IMPLS = ["reference"]
 if has_triton() and not torch.cuda.is_available():

@@ -58,7 +58,7 @@ def gather_records(blocks: Sequence[Tensor], table: Tensor, numbers: Tensor, *, 
         raise ImportError("impl='triton' needs triton, which is not installed: pip install triton")
     if not (numbers.is_cuda or interpreting()):
         raise ValueError(f"impl='triton' cannot run on {numbers.device.type}; use impl='auto'")
-    if numbers.is_cuda and not all(x.is_pinned() for x in blocks[-1:]):
+    if numbers.is_cuda and not blocks[-1].is_pinned():  # one stands for all: asking takes a call of the driver
         raise ValueError("a GPU reads page-locked memory only: torch.empty(..., pin_memory=True)")
     from .triton import gather  # imported on first use: the package must import without triton
 
