@@ -43,6 +43,7 @@ class Arena:
     """
 
     def __init__(self, record: int, pinned: bool, room: int = FIRST_BLOCK) -> None:
+        self._read: torch.cuda.Event | None = None  # behind the last kernel that reads the blocks
         if record % 8:
             raise ValueError(f"record={record} must be a multiple of 8 bytes")
         self.record, self.pinned, self.first = record, pinned, room
@@ -50,7 +51,6 @@ class Arena:
         self.starts: list[int] = [0]  # and the end of the last block
         self.count = 0
         self._table: Tensor | None = None
-        self._read: torch.cuda.Event | None = None  # behind the last kernel that reads the blocks
 
     def __del__(self) -> None:
         """A kernel may still read the blocks, which their allocator does not know: it would give them to others."""
