@@ -75,8 +75,7 @@ def load_cache(path: str | Path, model: nn.Module, tokenizer: Any = None, **plac
     """The cache that `cache.save(path)` wrote, ready to go on: `model.generate(**inputs, past_key_values=cache)`.
 
     The inputs are the whole text, the saved prefix in front, as in any later turn. Continuing gives what continuing
-    the saved cache gives, to the bit; but a tiered cache with a lossy codec forgets which pages the fast tier held as
-    they came: there the two differ by what the codec loses.
+    the saved cache gives, to the bit.
 
     Args:
         path: the file.
