@@ -19,6 +19,30 @@ from .buffers import Attend, Now, Pair, Split, Store
 from .pieces import AttendInPieces, fits
 
 
+class KeysReadElsewhere(UnsupportedModelError):
+    """A layer does more than attend to the keys and values that its cache returns, or less: ours would differ."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; our attention would not compute what this model does: use attention='own'")
+
+
+class StandIn(Tensor):
+    """All tokens' keys or values for a layer that attends: their shape alone, as `ChunkLayer.attend` has the numbers.
+
+    A model that computes with them, between its cache and its attention or beside it, is stopped: it would be given
+    numbers that mean nothing.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in SHAPE:
+            return super().__torch_function__(func, types, args, kwargs)
+        raise KeysReadElsewhere(f"a layer computes ({func.__name__}) with keys or values that its cache returned")
+
+
+SHAPE = (Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.size, Tensor.dim)
+
+
 class ChunkLayer(CacheLayerMixin):
     """One layer of a `ChunkCache`: it says it holds the tokens before the chunk at hand.
 
@@ -42,6 +66,7 @@ class ChunkLayer(CacheLayerMixin):
         self.expected = False
         self.num_calls = 0
         self._own: Pair | None = None
+        self._told: Pair | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -50,7 +75,7 @@ class ChunkLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
         """The chunk's keys and values [B, K, C, D] in, those of all tokens up to its end out, [B, K, end, D].
 
-        For a layer that attends what comes out has only the shape; `attend` takes the keys from the store.
+        For a layer that attends what comes out has only the shape (see `StandIn`).
         """
         now, new = self.now, (key_states, value_states)
         if key_states.shape[2] != now.end - now.start:
@@ -63,11 +88,10 @@ class ChunkLayer(CacheLayerMixin):
             self.lazy_initialization(*new)
         if self.attending:
             if not self.expected:
-                raise UnsupportedModelError(
-                    f"layer {self.index} does not ask its cache to attend; use attention='own' for this model"
-                )
+                raise KeysReadElsewhere(f"layer {self.index} does not ask its cache to attend")
             self._own, self.expected = new, False
-            return tuple(x.detach()[:, :, :1].expand(-1, -1, now.end, -1) for x in new)
+            self._told = tuple(x.detach()[:, :, :1].expand(-1, -1, now.end, -1).as_subclass(StandIn) for x in new)
+            return self._told
         new = _as_the_op_casts(*new) if self.casts else new
         unit = (self.index, 0)
         if not now.recording:
@@ -92,6 +116,9 @@ class ChunkLayer(CacheLayerMixin):
         """Attention over all tokens up to the chunk's end, KV heads by units."""
         if not self.attending:  # its keys are all in the call
             return attend(call)
+        told, self._told = self._told, None
+        if told is None or call.key is not told[0] or call.value is not told[1]:
+            raise KeysReadElsewhere(f"layer {self.index} attends to other keys or values than its cache returned")
         (query, keys, values), self._own = _as_the_op_casts(call.query, *self._own), None
         if self.plain:
             call = call._replace(bounds=None)

@@ -12,9 +12,10 @@ dropout is replayed; SpaCO without its bias (spaco.py).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,16 @@ from ..hf.attention import SHARD
 from ..hf.head import decode, head_of, head_parameters
 from . import spaco
 from .buffers import DeviceStore, exact_gradients
-from .chunk_cache import ChunkCache
+from .chunk_cache import ChunkCache, KeysReadElsewhere
 from .loss import summed_cross_entropy
 from .offload import POOL, HostStore
 from .packing import chunk_mask
 from .parallel.chunks import share
 from .support import RandomState, check_model, checkpointing, is_patched, ranks_of, routed, without_wrapper
 from .text import Text, check_kwargs, make_text
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 def backward(
@@ -106,9 +110,13 @@ def backward(
         raise ValueError(f"the plan speaks of {len(plan.kept)} chunks, but the text has {len(chunks)}")
     if text.shards and estimator != "seco":
         plan = ranks_of(model).pool({"plan": plan})[0]["plan"]  # ranks that drew differently would wait for each other
-    with _running(model, base, text, chunk_size, attention, offload, kwargs) as run:
-        states = [run.record(*chunk) for chunk in chunks]
-        return run.replay(chunks, states, plan, grad_scale)
+
+    def passes(attention: str) -> Tensor:
+        with _running(model, base, text, chunk_size, attention, offload, kwargs) as run:
+            states = [run.record(*chunk) for chunk in chunks]
+            return run.replay(chunks, states, plan, grad_scale)
+
+    return _by_ours_or_its_own(passes, attention, offload)
 
 
 def rehearse(
@@ -141,9 +149,8 @@ def rehearse(
     count = len(chunks)
     two = range(max(count - 2, 0), count)
     plan = spaco.Plan(tuple(n in two for n in range(count)), (1.0,) * count, (1.0,) * count)
-    try:
-        for p in before:
-            p.grad = None
+
+    def passes(attention: str) -> None:
         with _running(model, base, text, chunk_size, attention, offload, model_kwargs) as run:
             states = [run.record(*chunks[0])] * count
             if count > 3:
@@ -152,9 +159,28 @@ def rehearse(
                 if n > 0:
                     states[n] = run.record(*chunks[n])
             run.replay(chunks, states, plan, 1.0)
+
+    try:
+        for p in before:
+            p.grad = None
+        _by_ours_or_its_own(passes, attention, offload)
     finally:
         for p, grad in before.items():
             p.grad = grad
+
+
+def _by_ours_or_its_own(passes: Callable[[str], Result], attention: str, offload: bool) -> Result:
+    """Both passes by our attention if that is asked for; by the model's own if that was left open and ours cannot.
+
+    A layer that ours cannot serve says so in the first forward of a chunk, before there is any gradient.
+    """
+    try:
+        return passes(attention)
+    except KeysReadElsewhere as reason:
+        if attention != "auto" or offload:
+            raise
+        logger.info("chunkwise: attention stays the model's own: %s", reason)
+    return passes("own")
 
 
 @contextmanager
