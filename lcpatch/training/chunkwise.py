@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core.errors import ParallelError
 from ..hf.attention import SHARD
-from ..hf.head import decode, head_of, head_parameters
+from ..hf.head import decode, decoder_of, head_of, head_parameters
 from . import spaco
 from .buffers import DeviceStore, exact_gradients
 from .chunk_cache import ChunkCache, KeysReadElsewhere
@@ -219,7 +219,7 @@ class _Run:
     def __init__(self, model: nn.Module, base: Any, text: Text, cache: ChunkCache, kwargs: dict[str, Any]) -> None:
         self.model, self.base, self.text, self.cache, self.kwargs = model, base, text, cache, kwargs
         self.inner = without_wrapper(model)
-        self.decoder = base.base_model
+        self.decoder = decoder_of(base)
         self.devices = list({p.device for p in base.parameters()})
         self.head_parameters = head_parameters(base)
 

@@ -5,14 +5,17 @@ import copy
 import pytest
 import torch
 import transformers
-from chunkwise_cases import assert_same, chunked, far, plain
+from chunkwise_cases import assert_same, chunked, far, plain, rounding, taken
 from models import SHORT, VOCAB, build, tokens
+from schedules import documents, pad
 from torch import nn
 
 import lcpatch
 from lcpatch.core.errors import UnsupportedModelError
+from lcpatch.eval.perplexity import token_nll
 from lcpatch.hf.state import ATTRIBUTE
 from lcpatch.training import chunkwise, support
+from lcpatch.training.fused import fused_loss
 
 SIZES = {
     "vocab_size": VOCAB,
@@ -27,6 +30,8 @@ SIZES = {
 SETTINGS = {
     "DiffLlama": {},  # attends twice, to either half of its values
     "JetMoe": {"kv_channels": 16, "num_experts_per_tok": 2, "num_local_experts": 4},  # repeats keys for its experts
+    # Calls the decoder inside its base model. A bias of the keys has no gradient but rounding.
+    "OPT": {"ffn_dim": 40, "word_embed_proj_dim": 32, "dropout": 0.0, "enable_bias": False, "pad_token_id": 0},
 }
 
 
@@ -74,3 +79,58 @@ def test_a_model_that_attends_to_other_keys_than_its_cache_returned(monkeypatch:
     monkeypatch.setattr(chunkwise.ChunkCache, "update", another_layers)
     with pytest.raises(UnsupportedModelError, match="layer 1 attends to other keys or values than its cache returned"):
         chunked(model, ids, ids, 16, attention="lcpatch")
+
+
+@pytest.mark.parametrize("attention", ["own", "lcpatch"])
+def test_a_model_that_calls_the_decoder_inside_its_base(attention: str):
+    model, ids = make("OPT").double(), tokens(2)
+    want, allowed = plain(model, ids, ids), rounding(model)
+    assert_same(chunked(model, ids, ids, 16, attention=attention), want, allowed)
+    (padded, mask), inner = pad(documents(), "left"), model.model.decoder
+    labels = padded.masked_fill(mask == 0, -100)
+    want = plain(model, padded, labels, attention_mask=mask)
+    assert_same(chunked(model, padded, labels, 16, attention=attention, attention_mask=mask), want, allowed)
+    assert "forward" not in inner.__dict__
+
+
+def test_the_loss_of_such_a_model_a_few_rows_at_a_time():
+    """What the trainer and the measure of perplexity compute, of whole rows."""
+    model, ids = make("OPT").double(), tokens(2)
+    want = plain(model, ids, ids)
+    model.zero_grad()
+    loss = fused_loss(model, {"input_ids": ids, "labels": ids, "use_cache": False})
+    loss.backward()
+    assert_same((loss.item(), taken(model)), want, rounding(model))
+    assert token_nll(model.eval(), ids).mean().item() == pytest.approx(want[0], rel=1e-6)  # in fp32
+
+
+def test_a_model_that_does_not_call_its_decoder(monkeypatch: pytest.MonkeyPatch):
+    model, ids = build(), tokens(2)
+    monkeypatch.setattr(model.model, "decoder", nn.Linear(1, 1), raising=False)
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM does not call its Linear"):
+        chunked(model, ids, ids, 16)
+
+
+def gemma4(**changes) -> nn.Module:
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("this transformers has no Gemma 4")
+    sizes = {**SIZES, "num_hidden_layers": 4, "head_dim": 16, "global_head_dim": 32, "sliding_window": 20}
+    inputs = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "pad_token_id": 0}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = transformers.Gemma4TextConfig(**sizes, **inputs, layer_types=kinds, **changes)
+    torch.manual_seed(0)
+    return transformers.Gemma4ForCausalLM(config).double().train()
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_k_eq_v": True, "num_global_key_value_heads": 1}])
+def test_gemma4(changes: dict):
+    """Heads of two sizes, embeddings for every layer; keys that are the values."""
+    model, ids = gemma4(**changes), tokens(2)
+    want, allowed = plain(model, ids, ids), rounding(model)
+    for options in ({"attention": "own"}, {"attention": "lcpatch"}, {"offload": True}):
+        assert_same(chunked(model, ids, ids, 16, **options), want, allowed)
+
+
+def test_gemma4_whose_layers_share_keys():
+    with pytest.raises(UnsupportedModelError, match="last 2 layers read other layers' keys"):
+        chunked(gemma4(num_kv_shared_layers=2), tokens(2), tokens(2), 16)
