@@ -134,3 +134,20 @@ def test_gemma4(changes: dict):
 def test_gemma4_whose_layers_share_keys():
     with pytest.raises(UnsupportedModelError, match="last 2 layers read other layers' keys"):
         chunked(gemma4(num_kv_shared_layers=2), tokens(2), tokens(2), 16)
+
+
+def test_an_encoder_with_a_head():
+    """It sees what follows, unless its config says that it is a decoder: then it is like any other."""
+    sizes = {**SIZES, "type_vocab_size": 1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+    def bert(is_decoder: bool) -> nn.Module:
+        torch.manual_seed(0)
+        return transformers.BertLMHeadModel(transformers.BertConfig(**sizes, is_decoder=is_decoder)).double().train()
+
+    ids = tokens(2)
+    with pytest.raises(UnsupportedModelError, match="not causal"):
+        chunked(bert(False), ids, ids, 16)
+    decoder = bert(True)
+    for name, p in decoder.named_parameters():
+        p.requires_grad_(not name.endswith("key.bias"))  # which has no gradient but rounding
+    assert_same(chunked(decoder, ids, ids, 16), plain(decoder, ids, ids), rounding(decoder))
