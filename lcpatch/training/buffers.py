@@ -34,8 +34,8 @@ class Now:
     Args:
         start, end: the chunk's tokens.
         size: tokens of every chunk but the last.
-        recording: the first pass, which fills the buffers. In the second pass layers may run several times (gradient
-            checkpointing) and change nothing but gradients.
+        new: the chunk's keys and values are not in the buffers yet: this forward puts them there. In another layers
+            may run several times (gradient checkpointing) and change nothing but gradients.
         backward: a chunk's backward has begun.
         hop: factor of the gradient that later chunks left for this one.
     """
@@ -43,7 +43,7 @@ class Now:
     start: int = 0
     end: int = 0
     size: int = 0
-    recording: bool = True
+    new: bool = True
     backward: bool = False
     hop: float = 1.0
 

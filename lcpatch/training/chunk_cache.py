@@ -15,7 +15,7 @@ from lcpatch_kernels.block_sparse import choose
 
 from ..core.errors import UnsupportedModelError
 from ..hf.watch import Call, attend
-from .buffers import Attend, Now, Pair, Split, Store
+from .buffers import Attend, Now, Pair, Split, Store, Unit
 from .pieces import AttendInPieces, fits
 
 
@@ -94,10 +94,8 @@ class ChunkLayer(CacheLayerMixin):
             return self._told
         new = _as_the_op_casts(*new) if self.casts else new
         unit = (self.index, 0)
-        if not now.recording:
-            return Split.apply(*new, self.store, unit, now)
-        self.store.write(unit, new, now.start)
-        return self.store.read(unit, now)
+        self._keep(unit, new)
+        return Split.apply(*new, self.store, unit, now)
 
     def get_seq_length(self) -> int:
         return self.now.start
@@ -133,14 +131,18 @@ class ChunkLayer(CacheLayerMixin):
 
     def _attend(self, part: int, query: Tensor, new: Pair, call: Call) -> tuple[Tensor, Tensor]:
         now, unit = self.now, (self.index, part)
-        if now.recording:
-            self.store.write(unit, new, now.start)
+        self._keep(unit, new)
         if self.pieces and fits(call):
             return AttendInPieces.apply(query, *new, call, self.store, unit, now)
-        if now.recording or choose(call.impl, query, call.spec) in ("triton", "reference"):
+        if choose(call.impl, query, call.spec) in ("triton", "reference"):
             return Attend.apply(query, *new, call, self.store, unit, now)
         keys, values = Split.apply(*new, self.store, unit, now)
         return attend(call._replace(query=query, key=keys, value=values))
+
+    def _keep(self, unit: Unit, new: Pair) -> None:
+        now = self.now
+        if now.new and not now.backward:
+            self.store.write(unit, tuple(x.detach() for x in new), now.start)
 
 
 class ChunkCache(Cache):
@@ -171,10 +173,10 @@ class ChunkCache(Cache):
         layers = [ChunkLayer(n, store, self.now, n in attending, plain, pieces, casts) for n in range(num_layers)]
         super().__init__(layers=layers)
 
-    def set(self, start: int, end: int, recording: bool, hop: float = 1.0) -> None:
-        """Before a forward of tokens [start, end) and its backward."""
+    def set(self, start: int, end: int, new: bool, hop: float = 1.0) -> None:
+        """Before a forward of tokens [start, end), the first one if `new`, and its backward."""
         now = self.now
-        now.start, now.end, now.recording, now.backward, now.hop = start, end, recording, False, hop
+        now.start, now.end, now.new, now.backward, now.hop = start, end, new, False, hop
         for layer in self.layers:
             layer.num_calls = 0
 
