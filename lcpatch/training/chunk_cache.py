@@ -15,7 +15,7 @@ from lcpatch_kernels.block_sparse import choose
 
 from ..core.errors import UnsupportedModelError
 from ..hf.watch import Call, attend
-from .buffers import Attend, Now, Pair, Split, Store, Unit
+from .buffers import Attend, Now, Pair, Split, Store, Unit, Unread
 from .pieces import AttendInPieces, fits
 
 
@@ -65,6 +65,7 @@ class ChunkLayer(CacheLayerMixin):
         self.attending, self.plain, self.pieces, self.casts = attending, plain, pieces, casts
         self.expected = False
         self.num_calls = 0
+        self.last = False
         self._own: Pair | None = None
         self._told: Pair | None = None
 
@@ -84,6 +85,9 @@ class ChunkLayer(CacheLayerMixin):
                 "chunkwise backward needs one key and value per token"
             )
         self.num_calls += 1
+        if not now.backward:
+            now.ahead -= 1
+            self.last = now.ahead == 0
         if not self.is_initialized:
             self.lazy_initialization(*new)
         if self.attending:
@@ -132,6 +136,8 @@ class ChunkLayer(CacheLayerMixin):
     def _attend(self, part: int, query: Tensor, new: Pair, call: Call) -> tuple[Tensor, Tensor]:
         now, unit = self.now, (self.index, part)
         self._keep(unit, new)
+        if self.last and not now.read:  # what it returns becomes no one's keys or values, and no loss
+            return Unread.apply(query, *new, self.store, unit, now)
         if self.pieces and fits(call):
             return AttendInPieces.apply(query, *new, call, self.store, unit, now)
         if choose(call.impl, query, call.spec) in ("triton", "reference"):
@@ -173,10 +179,11 @@ class ChunkCache(Cache):
         layers = [ChunkLayer(n, store, self.now, n in attending, plain, pieces, casts) for n in range(num_layers)]
         super().__init__(layers=layers)
 
-    def set(self, start: int, end: int, new: bool, hop: float = 1.0) -> None:
-        """Before a forward of tokens [start, end), the first one if `new`, and its backward."""
+    def set(self, start: int, end: int, *, new: bool, read: bool, hop: float = 1.0) -> None:
+        """Before a forward of tokens [start, end), and its backward; the rest as `Now` has it."""
         now = self.now
-        now.start, now.end, now.new, now.backward, now.hop = start, end, new, False, hop
+        now.start, now.end, now.new, now.read, now.hop = start, end, new, read, hop
+        now.backward, now.ahead = False, len(self.layers)
         for layer in self.layers:
             layer.num_calls = 0
 

@@ -4,6 +4,8 @@ The first pass runs the chunks in order without gradients and keeps their keys a
 none reads. The second runs them again in reverse: a chunk's graph ends at the keys and values of the chunks before it,
 whose gradient is kept; when their turn comes it enters as the gradient of their own keys and values. Every path of the
 full graph is walked once, so `.grad` is what `loss.backward()` leaves, for not quite one more forward than it takes.
+Where no one reads what comes out of the last layer's attention, in the first pass and in chunks without a label, it is
+not run, if it is ours.
 
 Source: SeCO and SpaCO, arXiv 2505.16710. Departures: any decoder of transformers, unmodified; keys, values and
 gradients in place (buffers.py); labels shifted before the chunks are cut; what follows the last label is not run;
@@ -27,7 +29,7 @@ from ..hf.head import decode, decoder_of, head_of, head_parameters
 from . import spaco
 from .buffers import DeviceStore, exact_gradients
 from .chunk_cache import ChunkCache, KeysReadElsewhere
-from .loss import summed_cross_entropy
+from .loss import IGNORE, summed_cross_entropy
 from .offload import POOL, HostStore
 from .packing import chunk_mask
 from .parallel.chunks import share
@@ -259,7 +261,7 @@ class _Run:
     def record(self, start: int, end: int) -> RandomState:
         """The first pass over tokens [start, end); returns where its random numbers began."""
         state = RandomState(self.devices)
-        self.cache.set(start, end, new=True)
+        self.cache.set(start, end, new=True, read=False)
         with torch.no_grad(), checkpointing(self.base, recording=True):
             self._decode(self.inner, start, end)
         return state
@@ -278,7 +280,8 @@ class _Run:
         for n in order:
             if n in states:
                 states[n].restore()
-            self.cache.set(*chunks[n], new=n not in states, hop=plan.hop[n])
+            labelled = bool((self.text.targets[:, slice(*chunks[n])] != IGNORE).any())
+            self.cache.set(*chunks[n], new=n not in states, read=labelled, hop=plan.hop[n])
             alone = replicas is not None and n != order[-1]
             with replicas.no_sync() if alone else nullcontext(), checkpointing(self.base, recording=False):
                 loss = self._loss(*chunks[n]) * loss_scales[n] / self.text.denominator
