@@ -219,8 +219,17 @@ class AttendingLayer(DynamicLayer):
         return True  # what the dense implementation needs may be gone
 
     def _begin(self, call: Call) -> tuple[Tensor, Tensor]:
-        """The step's new keys and values, after a look at its padding."""
+        """The step's new keys and values, after a look at its padding.
+
+        Raises:
+            UnsupportedModelError: the model attends to something that it made of them.
+        """
         new, self._new = self._new, None
+        if call.key is not new[0] or call.value is not new[1]:
+            raise UnsupportedModelError(
+                f"{self.owner}: this model attends to other keys or values than its cache returned, and those are not "
+                "kept; use transformers' DynamicCache for it"
+            )
         self._read_pads(call.bounds, call.query.shape[2])
         return new
 

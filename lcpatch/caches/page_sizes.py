@@ -155,7 +155,7 @@ class _Probe(DynamicLayer):
         for n in range(begin, end):
             q, k, v = (x[:, :, n : n + 1] for x in (call.query, call.key, call.value))
             layer.expected = True
-            layer.update(k, v)
+            k, v = layer.update(k, v)
             layer.attend(call._replace(query=q, key=k, value=v, bounds=None, sinks=None))
             shares.append(layer.recalled())
         return float(torch.stack(shares).mean())

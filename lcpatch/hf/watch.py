@@ -15,7 +15,7 @@ from lcpatch_kernels import BlockSparseSpec, block_sparse
 
 from .layers import state_of
 from .registration import NAME
-from .state import LayerState
+from .state import ATTRIBUTE, LayerState
 
 WATCH = "_lcpatch_watch"
 
@@ -68,9 +68,11 @@ def watch(modules: dict[int, nn.Module]) -> None:
 
 
 def unwatch(module: nn.Module) -> None:
-    """Take the hook off again, if there is one."""
+    """Take the hook off again, if there is one, and what it noted for a forward that failed half-way."""
     if (handle := module.__dict__.pop(WATCH, None)) is not None:
         handle.remove()
+    if (state := module.__dict__.get(ATTRIBUTE)) is not None:
+        state.layer = None
 
 
 def take_layer(state: LayerState) -> AttendingLayer | None:

@@ -178,8 +178,7 @@ def chunks(config: TrainConfig) -> dict[str, Any] | None:
         return None
     told: dict[str, Any] = {"chunk_size": config.chunk_size, "offload": config.offload}
     if config.keep_chunks < 1:
-        generator = torch.Generator().manual_seed(config.seed)
-        told |= {"estimator": "bernoulli", "keep": config.keep_chunks, "generator": generator}
+        told |= {"estimator": "bernoulli", "keep": config.keep_chunks}
     return told
 
 
