@@ -3,7 +3,7 @@
 Source: RetroLM, arXiv 2502.11444 (stage 2: language modelling on plain text over retrieved pages). Departures:
 
 - The paper trains the model itself, so that it learns to live with what is retrieved. Here the model stays as it is, a
-  cache must fit any model, and what the loss moves are the bookmarks, which the paper leaves as stage 1 made them.
+  cache must fit any model, and the loss moves the bookmarks alone.
 - As in `RetrievalCache` the begin of a text is read in full, and each of its last tokens chooses pages for itself.
 - A choice has no derivative, so it is straight-through (arXiv 1308.3432): forward, a page counts fully or not at all,
   just as the cache reads; backward, its weight is the sigmoid of how far its score is above the threshold, halfway
