@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.errors import UnsupportedModelError
 from .layers import is_self_attention
@@ -43,6 +44,14 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
             f"{kind} has latent attention (MLA), whose keys and values differ in size; wanted: {works}"
         )
     return dict(sorted(found.items()))
+
+
+def weights_of(module: nn.Module) -> Iterator[Tensor]:
+    """What lies where a module computes: its parameters, and its buffers, where some quantised layers keep everything.
+
+    Their dtype may be a packed one; a model computes in `model.dtype`.
+    """
+    return chain(module.parameters(), module.buffers())
 
 
 def full_attention_layers(config: Any, indices: Iterable[int]) -> list[int]:
