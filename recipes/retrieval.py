@@ -5,9 +5,10 @@
 Then `RetrievalCache(model, scorer=Bookmarks.load("bookmarks.safetensors"))`, `Bookmarks` of `lcpatch.caches.scorers`.
 The model is frozen; each step reads one row of text and moves two projections a layer. Two stages:
 
-- contrastive: from the model's own attention. Recall is the share of the attention on pages that a token may choose,
+- contrastive (default): from the model's own attention. Recall is the share of the attention on pages that a token may choose,
   which the best quarter of them holds.
-- lm: from the loss of a row's last tokens, which read pages within the budget.
+- lm, or both in this order: from the loss of a row's last tokens, which read pages within the budget. Its gradient is
+  far noisier, so give it many rows, and see by the rows held out whether it helped.
 
 What is learnt is written after each stage; `--bookmarks` goes on from it. Measured on rows held out: means (nothing is
 learnt), and what came of each stage.
@@ -33,7 +34,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="folder or Hub id (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--data", nargs="+", default=[], help="files, folders or hub:NAME (default: Python's manual)")
-    parser.add_argument("--stage", choices=["contrastive", "lm", "both"], default="both", help="default both")
+    parser.add_argument("--stage", choices=["contrastive", "lm", "both"], default="contrastive")
     parser.add_argument("--bookmarks", type=Path, help="file to go on from (default: new ones, which score as means)")
     parser.add_argument("--out", type=Path, default=Path("bookmarks.safetensors"), help="default bookmarks.safetensors")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a row (default 8192)")

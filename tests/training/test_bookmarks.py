@@ -128,7 +128,7 @@ def test_the_recipe(base, tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    said = run("--out", out)
+    said = run("--out", out, "--stage", "both")
     assert [said.count(x) for x in ("held out", "lm loss", "stage contrastive", "stage lm")] == [3, 3, 1, 1]
     said = run("--out", second, "--bookmarks", out, "--stage", "lm")
     assert [said.count(x) for x in ("held out", str(out), "stage contrastive", "stage lm")] == [3, 1, 0, 1]
