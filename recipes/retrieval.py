@@ -5,8 +5,8 @@
 Then `RetrievalCache(model, scorer=Bookmarks.load("bookmarks.safetensors"))`, `Bookmarks` of `lcpatch.caches.scorers`.
 The model is frozen; each step reads one row of text and moves two projections a layer. Two stages:
 
-- contrastive (default): from the model's own attention. Recall is the share of the attention on pages that a token may choose,
-  which the best quarter of them holds.
+- contrastive (default): from the model's own attention. Recall is the share of the attention on pages that a token may
+  choose, which the best quarter of them holds.
 - lm, or both in this order: from the loss of a row's last tokens, which read pages within the budget. Its gradient is
   far noisier, so give it many rows, and see by the rows held out whether it helped.
 
