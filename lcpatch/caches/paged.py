@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..hf.watch import Call, attend
-from .budget import Budget
+from .budget import Budget, check_whole
 from .layer import AttendingLayer, decode, negative, to_list
 from .pages import Pages, alike
 from .scattered import is_dense
@@ -55,16 +55,17 @@ class Reads:
             raise ValueError(f"page={page!r} must be a power of two")
         if not isinstance(recent, int) or recent < 1:
             raise ValueError(f"recent={recent!r} must be tokens (an integer >= 1)")
-        self.budget = Budget(budget, num_sinks, recent)
+        check_whole("num_sinks", num_sinks, 0)
         self.page, self.recent = page, recent
         self.sink_pages = -(-num_sinks // page)
         # Recent tokens may begin within a page, and there is one page to choose at least.
         self.least = self.sink_pages + -(-recent // page) + 2
-        if isinstance(budget, int) and budget < self.least * page:
+        if isinstance(budget, int) and 0 < budget < self.least * page:  # said at once, whatever else is too little
             raise ValueError(
                 f"budget={budget} must hold the pages of {num_sinks} sinks and {recent} recent tokens and one more: at "
                 f"least {self.least * page} with page={page}, or smaller pages"
             )
+        self.budget = Budget(budget, num_sinks, recent)
 
     def of(self, real: int) -> int:
         """The pages that a row of `real` tokens reads."""
