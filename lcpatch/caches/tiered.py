@@ -26,7 +26,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.errors import TierError
 from ..hf.models import attention_modules, full_attention_layers, unwrap
 from ..hf.watch import Call
 from .budget import check_whole
@@ -203,7 +202,6 @@ class TieredLayer(PagedLayer):
 
     def _clear(self) -> None:
         super()._clear()
-        self.failed = False
         self.held: int | None = None  # full pages that `fast_bytes` are enough for, at the first step
         self.searches = 0
         self.proven: Tensor | int = 0  # of these, those whose proven pages fitted
@@ -255,18 +253,6 @@ class TieredLayer(PagedLayer):
                 self.index.tree.append_bounds(
                     *(bounds[name][rows, :, : full[rows[0]]] for name in ("low", "high")), rows
                 )
-
-    def attend(self, call: Call) -> tuple[Tensor, Tensor]:
-        """As every paged layer; once a tier has failed, layers disagree, and every later step says so."""
-        if self.failed:
-            raise TierError(
-                "TieredCache: a tier failed in an earlier step, so layers disagree; cache.reset() and prefill"
-            )
-        try:
-            return super().attend(call)
-        except TierError:
-            self.failed = True
-            raise
 
     def _limits(self) -> list[int]:
         page, most = self.reads.page, max(self.most // self.reads.page, self.reads.least)
