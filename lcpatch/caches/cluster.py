@@ -124,7 +124,6 @@ class ClusterLayer(EvictingLayer):
 
     owner = "ClusterCache"
     fields: ClassVar = {"joined": torch.float32, "log_size": torch.float32}  # a slot's tokens but one; log(1 + joined)
-    replaces = False
 
     def __init__(
         self, budget: Budget, merging: Merging, log_size: bool, codec: str | None, fixed: bool = False
@@ -154,27 +153,9 @@ class ClusterLayer(EvictingLayer):
         self.centroids = wholes(numbers, "centroids", len(self.pads), max(self.counts))
 
     def bias(self) -> Tensor | None:
-        if not self.log_size or (self.fixed is None and not any(self.centroids)):
+        if not self.log_size or (self.steps is None and not any(self.centroids)):
             return None
         return self.slots.tensors["log_size"]
-
-    def choose(self) -> None:
-        self.fixed.behind_the_last()
-
-    def enter_fixed(self, seen: int) -> None:
-        """Also makes room for the next token, where a row is full."""
-        fixed = self.fixed
-        if fixed is None:
-            super().enter_fixed(seen)
-        elif any(count + seen - self.seen > most for count, most in zip(self.counts, self.budgets, strict=True)):
-            self.leave_fixed()
-            self._enter(fixed)
-
-    def leave_fixed(self) -> None:
-        fixed = self.fixed
-        super().leave_fixed()
-        if fixed is not None and self._shrink(several=False):
-            self._return()
 
     def evict(self, targets: list[int]) -> None:
         length, most = self.slots.length, max(targets)

@@ -99,7 +99,6 @@ class H2OLayer(EvictingLayer):
 
     owner = "H2OCache"
     fields: ClassVar = {"mass": torch.float32}
-    added_to = ("mass",)
     wants_scores = True
 
     def __init__(
@@ -144,7 +143,7 @@ class H2OLayer(EvictingLayer):
         worth = self.slots["mass"]
         position = self.slots["position"]
         if self.kind == "mean":
-            worth = worth / (self.now() - position)  # the token itself and all after it could give
+            worth = worth / (self.seen - position)  # the token itself and all after it could give
         if self.grace:
-            worth = worth.masked_fill(position >= self.now() - self.grace, torch.finfo(torch.float32).max)
+            worth = worth.masked_fill(position >= self.seen - self.grace, torch.finfo(torch.float32).max)
         return worth
