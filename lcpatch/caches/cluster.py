@@ -49,7 +49,7 @@ class ClusterCache(LongCache):
             needed (the default, 1, takes what is needed) match anew more often, on centroids.
         weighted: False: plain means, which forget how many tokens a centroid stands for (an ablation).
         log_size: False: no correction of a centroid's score (an ablation).
-        evict_every: while generating, tokens between two compactions; default: a 32nd of the budget, at most 64.
+        evict_every: while generating, tokens between two compactions; default: a 32nd of the budget, at most 256.
         codec: how keys and values are stored: None (as they are), "bf16", "int8", "int4" or "fp8".
         impl: of `lcpatch_kernels.cluster_merge`.
         compiled: generate in buffers that never move, as in `H2OCache`; they are merged between two steps, outside of

@@ -35,8 +35,8 @@ from .state import fitting, whole, wholes
 class Step(NamedTuple):
     """A step whose attention is done: its queries [B, H, T, D], their lse [B, H, T], and how they attended.
 
-    `scores` [B, H, slots] of a single query, -inf for empty slots, where the layer `wants_scores` and got them along with
-    the attention.
+    `scores` [B, H, slots] of a single query, -inf for empty slots, where the layer `wants_scores` and got them along
+    with the attention.
     """
 
     query: Tensor
@@ -243,7 +243,7 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         if self.leads:
             steps.count()
         for name, x in self._encoded(*new).items():
-            # By index: what else could be said so (`index_copy_`, a slice), inductor does to a copy of the whole buffer.
+            # By index: what else could be said so (`scatter_`, a slice), inductor does to a copy of the whole buffer.
             tensors[name][:, :, steps.last()] = x
         out, lse, *scores = self._decode(call, self.bias(), steps.span, self.wants_scores)
         self.observe(_step(call, lse)._replace(scores=scores[0] if scores else None))

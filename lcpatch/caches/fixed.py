@@ -108,9 +108,11 @@ def get_ready(layers: Iterable[Any], steps: dict[torch.device, Steps], seen: int
 
 
 class FixedDecoding:
-    """The part of an `EvictingLayer` that generates in buffers which outlive that time: entered again, it finds the same
-    tensors, so what was compiled or recorded for their addresses holds. What a layer keeps lies in them all the while,
-    or they are let go of."""
+    """The part of an `EvictingLayer` that generates in buffers which outlive that time.
+
+    Who enters again finds the same tensors, so what was compiled or recorded for their addresses holds. What a layer
+    keeps lies in them in between too, or they are let go of.
+    """
 
     steps: Steps | None = None  # while it generates: its `counts` and `seen` are of when that began, `slots` are all
     leads = False  # whether it counts the steps, for the others too

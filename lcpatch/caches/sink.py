@@ -40,7 +40,7 @@ class SinkCache(LongCache):
             "absolute": in the whole text, so that sinks move away and quality ends with the trained length.
         compiled: generate in buffers that never move, as in `H2OCache`.
         evict_every: tokens between two compactions while generating, by which the window is shorter at times; default
-            a 32nd of the budget, at most 64.
+            a 32nd of the budget, at most 256.
         codec: how keys and values are stored: None (as they are), "bf16", "int8", "int4" or "fp8".
 
     Raises:
@@ -146,7 +146,8 @@ class SinkLayer(EvictingLayer):
         num = self.budget.num_sinks
         start = self.slots.length - torch.tensor(self.counts, device=self.device)
         place = (start.clamp(max=self.slots.length - num)[:, None] + torch.arange(num, device=self.device))[:, None]
-        place = place.expand(-1, self.num_kv_heads, -1)  # a row that lost nothing may have fewer: it is left alone below
+        # A row that lost nothing may have fewer: it is left alone below.
+        place = place.expand(-1, self.num_kv_heads, -1)
         keys = self.keys_like(torch.empty(0, dtype=self.dtype, device=self.device))
         now = keys.gather(2, place[..., None].expand(-1, -1, -1, keys.shape[3]))
         self.first = now.clone() if self.first is None else self.first

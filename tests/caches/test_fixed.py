@@ -152,6 +152,28 @@ def test_the_compiled_step_copies_no_keys_and_values(kind):
     assert "index out of bounds" in codes[0], "there is a write by index to be judged"
 
 
+@pytest.mark.parametrize(("name", "tensors"), [("h2o", 3), ("sink", 2), ("cluster", 3)])
+def test_a_step_reads_little_beside_weights_keys_and_values(name, tensors):
+    """An input costs a guard each token: a layer adds its keys, values and one vector, all of them two counts, no mask.
+
+    Left-padded, where a mask would be made."""
+    (kind, given), model, ids, inputs = CACHES[name], build(), tokens(2, 50), []
+
+    def backend(graph, given):
+        inputs.extend(given)
+        return graph.forward
+
+    torch._dynamo.reset()
+    how = CompileConfig(backend=backend, mode=None, fullgraph=True)
+    how._compile_all_devices = True
+    mask = left_padding([0, 7], 50)
+    options = {"attention_mask": mask, "compile_config": how, "max_new_tokens": 4, "do_sample": False}
+    model.generate(ids, past_key_values=kind(model, compiled=True, **given), **options)
+    weights = {id(x) for x in (*model.parameters(), *model.buffers())}
+    others = [x for x in inputs if id(x) not in weights]
+    assert len(others) == 2 + 2 + tensors * len(model.model.layers)  # beside token and position
+
+
 @pytest.mark.parametrize("name", ["h2o", pytest.param("sink", marks=pytest.mark.slow), "cluster"])
 def test_the_decode_step_compiles_once(name):
     """In `generate`, as on a GPU: no graph break, and nothing compiled anew, whatever the length and the cache."""
