@@ -52,8 +52,7 @@ class ClusterCache(LongCache):
         evict_every: while generating, tokens between two compactions; default: a 32nd of the budget, at most 256.
         codec: how keys and values are stored: None (as they are), "bf16", "int8", "int4" or "fp8".
         impl: of `lcpatch_kernels.cluster_merge`.
-        compiled: generate in buffers that never move, as in `H2OCache`; they are merged between two steps, outside of
-            the compiled step, when they are full.
+        compiled: generate in buffers that never move, as in `H2OCache`.
 
     Raises:
         UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.

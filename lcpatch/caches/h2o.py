@@ -49,8 +49,8 @@ class H2OCache(LongCache):
         grace: so many of the newest tokens beyond `recent` are not judged either, while they fit: their sums are young.
         evict_every: tokens between two compactions while generating; default a 32nd of the budget, at most 256.
         codec: how keys and values are stored: None (as they are), "bf16", "int8", "int4" or "fp8".
-        compiled: generate in buffers that never move, one token evicted a step: on a GPU `generate` then compiles the
-            decode step, once, and replays it as a CUDA graph. Read long prompts by `cache.read(ids, chunk=8192)`
+        compiled: generate in buffers that never move: on a GPU `generate` then compiles the decode step, once, and
+            replays it as a CUDA graph. The same is kept as without: what goes does so between two steps. Read long prompts by `cache.read(ids, chunk=8192)`
             before: `prefill_chunk_size` would compile the chunks too. Not with codecs "int4" and "bf16", nor on layers
             with a pattern.
 
