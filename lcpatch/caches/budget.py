@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-MOST_SLACK = 64  # tokens: compacting moves the whole cache once, so once in 64 steps it costs a few per cent of reading
+MOST_SLACK = 256  # tokens: compacting moves the whole cache, which takes as long as reading it a few times
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Budget:
         num_sinks: the row's first real tokens, always kept.
         recent: the newest tokens, always kept: how many, or as a float which share of what the sinks leave.
         evict_every: while generating, tokens between two compactions. The row holds at most its budget, on average
-            half of this less. Default: a 32nd of the budget, at most 64.
+            half of this less. Default: a 32nd of the budget, at most 256.
         free: slots that sinks and recent tokens must leave whatever happens: a cache that merges needs one to merge to.
 
     Raises:

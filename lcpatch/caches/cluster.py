@@ -49,11 +49,10 @@ class ClusterCache(LongCache):
             needed (the default, 1, takes what is needed) match anew more often, on centroids.
         weighted: False: plain means, which forget how many tokens a centroid stands for (an ablation).
         log_size: False: no correction of a centroid's score (an ablation).
-        evict_every: while generating, tokens between two compactions; default: a 32nd of the budget, at most 64.
+        evict_every: while generating, tokens between two compactions; default: a 32nd of the budget, at most 256.
         codec: how keys and values are stored: None (as they are), "bf16", "int8", "int4" or "fp8".
         impl: of `lcpatch_kernels.cluster_merge`.
-        compiled: generate in buffers that never move, as in `H2OCache`; they are merged between two steps, outside of
-            the compiled step, when they are full.
+        compiled: generate in buffers that never move, as in `H2OCache`.
 
     Raises:
         UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.
@@ -124,7 +123,6 @@ class ClusterLayer(EvictingLayer):
 
     owner = "ClusterCache"
     fields: ClassVar = {"joined": torch.float32, "log_size": torch.float32}  # a slot's tokens but one; log(1 + joined)
-    replaces = False
 
     def __init__(
         self, budget: Budget, merging: Merging, log_size: bool, codec: str | None, fixed: bool = False
@@ -154,27 +152,9 @@ class ClusterLayer(EvictingLayer):
         self.centroids = wholes(numbers, "centroids", len(self.pads), max(self.counts))
 
     def bias(self) -> Tensor | None:
-        if not self.log_size or (self.fixed is None and not any(self.centroids)):
+        if not self.log_size or (self.steps is None and not any(self.centroids)):
             return None
         return self.slots.tensors["log_size"]
-
-    def choose(self) -> None:
-        self.fixed.behind_the_last()
-
-    def enter_fixed(self, seen: int) -> None:
-        """Also makes room for the next token, where a row is full."""
-        fixed = self.fixed
-        if fixed is None:
-            super().enter_fixed(seen)
-        elif any(count + seen - self.seen > most for count, most in zip(self.counts, self.budgets, strict=True)):
-            self.leave_fixed()
-            self._enter(fixed)
-
-    def leave_fixed(self) -> None:
-        fixed = self.fixed
-        super().leave_fixed()
-        if fixed is not None and self._shrink(several=False):
-            self._return()
 
     def evict(self, targets: list[int]) -> None:
         length, most = self.slots.length, max(targets)

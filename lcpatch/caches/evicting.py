@@ -35,7 +35,8 @@ from .state import fitting, whole, wholes
 class Step(NamedTuple):
     """A step whose attention is done: its queries [B, H, T, D], their lse [B, H, T], and how they attended.
 
-    `scores` [B, H, slots] of a single query, where the layer `wants_scores` and got them along with the attention.
+    `scores` [B, H, slots] of a single query, -inf for empty slots, where the layer `wants_scores` and got them along
+    with the attention.
     """
 
     query: Tensor
@@ -69,8 +70,6 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         score     how much each kept token is worth; the lowest go
         evict     instead of `score`: make every row's count its target some other way (merging)
         bias      what is added to a kept key's scores (the log of the tokens that it stands for)
-
-    Where `score` compares with `slots["position"]` it asks `now()`, which is a tensor while generating is compiled.
 
     Args:
         budget: how much is kept.
@@ -175,7 +174,7 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor]:
         """Attention of the step's queries over what is kept and the step itself; see `hf.watch.Call`."""
-        if self.fixed is not None and call.query.shape[2] == 1 and scattered.is_dense(call.spec):
+        if self.steps is not None and call.query.shape[2] == 1 and scattered.is_dense(call.spec):
             return self._fixed_step(call)
         self.leave_fixed()
         keys, values = self._begin(call)
@@ -238,13 +237,16 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         return decode(call, keys, values, spec=call.spec, bounds=span, return_scores=return_scores, **which)
 
     def _fixed_step(self, call: Call) -> tuple[Tensor, Tensor]:
-        """One token a row: store, attend, score, choose the slot of the next."""
+        """One token a row: store, attend, score."""
         new, self._new = self._new, None
-        self.fixed.put(self._new_slots(*new, self.fixed.seen[None]))
-        self.before_fixed_attention()
-        out, lse, *scores = self._decode(call, self.bias(), self.fixed.span, self.wants_scores)
+        steps, tensors = self.steps, self.slots.tensors
+        if self.leads:
+            steps.count()
+        for name, x in self._encoded(*new).items():
+            # By index: what else could be said so (`scatter_`, a slice), inductor does to a copy of the whole buffer.
+            tensors[name][:, :, steps.last()] = x
+        out, lse, *scores = self._decode(call, self.bias(), steps.span, self.wants_scores)
         self.observe(_step(call, lse)._replace(scores=scores[0] if scores else None))
-        self.choose()
         return out, lse
 
     # What may happen to a step afterwards.
@@ -303,10 +305,8 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
 
     def kept_of_rows(self) -> list[tuple[int, int]]:
         """`(kept per KV head, seen)` of each row, in tokens that are no pads."""
-        counts, seen = self.counts, self.get_seq_length()
-        if self.fixed is not None:
-            counts = self.fixed.kept()
-        return [(count, max(seen - pads, 0)) for count, pads in zip(counts, self.pads, strict=True)]
+        self.leave_fixed()
+        return [(count, max(self.seen - pads, 0)) for count, pads in zip(self.counts, self.pads, strict=True)]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `load_state` takes: tensors, and numbers as JSON."""
@@ -346,15 +346,17 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
     def _new_slots(self, keys: Tensor, values: Tensor, position: Tensor | None = None) -> dict[str, Tensor]:
         """The step as slots: what the codec makes of it, its positions, and the method's fields, zero."""
         batch, heads, num = keys.shape[:3]
-        new = {}
-        for name, x in (("keys", keys), ("values", values)):
-            new |= {name + suffix: part for suffix, part in self.codec.encode(x).items()}
+        new = self._encoded(keys, values)
         if position is None:
             position = torch.arange(self.seen, self.seen + num, device=self.device)
         new["position"] = position.to(torch.int32).expand(batch, heads, num)
         for name, dtype in self.fields.items():
             new[name] = torch.zeros(batch, heads, num, dtype=dtype, device=self.device)
         return new
+
+    def _encoded(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        pairs = (("keys", keys), ("values", values))
+        return {name + suffix: part for name, x in pairs for suffix, part in self.codec.encode(x).items()}
 
     def _settle(self) -> None:
         """Let the method see the last step, and evict what is over the budget."""

@@ -47,10 +47,10 @@ class H2OCache(LongCache):
         decay: of score="decay".
         group: how the query heads of a KV head are put together: "sum", "mean" or "max".
         grace: so many of the newest tokens beyond `recent` are not judged either, while they fit: their sums are young.
-        evict_every: tokens between two compactions while generating; default a 32nd of the budget, at most 64.
+        evict_every: tokens between two compactions while generating; default a 32nd of the budget, at most 256.
         codec: how keys and values are stored: None (as they are), "bf16", "int8", "int4" or "fp8".
-        compiled: generate in buffers that never move, one token evicted a step: on a GPU `generate` then compiles the
-            decode step, once, and replays it as a CUDA graph. Read long prompts by `cache.read(ids, chunk=8192)`
+        compiled: generate in buffers that never move: on a GPU `generate` then compiles the decode step, once, and
+            replays it as a CUDA graph. The same is kept as without: what goes does so between two steps. Read long prompts by `cache.read(ids, chunk=8192)`
             before: `prefill_chunk_size` would compile the chunks too. Not with codecs "int4" and "bf16", nor on layers
             with a pattern.
 
@@ -99,7 +99,6 @@ class H2OLayer(EvictingLayer):
 
     owner = "H2OCache"
     fields: ClassVar = {"mass": torch.float32}
-    added_to = ("mass",)
     wants_scores = True
 
     def __init__(
@@ -144,7 +143,7 @@ class H2OLayer(EvictingLayer):
         worth = self.slots["mass"]
         position = self.slots["position"]
         if self.kind == "mean":
-            worth = worth / (self.now() - position)  # the token itself and all after it could give
+            worth = worth / (self.seen - position)  # the token itself and all after it could give
         if self.grace:
-            worth = worth.masked_fill(position >= self.now() - self.grace, torch.finfo(torch.float32).max)
+            worth = worth.masked_fill(position >= self.seen - self.grace, torch.finfo(torch.float32).max)
         return worth

@@ -25,6 +25,7 @@ from ..core.registry import Registry
 from ..hf.models import attention_modules, full_attention_layers, unwrap, why_no_full_attention
 from ..hf.route import route
 from ..hf.watch import Call, attend
+from .fixed import Steps, get_ready
 from .slots import GRAIN, enlarged, most_room
 from .state import fitting, whole
 
@@ -279,16 +280,14 @@ class LongCache(Cache):
         self._given = (args[1:], {k: v for k, v in kwargs.items() if k != "model"})
         model = args[0] if args else kwargs.get("model")
         self._model = None if model is None else weakref.ref(model)
+        self._steps: dict[torch.device, Steps] = {}
         return self
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """What a mask is made of; asked before a step, so layers that generate in fixed buffers get ready here."""
         if query_length == 1 and not torch.compiler.is_compiling():
             self._check_whole(1)
-            seen = self.get_seq_length()
-            for layer in self.layers:
-                if hasattr(layer, "enter_fixed"):
-                    layer.enter_fixed(seen)
+            get_ready(self.layers, self._steps, self.get_seq_length())
         return super().get_mask_sizes(query_length, layer_idx)
 
     def update(
@@ -320,7 +319,7 @@ class LongCache(Cache):
         """
         layers = [layer for layer in self.layers if isinstance(layer, DynamicLayer)]
         if num == 1:
-            layers = [layer for layer in layers if getattr(layer, "fixed", None) is None]
+            layers = [layer for layer in layers if getattr(layer, "steps", None) is None]
         if len({layer.get_seq_length() for layer in layers}) > 1:
             raise RuntimeError(f"{type(self).__name__}: {HALF_WAY}")
 

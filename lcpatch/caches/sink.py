@@ -21,7 +21,7 @@ from ..hf.rotation import Rotation, rotation_of
 from ..hf.watch import Call
 from .budget import Budget
 from .evicting import EvictingLayer
-from .fixed import check_codec, check_layer
+from .fixed import Steps, check_codec, check_layer
 from .layer import LongCache, caches, routed_layers
 from .state import fitting, wholes
 
@@ -40,7 +40,7 @@ class SinkCache(LongCache):
             "absolute": in the whole text, so that sinks move away and quality ends with the trained length.
         compiled: generate in buffers that never move, as in `H2OCache`.
         evict_every: tokens between two compactions while generating, by which the window is shorter at times; default
-            a 32nd of the budget, at most 64.
+            a 32nd of the budget, at most 256.
         codec: how keys and values are stored: None (as they are), "bf16", "int8", "int4" or "fp8".
 
     Raises:
@@ -98,7 +98,6 @@ class SinkLayer(EvictingLayer):
         super()._clear()
         self.lost: list[int] = []  # per row: tokens evicted when its sinks were turned last
         self.first: Tensor | None = None  # [B, K, sinks, D]: the sinks' keys as they came
-        self.lost_now: Tensor | None = None  # `lost` while it generates in fixed buffers, and kept for the next time
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -110,41 +109,13 @@ class SinkLayer(EvictingLayer):
 
     def attention(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.turn is not None:
-            self._turn_sinks(keys)
+            self._turn_sinks()
         return super().attention(call, keys, values)
 
-    def enter_fixed(self, seen: int) -> None:
-        if self.fixed is not None or min(self.counts, default=0) < self.budget.num_sinks:
-            return
-        super().enter_fixed(seen)
-        if self.fixed is None or self.turn is None:
-            return
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
-        now = self.keys_like(like)[:, :, : self.budget.num_sinks]
-        if self.first is None:
-            self.first = now.clone()
-        if self.lost_now is None:
-            self.lost_now = torch.zeros(len(self.lost), dtype=torch.int64, device=self.device)
-        self.lost_now.copy_(torch.tensor(self.lost))
-        self.first.copy_(torch.where((self.lost_now > 0)[:, None, None, None], self.first, now))
-        for x in (self.first, self.lost_now):
-            torch._dynamo.mark_static_address(x)
-
-    def leave_fixed(self) -> None:
-        if self.fixed is not None and self.turn is not None:
-            self.lost = self.lost_now.tolist()
-        super().leave_fixed()
-
-    def choose(self) -> None:
-        self.fixed.over_the_oldest()
-
-    def before_fixed_attention(self) -> None:
-        if self.turn is None:
-            return
-        self.lost_now.copy_(self.fixed.seen - self.fixed.pads - self.fixed.live)
-        place = torch.arange(self.budget.num_sinks, device=self.device)[None, None]
-        for suffix, part in self.codec.encode(self.turn(self.first, self.lost_now)).items():
-            self.fixed.write("keys" + suffix, place, part)
+    def enter_fixed(self, steps: Steps, leads: bool) -> None:
+        if self.turn is not None:  # a row loses nothing while it generates, so once will do
+            self._turn_sinks()
+        super().enter_fixed(steps, leads)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
@@ -152,7 +123,6 @@ class SinkLayer(EvictingLayer):
             rows = torch.as_tensor(indices).tolist()
             self.lost = [self.lost[r] for r in rows]
             self.first = None if self.first is None else self.first[rows]
-            self.lost_now = None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, numbers = super().state()
@@ -168,7 +138,7 @@ class SinkLayer(EvictingLayer):
     def memory(self) -> int:
         return super().memory() + (0 if self.first is None else self.first.untyped_storage().nbytes())
 
-    def _turn_sinks(self, like: Tensor) -> None:
+    def _turn_sinks(self) -> None:
         """Put the sinks of every row right before what it still has."""
         lost = [max(self.seen - pads, 0) - count for pads, count in zip(self.pads, self.counts, strict=True)]
         if lost == self.lost:
@@ -176,8 +146,10 @@ class SinkLayer(EvictingLayer):
         num = self.budget.num_sinks
         start = self.slots.length - torch.tensor(self.counts, device=self.device)
         place = (start.clamp(max=self.slots.length - num)[:, None] + torch.arange(num, device=self.device))[:, None]
-        place = place.expand(-1, like.shape[1], -1)  # a row that lost nothing may have fewer: it is left alone below
-        now = self.keys_like(like).gather(2, place[..., None].expand(-1, -1, -1, like.shape[3]))
+        # A row that lost nothing may have fewer: it is left alone below.
+        place = place.expand(-1, self.num_kv_heads, -1)
+        keys = self.keys_like(torch.empty(0, dtype=self.dtype, device=self.device))
+        now = keys.gather(2, place[..., None].expand(-1, -1, -1, keys.shape[3]))
         self.first = now.clone() if self.first is None else self.first
         new = [r for r, (before, after) in enumerate(zip(self.lost, lost, strict=True)) if after and not before]
         self.first[new] = now[new]

@@ -36,9 +36,11 @@ def mask(
     """The mask of one forward, called by transformers once per kind of layer.
 
     Returns:
-        A compact mask (see `bounds`); None where nothing needs saying (no padding, and queries and keys coincide); for
-        layers that are not ours, what their implementation wants.
+        A compact mask (see `bounds`); None where nothing needs saying (no padding, and queries and keys coincide; or no
+        keys are asked about); for layers that are not ours, what their implementation wants.
     """
+    if kv_length == 0:  # a cache's layer that knows by itself what its queries may see
+        return None
     dense = dense_name(config)
     device = torch.device(device)
     starts = _document_starts(mask_function, batch_size, q_length, kv_length, device)

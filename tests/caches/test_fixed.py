@@ -18,31 +18,30 @@ CUTS = {"prompt": [50, *[1] * 60], "turns": [30, *[1] * 30, 20, *[1] * 30], "tok
 
 
 CACHES = {
-    "h2o": (lcpatch.H2OCache, {"budget": 24}),
-    "h2o, a share": (lcpatch.H2OCache, {"budget": 0.4}),
-    "h2o, mean": (lcpatch.H2OCache, {"budget": 24, "score": "mean", "grace": 5}),
-    "sink": (lcpatch.SinkCache, {"budget": 24}),
+    "h2o": (lcpatch.H2OCache, {"budget": 24, "evict_every": 7}),
+    "h2o, every step": (lcpatch.H2OCache, {"budget": 24, "evict_every": 1}),
+    "h2o, a share": (lcpatch.H2OCache, {"budget": 0.4, "evict_every": 5}),
+    "h2o, mean": (lcpatch.H2OCache, {"budget": 24, "evict_every": 3, "score": "mean", "grace": 5}),
+    "h2o, decay": (lcpatch.H2OCache, {"budget": 24, "evict_every": 4, "score": "decay", "group": "max"}),
+    "sink": (lcpatch.SinkCache, {"budget": 24, "evict_every": 6}),
     "sink, absolute": (lcpatch.SinkCache, {"budget": 24, "positions": "absolute"}),
     "cluster": (lcpatch.ClusterCache, {"budget": 24, "evict_every": 5}),
     "cluster, a share": (lcpatch.ClusterCache, {"budget": 0.4, "evict_every": 3}),
 }
-EVERY = {"evict_every": 1}  # by default
 SHARES = [name for name in CACHES if name.endswith("a share")]
 PADS = {name: [0, 1, 0] for name in SHARES}  # a share needs a prompt in every row
 
 
 @pytest.mark.parametrize("name", CACHES)
 @pytest.mark.parametrize("cut", ["prompt", "turns", pytest.param("tokens", marks=pytest.mark.slow)])
-def test_it_keeps_what_eviction_after_every_step_keeps(cut, name):
+def test_it_keeps_what_is_kept_without(cut, name):
     model, (kind, options) = build(), CACHES[name]
     ids, mask = tokens(3, LENGTH), left_padding(PADS.get(name, [0, 37, 11]), LENGTH)
-    plain, fixed = kind(model, **EVERY | options), kind(model, compiled=True, **options)
+    plain, fixed = kind(model, **options), kind(model, compiled=True, **options)
     want = feed(model, ids, plain, CUTS[cut], mask)
     got = feed(model, ids, fixed, CUTS[cut], mask)
-    assert all(layer.fixed is not None for layer in fixed.layers)
+    assert all(layer.steps is not None for layer in fixed.layers)
     assert distance(got[mask.bool()], want[mask.bool()]) <= model_budget(model, ids)
-    if fixed.layers[0].replaces:  # else a full row is merged when it has to be
-        assert fixed.stats() == plain.stats()
     for one, other in zip(fixed.layers, plain.layers, strict=True):
         one.leave_fixed()
         assert torch.equal(one.key_positions(), other.key_positions())
@@ -50,24 +49,8 @@ def test_it_keeps_what_eviction_after_every_step_keeps(cut, name):
     assert fixed.stats() == plain.stats()
 
 
-@pytest.mark.parametrize("name", ["h2o", "sink", "cluster"])
-def test_rows_of_whole_blocks(name, monkeypatch):
-    """What long rows are filled up to, in short ones: slots that are never filled are neither seen nor chosen."""
-    monkeypatch.setattr(fixed_slots, "WHOLE", 0)
-    model, (kind, options) = build(), CACHES[name]
-    ids = tokens(2, LENGTH)
-    plain, fixed = kind(model, **EVERY | options), kind(model, compiled=True, **options)
-    want, got = (feed(model, ids, cache, CUTS["turns"]) for cache in (plain, fixed))
-    assert fixed.layers[0].fixed.size == fixed_slots.BLOCK
-    assert distance(got, want) <= model_budget(model, ids)
-    for one, other in zip(fixed.layers, plain.layers, strict=True):
-        one.leave_fixed()
-        assert torch.equal(one.key_positions(), other.key_positions())
-
-
-def test_a_row_is_filled_up_by_an_eighth_at_most():
-    sizes = {most: fixed_slots.room(most) for most in (24, 2047, 2048, 2303, 2304, 26214)}
-    assert sizes == {24: 25, 2047: 2048, 2048: 2304, 2303: 2304, 2304: 2560, 26214: 26368}
+def test_a_row_is_filled_up_to_whole_lines():
+    assert {most: fixed_slots.room(most) for most in (24, 31, 32)} == {24: 32, 31: 32, 32: 48}
 
 
 @pytest.mark.parametrize("codec", ["int8", "fp8"])
@@ -75,9 +58,9 @@ def test_codecs_that_are_read_as_they_lie(codec):
     model = build()
     ids = tokens(2, LENGTH)
     options = {"budget": 24, "codec": codec}
-    plain, fixed = lcpatch.H2OCache(model, evict_every=1, **options), lcpatch.H2OCache(model, compiled=True, **options)
+    plain, fixed = lcpatch.H2OCache(model, **options), lcpatch.H2OCache(model, compiled=True, **options)
     want, got = (feed(model, ids, cache, CUTS["prompt"]) for cache in (plain, fixed))
-    whole = feed(model, ids, lcpatch.H2OCache(model, budget=24, evict_every=1), CUTS["prompt"])
+    whole = feed(model, ids, lcpatch.H2OCache(model, budget=24), CUTS["prompt"])
     assert distance(got, want) < distance(whole, want) / 100
 
 
@@ -85,11 +68,11 @@ def test_generate_with_beams_turns_and_a_file(tmp_path):
     model, ids = build(), tokens(2, 50)
     options = {"max_new_tokens": 15, "do_sample": False}
     for more in ({}, {"num_beams": 3}):
-        plain, fixed = lcpatch.H2OCache(model, 24, evict_every=1), lcpatch.H2OCache(model, 24, compiled=True)
+        plain, fixed = lcpatch.H2OCache(model, 24), lcpatch.H2OCache(model, 24, compiled=True)
         first, want = (model.generate(ids, past_key_values=c, **options, **more) for c in (fixed, plain))
         assert torch.equal(first, want)
     turn = torch.cat([want, tokens(2, 9, seed=5)], 1)
-    plain, fixed = lcpatch.H2OCache(model, 24, evict_every=1), lcpatch.H2OCache(model, 24, compiled=True)
+    plain, fixed = lcpatch.H2OCache(model, 24), lcpatch.H2OCache(model, 24, compiled=True)
     for cache in (plain, fixed):
         model.generate(ids, past_key_values=cache, **options)
     loaded = lcpatch.load_cache(fixed.save(tmp_path / "prefix"), model)
@@ -101,9 +84,7 @@ def test_generate_with_beams_turns_and_a_file(tmp_path):
 
 def addresses(cache):
     """Of all that a graph of the step reads and writes, and what of it a graph would have to copy."""
-    tensors = tensors_of([layer.fixed for layer in cache.layers]).values()
-    extra = [x for layer in cache.layers for x in (getattr(layer, "first", None), getattr(layer, "lost_now", None))]
-    every = [*tensors, *(x for x in extra if x is not None)]
+    every = tensors_of([(layer.steps, layer.slots) for layer in cache.layers]).values()
     assert all(hasattr(x, "_dynamo_static_input_type") for x in every)
     return sorted(x.data_ptr() for x in every)
 
@@ -142,18 +123,17 @@ def test_a_budget_that_grew_gets_other_tensors_and_lets_the_old_ones_go():
     cache = lcpatch.H2OCache(model, 0.4, compiled=True)
     feed(model, ids[:, :100], cache, [90, *[1] * 10])
     feed(model, ids[:, 100:], cache, [190, *[1] * 10])
-    assert cache.layers[0].fixed.size == 117
+    assert cache.layers[0].slots.capacity == 128
     real = sum(x.untyped_storage().nbytes() for x in tensors_of(cache.layers).values())
     assert real <= sum(cache.memory().values()) + 512 * len(cache.layers)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [lcpatch.H2OCache, lcpatch.SinkCache, lcpatch.ClusterCache])
-def test_the_compiled_step_copies_no_keys_and_values(kind, monkeypatch):
+def test_the_compiled_step_copies_no_keys_and_values(kind):
     """Inductor writes the token into the buffers that the step was given: what it allocates is small beside them."""
     from torch._inductor.utils import run_and_get_code
 
-    monkeypatch.setattr(fixed_slots, "WHOLE", 0)  # as in the long rows that it matters for
     model, ids = build(num_hidden_layers=1), tokens(1, 300)
     how = CompileConfig(mode=None, fullgraph=True)
     how._compile_all_devices = True
@@ -161,15 +141,37 @@ def test_the_compiled_step_copies_no_keys_and_values(kind, monkeypatch):
     cache = kind(model, 200, compiled=True)
     _, codes = run_and_get_code(model.generate, ids, past_key_values=cache, compile_config=how, **options)
     shapes = [eval(shape) for code in codes for shape in re.findall(r"= empty_strided_cpu\((\([^)]*\))", code)]
-    buffer = cache.layers[0].fixed.slots.tensors["keys"]
+    buffer = cache.layers[0].slots.tensors["keys"]
     if kind is lcpatch.H2OCache:  # its masses are added to in place, not made anew and copied back
         floats = [
             eval(x) for code in codes for x in re.findall(r"= empty_strided_cpu\((\([^)]*\)).*torch.float32", code)
         ]
-        assert tuple(cache.layers[0].fixed.slots.tensors["mass"].shape) not in floats
+        assert tuple(cache.layers[0].slots.tensors["mass"].shape) not in floats
     assert shapes
     assert max(math.prod(shape) for shape in shapes) < buffer.numel() / 4
     assert "index out of bounds" in codes[0], "there is a write by index to be judged"
+
+
+@pytest.mark.parametrize(("name", "tensors"), [("h2o", 3), ("sink", 2), ("cluster", 3)])
+def test_a_step_reads_little_beside_weights_keys_and_values(name, tensors):
+    """An input costs a guard each token: a layer adds its keys, values and one vector, all of them two counts, no mask.
+
+    Left-padded, where a mask would be made."""
+    (kind, given), model, ids, inputs = CACHES[name], build(), tokens(2, 50), []
+
+    def backend(graph, given):
+        inputs.extend(given)
+        return graph.forward
+
+    torch._dynamo.reset()
+    how = CompileConfig(backend=backend, mode=None, fullgraph=True)
+    how._compile_all_devices = True
+    mask = left_padding([0, 7], 50)
+    options = {"attention_mask": mask, "compile_config": how, "max_new_tokens": 4, "do_sample": False}
+    model.generate(ids, past_key_values=kind(model, compiled=True, **given), **options)
+    weights = {id(x) for x in (*model.parameters(), *model.buffers())}
+    others = [x for x in inputs if id(x) not in weights]
+    assert len(others) == 2 + 2 + tensors * len(model.model.layers)  # beside token and position
 
 
 @pytest.mark.parametrize("name", ["h2o", pytest.param("sink", marks=pytest.mark.slow), "cluster"])
@@ -185,7 +187,7 @@ def test_the_decode_step_compiles_once(name):
     how = CompileConfig(backend=backend, mode=None, fullgraph=True)
     how._compile_all_devices = True
     options = {"max_new_tokens": 40, "do_sample": False}
-    want = model.generate(ids, past_key_values=kind(model, **EVERY | given), **options)
+    want = model.generate(ids, past_key_values=kind(model, **given), **options)
     cache = kind(model, compiled=True, **given)
     got = model.generate(ids, past_key_values=cache, compile_config=how, **options)
     assert torch.equal(got, want)

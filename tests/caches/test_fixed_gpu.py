@@ -37,16 +37,15 @@ def test_generate_compiles_once_and_skips_no_graph(name):
     want = model.generate(ids, past_key_values=kind(model, 40, **given), **options)
     cache = kind(model, 40, compiled=True, **given)
     got = model.generate(ids, past_key_values=cache, **options)
-    if cache.layers[0].replaces:
-        assert cache.stats()["kept"] == 40
-    places = [x.data_ptr() for layer in cache.layers for x in layer.fixed.slots.tensors.values()]
+    places = [x.data_ptr() for layer in cache.layers for x in layer.slots.tensors.values()]
+    assert cache.stats()["kept"] <= 40
     # A near-tie may fall otherwise in another kernel; then all that follows differs, but not from the first token on.
     assert (got == want).float().mean() > 0.75
     graphs = counters["stats"]["unique_graphs"]
     assert graphs >= 1
     turn = torch.cat([got, tokens(2, 21, seed=3).cuda()], 1)
     model.generate(turn, past_key_values=cache, **options)
-    assert [x.data_ptr() for layer in cache.layers for x in layer.fixed.slots.tensors.values()] == places
+    assert [x.data_ptr() for layer in cache.layers for x in layer.slots.tensors.values()] == places
     model.generate(ids, past_key_values=kind(model, 40, compiled=True, **given), **options)
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["inductor"]["cudagraph_skips"]

@@ -73,7 +73,11 @@ def forward(
     lse = torch.empty((batch, heads, 1), dtype=torch.float32, device=q.device)
     part_out = torch.empty((splits, batch, heads, head_dim), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((splits, batch, heads), dtype=torch.float32, device=q.device)
-    scores = torch.full((batch, heads, size), -torch.inf, device=q.device) if return_scores else None
+    dense = slots is None and all(rule == DENSE for rule in pattern.rules)
+    scores = None
+    if return_scores:  # elsewhere -inf, which for one run of keys the kernel writes itself: a launch less
+        shape = (batch, heads, size)
+        scores = q.new_empty(shape, dtype=torch.float32) if dense else torch.full(shape, -torch.inf, device=q.device)
     with torch.cuda.device_of(q):
         _decode_kernel[(splits, table.num_packs, batch)](
             q, k, v, part_out, part_lse, scores, table.packs, bounds, slots, num_keys, bias, k_scale, v_scale,
@@ -82,7 +86,7 @@ def forward(
             scale * LOG2E, 2 * LOG2E * scale / softcap if softcap else 0.0, softcap * LOG2E,
             D=head_dim, BLOCK_D=block_d, PACK=pack, BLOCK_N=block_n, PAGE=page_size,
             BLOCK_SIZE=pattern.block_size if table.flags["HAS_STRIPE"] else 1,
-            HAS_SOFTCAP=softcap != 0, UPCAST=INTERPRETED and q.dtype != torch.float32,
+            FILLS=dense and return_scores, HAS_SOFTCAP=softcap != 0, UPCAST=INTERPRETED and q.dtype != torch.float32,
             num_warps=num_warps, num_stages=num_stages, **table.flags,
         )  # fmt: skip
         _merge_kernel[(heads, batch)](
@@ -180,6 +184,7 @@ def _decode_kernel(
     HAS_SINK: tl.constexpr,
     HAS_STRIPE: tl.constexpr,
     HAS_RATIO: tl.constexpr,
+    FILLS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -207,6 +212,12 @@ def _decode_kernel(
     total = tl.zeros([PACK], tl.float32)
     top = tl.full([PACK], float("-inf"), tl.float32)
     o_n = tl.arange(0, BLOCK_N)
+    if FILLS:
+        for j0 in range(i_split * BLOCK_N, S, tl.num_programs(0) * BLOCK_N):
+            j = j0 + o_n
+            outside = (j < S) & ((j < k0) | (j >= k1))
+            p_out = b_scores[:, None] + (j - k0)[None, :]
+            tl.store(p_out, tl.full([PACK, BLOCK_N], float("-inf"), tl.float32), real[:, None] & outside[None, :])
 
     if p_slots is not None:
         p_list = p_slots + (i_batch * num_kv_heads + i_kv) * num_slots
