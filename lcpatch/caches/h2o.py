@@ -50,9 +50,9 @@ class H2OCache(LongCache):
         evict_every: tokens between two compactions while generating; default a 32nd of the budget, at most 256.
         codec: how keys and values are stored: None (as they are), "bf16", "int8", "int4" or "fp8".
         compiled: generate in buffers that never move: on a GPU `generate` then compiles the decode step, once, and
-            replays it as a CUDA graph. The same is kept as without: what goes does so between two steps. Read long prompts by `cache.read(ids, chunk=8192)`
-            before: `prefill_chunk_size` would compile the chunks too. Not with codecs "int4" and "bf16", nor on layers
-            with a pattern.
+            replays it as a CUDA graph. The same is kept as without: what goes does so between two steps. Read long
+            prompts by `cache.read(ids, chunk=8192)` before: `prefill_chunk_size` would compile the chunks too. Not with
+            codecs "int4" and "bf16", nor on layers with a pattern.
 
     Raises:
         UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.

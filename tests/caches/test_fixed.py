@@ -82,6 +82,16 @@ def test_generate_with_beams_turns_and_a_file(tmp_path):
     assert torch.equal(model.generate(turn, past_key_values=loaded, **options), want)
 
 
+def test_layers_that_keep_different_numbers_are_refused():
+    """They share what a step counts."""
+    model, ids = build(), tokens(1, 30)
+    cache = lcpatch.H2OCache(model, 24, compiled=True)
+    feed(model, ids[:, :20], cache, [20])
+    cache.layers[1].counts = [19]
+    with pytest.raises(ValueError, match=r"layers keep \[19\] and \[20\] tokens"):
+        feed(model, ids[:, 20:21], cache, [1])
+
+
 def addresses(cache):
     """Of all that a graph of the step reads and writes, and what of it a graph would have to copy."""
     every = tensors_of([(layer.steps, layer.slots) for layer in cache.layers]).values()
@@ -154,9 +164,7 @@ def test_the_compiled_step_copies_no_keys_and_values(kind):
 
 @pytest.mark.parametrize(("name", "tensors"), [("h2o", 3), ("sink", 2), ("cluster", 3)])
 def test_a_step_reads_little_beside_weights_keys_and_values(name, tensors):
-    """An input costs a guard each token: a layer adds its keys, values and one vector, all of them two counts, no mask.
-
-    Left-padded, where a mask would be made."""
+    """An input costs a guard each token: a layer adds its keys, values and one vector, all of them two counts."""
     (kind, given), model, ids, inputs = CACHES[name], build(), tokens(2, 50), []
 
     def backend(graph, given):
@@ -166,12 +174,20 @@ def test_a_step_reads_little_beside_weights_keys_and_values(name, tensors):
     torch._dynamo.reset()
     how = CompileConfig(backend=backend, mode=None, fullgraph=True)
     how._compile_all_devices = True
-    mask = left_padding([0, 7], 50)
-    options = {"attention_mask": mask, "compile_config": how, "max_new_tokens": 4, "do_sample": False}
+    options = {"compile_config": how, "max_new_tokens": 4, "do_sample": False}
     model.generate(ids, past_key_values=kind(model, compiled=True, **given), **options)
     weights = {id(x) for x in (*model.parameters(), *model.buffers())}
     others = [x for x in inputs if id(x) not in weights]
     assert len(others) == 2 + 2 + tensors * len(model.model.layers)  # beside token and position
+
+
+def test_no_mask_is_made_that_no_layer_reads():
+    """Ahead of a step, from padding that grows each token."""
+    model, ids, mask = build(), tokens(2, 50), left_padding([0, 7], 51)
+    cache = lcpatch.H2OCache(model, 24, compiled=True)
+    feed(model, ids, cache, [50], mask[:, :50])
+    given = {"past_key_values": cache, "attention_mask": mask, "next_sequence_length": 1}
+    assert "attention_mask" not in model.prepare_inputs_for_generation(tokens(2, 51), **given)
 
 
 @pytest.mark.parametrize("name", ["h2o", pytest.param("sink", marks=pytest.mark.slow), "cluster"])
