@@ -241,12 +241,14 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         new, self._new = self._new, None
         steps, tensors = self.steps, self.slots.tensors
         if self.leads:
-            steps.count()
+            steps.span[:, 1].add_(1)
         for name, x in self._encoded(*new).items():
             # By index: what else could be said so (`scatter_`, a slice), inductor does to a copy of the whole buffer.
             tensors[name][:, :, steps.last()] = x
         out, lse, *scores = self._decode(call, self.bias(), steps.span, self.wants_scores)
         self.observe(_step(call, lse)._replace(scores=scores[0] if scores else None))
+        if self.ends:
+            steps.seen.add_(1)
         return out, lse
 
     # What may happen to a step afterwards.

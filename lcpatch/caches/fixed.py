@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from ..hf.layers import state_of
 from .slots import Slots
 
+HALF_WAY = (
+    "an earlier forward failed half-way, so some layers have its tokens and some have not: cache.reset() and read the "
+    "text again, or load a saved cache"
+)
+
 ALIGNED = 16  # slots: rows of fp32 that begin at whole 64 bytes are read in wide loads
 
 
@@ -48,7 +53,9 @@ def check_layer(index: int, module: nn.Module) -> None:
 
 
 class Steps:
-    """How far the layers of one device are: two tensors for all of them, which the first of them counts on.
+    """How far the layers of one device are: two tensors for all of them.
+
+    The first layer counts on the one, the last on the other, so that a step which failed between them shows.
 
     A tensor that a step reads costs it a guard and an input, one that it changes a kernel too.
     """
@@ -65,10 +72,16 @@ class Steps:
         self.span.copy_(torch.tensor([[length - count, length] for count in counts]))
         self.seen.fill_(seen)
 
-    def count(self) -> None:
-        """One more token in every row."""
-        self.span[:, 1].add_(1)
-        self.seen.add_(1)
+    def taken(self, seen: int, counts: list[int]) -> int:
+        """Tokens since `begin` was told this; waits for the device.
+
+        Raises:
+            RuntimeError: not all layers have the newest one.
+        """
+        filled, now = torch.stack([self.span[0, 1].long(), self.seen]).tolist()
+        if filled - max(counts) != now - seen:
+            raise RuntimeError(HALF_WAY)
+        return now - seen
 
     def last(self) -> Tensor:
         """[1], the slot of the newest token."""
@@ -96,6 +109,7 @@ def get_ready(layers: Iterable[Any], steps: dict[torch.device, Steps], seen: int
     if not all(layer.can_enter() for layer in fixed):
         return
     first: dict[torch.device, FixedDecoding] = {}
+    last = {layer.device: layer for layer in fixed}
     for layer in fixed:
         leader = first.setdefault(layer.device, layer)
         if (layer.seen, layer.counts) != (leader.seen, leader.counts):
@@ -104,7 +118,7 @@ def get_ready(layers: Iterable[Any], steps: dict[torch.device, Steps], seen: int
             if layer.device not in steps or len(steps[layer.device].span) != len(layer.pads):
                 steps[layer.device] = Steps(len(layer.pads), layer.device)
             steps[layer.device].begin(layer.seen, layer.counts)
-        layer.enter_fixed(steps[layer.device], leader is layer)
+        layer.enter_fixed(steps[layer.device], leader is layer, last[layer.device] is layer)
 
 
 class FixedDecoding:
@@ -115,7 +129,7 @@ class FixedDecoding:
     """
 
     steps: Steps | None = None  # while it generates: its `counts` and `seen` are of when that began, `slots` are all
-    leads = False  # whether it counts the steps, for the others too
+    leads = ends = False  # whether it counts the tokens that begin, for the others too; those that all layers have
 
     def _clear(self) -> None:
         super()._clear()
@@ -132,12 +146,12 @@ class FixedDecoding:
             return False
         return all(self.seen > pads for pads in self.pads) and self.codec.in_kernel(self.device)
 
-    def enter_fixed(self, steps: Steps, leads: bool) -> None:
+    def enter_fixed(self, steps: Steps, leads: bool, ends: bool) -> None:
         """Lay out the slots of the next tokens, so that a step only writes keys and values.
 
         Args:
             steps: begun at what is kept now.
-            leads: whether this layer counts them.
+            leads, ends: whether this layer is their first, their last.
         """
         self._stand_still()
         self._return()
@@ -153,14 +167,18 @@ class FixedDecoding:
             self._home[name][:, :, filled:] = 0
         fewest = min(most - count for count, most in zip(self.counts, self.budgets, strict=True))
         self._until = self.seen + fewest + 1
-        self.slots, self.steps, self.leads = Slots(self._home), steps, leads
+        self.slots, self.steps, self.leads, self.ends = Slots(self._home), steps, leads, ends
 
     def leave_fixed(self) -> None:
-        """Know again what is kept, and evict what is over the budget."""
-        steps, self.steps = self.steps, None
-        if steps is None:
+        """Know again what is kept, and evict what is over the budget.
+
+        Raises:
+            RuntimeError: a step failed half-way.
+        """
+        if self.steps is None:
             return
-        taken = int(steps.seen) - self.seen
+        taken = self.steps.taken(self.seen, self.counts)
+        self.steps = None
         self.counts = [count + taken for count in self.counts]
         self.seen += taken
         self.intact += taken

@@ -25,14 +25,9 @@ from ..core.registry import Registry
 from ..hf.models import attention_modules, full_attention_layers, unwrap, why_no_full_attention
 from ..hf.route import route
 from ..hf.watch import Call, attend
-from .fixed import Steps, get_ready
+from .fixed import HALF_WAY, Steps, get_ready
 from .slots import GRAIN, enlarged, most_room
 from .state import fitting, whole
-
-HALF_WAY = (
-    "an earlier forward failed half-way, so some layers have its tokens and some have not: cache.reset() and read the "
-    "text again, or load a saved cache"
-)
 
 caches: Registry[type[LongCache]] = Registry("cache", package="lcpatch.caches")
 
