@@ -56,7 +56,7 @@ def main(arch: int) -> None:
             flags = dict.fromkeys(("HAS_SINK", "HAS_STRIPE", "HAS_RATIO", "HAS_SOFTCAP"), False)
             keys = decoding.tile_keys(head_dim, 2 if dtype == "bf16" else 4)
             tile = {"PACK": 16, "BLOCK_N": keys, "PAGE": 1, "BLOCK_SIZE": 1}
-            for scores in ({}, {"p_scores": None}):
+            for scores in ({"FILLS": True}, {"FILLS": False}, {"FILLS": False, "p_scores": None}):
                 options = shape | absent | flags | tile | scores
                 rows.append(build("decode", decoding._decode_kernel, options, dtype, arch, 4))
     print(json.dumps(rows))
