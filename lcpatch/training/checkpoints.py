@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..core.disk import why_unwritten
 from ..core.errors import TrainingError
 from ..hf.models import attention_modules, unwrap
 from ..hf.sinks import sink_parameters
@@ -36,9 +37,8 @@ def claim(folder: Path, run: dict[str, Any], resume: str) -> Path | None:
     Raises:
         ValueError: the folder holds another run; the message says in what they differ.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
     file = folder / RUN_FILE
+    discard(folder / STAGING)  # of a run that was killed while it wrote
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.glob("checkpoint-*")):
@@ -55,22 +55,26 @@ def claim(folder: Path, run: dict[str, Any], resume: str) -> Path | None:
                 f"{folder} holds a run with {name}={known.get(name)!r}, this one has {run.get(name)!r}: take another "
                 "--output, or the same settings to go on with that run"
             )
-    last = get_last_checkpoint(str(folder))
-    return None if last is None else Path(last)
+    return last_checkpoint(folder)
 
 
 @contextmanager
 def arriving(target: Path) -> Iterator[Path]:
-    """A path beside `target` that becomes it in one step when the block ends well, and vanishes when it does not."""
+    """A path beside `target` that becomes it in one step when the block ends well, and vanishes when it does not.
+
+    Raises:
+        TrainingError: it could not be written.
+    """
     staging = target.parent / STAGING
     new = staging / target.name
     discard(staging)
-    staging.mkdir(parents=True)
     try:
-        yield new
-        if target.is_dir():
-            os.replace(target, staging / ".old")
-        os.replace(new, target)
+        with writing(str(target), target.parent):
+            staging.mkdir(parents=True)
+            yield new
+            if target.is_dir():
+                os.replace(target, staging / ".old")
+            os.replace(new, target)
     finally:
         discard(staging)
 
@@ -85,14 +89,33 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def disk_full(error: OSError, folder: Path, step: int) -> TrainingError:
-    """What to tell a user whose checkpoint could not be written."""
-    kept = sorted(folder.glob("checkpoint-*"), key=step_of)
-    has = f"the last whole one is {kept[-1]}" if kept else "there is none yet"
-    return TrainingError(
-        f"the checkpoint of step {step} could not be written ({error.strerror or error}); nothing half-written was "
-        f"left, {has}. Make room, and run the same command to go on"
-    )
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest one of the run in `folder`."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last = get_last_checkpoint(str(folder))
+    return None if last is None else Path(last)
+
+
+@contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Say of a write that fails what is missing now, and how the run in `folder` goes on.
+
+    Raises:
+        TrainingError: `what` could not be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = why_unwritten(error, folder)
+        if reason is None:
+            raise
+        last = last_checkpoint(folder)
+        kept = "there is no checkpoint yet" if last is None else f"the last whole checkpoint is {last}"
+        raise TrainingError(
+            f"{what} could not be written ({reason}); nothing half-written was left, {kept}. Make room, and run the "
+            "same command to go on"
+        ) from error
 
 
 def sinks_of(model: nn.Module) -> dict[str, Tensor]:

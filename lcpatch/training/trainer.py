@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from ..core.errors import TrainingError
 from ..hf.models import unwrap
 from . import arms
-from .checkpoints import STAGING, discard, disk_full, load_sinks, save_sinks, sinks_of
+from .checkpoints import STAGING, discard, load_sinks, save_sinks, sinks_of, writing
 from .chunkwise_trainer import ChunkwiseMixin
 from .fused import can_fuse, fused_loss
 from .parallel.trainer import ParallelMixin
@@ -133,19 +133,28 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
             discard(staging)
         self.accelerator.wait_for_everyone()
         try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                discard(folder / name)
-                os.replace(staging / name, folder / name)
-                rotate_checkpoints(str(folder), self.args.save_total_limit)
-        except OSError as error:
-            discard(staging)
-            raise disk_full(error, folder, self.state.global_step) from error
+            with writing(f"the checkpoint of step {self.state.global_step}", folder):
+                self._write_checkpoint(model, trial)
+                if self.is_world_process_zero():
+                    discard(folder / name)
+                    os.replace(staging / name, folder / name)
         finally:
             if self.is_world_process_zero():
                 discard(staging)
-            self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            rotate_checkpoints(str(folder), self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Every process's part; if one fails, all do, so that no checkpoint lacks a part."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception:
+            if not self.in_pieces:  # else the others may wait in a collective of the weights, and end with this process
+                anywhere(True, self.args)
+            raise
+        if anywhere(False, self.args):
+            raise OSError("another process could not write its part, and says why")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -172,6 +181,15 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
+def anywhere(here: bool, args: Any) -> bool:
+    """Whether something is so on any of the processes; a collective."""
+    if args.world_size == 1:
+        return here
+    flag = torch.tensor(float(here), device=args.device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
 class StopOnSignal(TrainerCallback):
     """After SIGTERM: finish the step, write a checkpoint, stop. All processes stop at the same step."""
 
@@ -195,10 +213,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Look at what was asked of any process."""
-        if args.world_size > 1:
-            flag = torch.tensor(float(self.asked), device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.asked = bool(flag)
+        self.asked = anywhere(self.asked, args)
         if self.asked and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 

@@ -16,6 +16,7 @@ from models import build
 from noise import distance, model_budget
 
 import lcpatch
+from lcpatch.core.errors import TrainingError
 from lcpatch.training import encode, rows, tokens
 from lcpatch.training.sources import Source, sources
 
@@ -98,7 +99,7 @@ def test_a_killed_tokenization_goes_on(tmp_path, monkeypatch, stop: int):
         save(arrays, path, metadata=metadata)
 
     monkeypatch.setattr(tokens, "save_file", fail_at)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(TrainingError, match=r"could not be written \(No space left.* MiB are free in .*LCPATCH_CACHE"):
         texts(tmp_path)
     (folder,) = (tmp_path / "cache").iterdir()
     assert sorted(p.name for p in folder.iterdir()) == [f"{n:05d}.safetensors" for n in range(stop)]
