@@ -38,7 +38,6 @@ def claim(folder: Path, run: dict[str, Any], resume: str) -> Path | None:
         ValueError: the folder holds another run; the message says in what they differ.
     """
     file = folder / RUN_FILE
-    discard(folder / STAGING)  # of a run that was killed while it wrote
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.glob("checkpoint-*")):
@@ -55,6 +54,7 @@ def claim(folder: Path, run: dict[str, Any], resume: str) -> Path | None:
                 f"{folder} holds a run with {name}={known.get(name)!r}, this one has {run.get(name)!r}: take another "
                 "--output, or the same settings to go on with that run"
             )
+    discard(folder / STAGING)  # left by a kill in the middle of a write
     return last_checkpoint(folder)
 
 
