@@ -84,6 +84,24 @@ def test_the_cache_follows_content_and_tokenizer(tmp_path):
     assert folders == {1, 2, 3}
 
 
+def test_the_cache_follows_how_a_file_is_read(tmp_path):
+    """The same bytes are one text or many records, and records have more than one field."""
+    records = [{"text": "One.", "body": "Two or three."}, {"text": "Three.", "body": "Four."}]
+    for name in ("x.txt", "x.jsonl", "X.JSONL"):
+        jsonl(tmp_path / name, records)
+
+    def read(name: str, field: str = "text") -> list[int]:
+        encoder = encode.texts(TOKENIZER, field)
+        data = sources([str(tmp_path / name)])
+        made = tokens.build(data, encoder, tmp_path / "cache", text_field=field, progress=False)
+        return made.tokens(0, len(made)).tolist()
+
+    whole = (tmp_path / "x.txt").read_text()
+    assert read("x.txt") == list(chain(*expected([whole])))
+    assert read("x.jsonl") == read("X.JSONL") == list(chain(*expected(["One.", "Three."])))
+    assert read("x.jsonl", "body") == list(chain(*expected(["Two or three.", "Four."])))
+
+
 @pytest.mark.parametrize("stop", [0, 1, 2])
 def test_a_killed_tokenization_goes_on(tmp_path, monkeypatch, stop: int):
     """Finished shards are kept, and no half one is ever seen; the result is that of one go."""
@@ -137,7 +155,7 @@ def test_a_data_set_on_the_hub_is_read_at_one_commit(monkeypatch):
     source = Source("hub:me/data@validation")
     assert [record["text"] for record in source.records()] == ["one", "two"]
     assert asked == [("me/data", {"split": "validation", "streaming": True, "revision": "me/data-1"})]
-    assert source.key() == "me/data@validation@me/data-1"
+    assert source.key() == "hub:me/data@validation@me/data-1"
 
 
 def test_readers_that_are_not_installed_are_named(tmp_path, monkeypatch):
@@ -291,6 +309,9 @@ def test_too_little_data(tmp_path):
         rows.split(few, len(few))
     with pytest.raises(FileNotFoundError, match=r"nothing is no file or folder; a data set on the Hub is written hub:"):
         sources(["nothing"])
+    (tmp_path / "x.json").write_text('[{"text": "a"}]')
+    with pytest.raises(ValueError, match=r"x.json: records are read from .jsonl, one JSON object a line, or .parquet"):
+        sources([str(tmp_path / "x.json")])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"has no .txt, .md, .rst, .jsonl, .parquet file in it"):
         sources([str(tmp_path / "empty")])
