@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import types
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -36,7 +37,11 @@ class TrainConfig:
     eval_data: tuple[str, ...] = option((), "what to evaluate on; none: the last --eval-rows rows of the data")
     eval_rows: int = option(2, "rows to evaluate on; 0: do not evaluate")
 
-    attention: str = option("sf", "full, short (groups only), shift, sf, s2 or another method")
+    attention: str = option(
+        "sf",
+        "full, short (groups only), shift, sf, s2 or another method; another arm than the file's or the recipe's goes "
+        "without their layers and options",
+    )
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "of the method", "choices": None})
     layers: tuple[int, ...] | str | None = option(None, "sparse layers: every_2 or 0,2,4; none: all")
     sinks: str | None = option(None, "tokens:N; or learnable: logit[:START], prefix[:N[:START]]")
@@ -64,7 +69,10 @@ class TrainConfig:
         ["full", "selective", "none"],
     )
     offload: bool = option(False, "keep what waits for the backward pass in the host's memory")
-    chunk_size: int = option(0, "SeCO: exact gradients with so many tokens' activations at a time; 0: the whole row")
+    chunk_size: int = option(
+        0,
+        "SeCO: exact gradients with so many tokens' activations at a time; 0: the whole row, whatever keep_chunks was",
+    )
     keep_chunks: float = option(1.0, "SpaCO: how likely a chunk's gradient is computed; 1: SeCO, exact")
     context_parallel: int = option(1, "processes that share each row, or each chunk of it; a step has as many rows")
     parallel: str = option("auto", "how they share it: auto, halo, ring, lightseq, tokenring, ulysses")
@@ -119,11 +127,7 @@ class TrainConfig:
         Raises:
             ValueError: an unknown key or a value of the wrong kind; the message names it and the choices.
         """
-        hints = get_type_hints(cls)
-        known = {f.name for f in fields(cls)}
-        if unknown := [str(key) for key in data if key not in known]:
-            raise ValueError(f"{source}: unknown key {unknown[0]!r}; keys: {', '.join(sorted(known))}")
-        return cls(**{name: _typed(source, name, value, hints[name]) for name, value in data.items()})
+        return cls(**_typed(data, source))
 
 
 def load(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None, says: str = "") -> TrainConfig:
@@ -149,14 +153,27 @@ def load(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None =
             names = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))
             parser.add_argument(*names, dest=f.name, **_argument(f))
     args, rest = parser.parse_known_args(argv)
-    given = {k: v for k, v in vars(args).items() if v is not None and k != "config"}
+    words = {k: v for k, v in vars(args).items() if v is not None and k != "config"}
+    given = _typed(words, "the command line")
     from_file = {} if args.config is None else read_yaml(args.config)
-    settings = {**(defaults or {}), **from_file, **given}
-    if "attention" in {**from_file, **given} and "options" not in from_file:
-        settings.pop("options", None)  # a recipe's options are its own method's
+    settings = _over(_over(defaults or {}, from_file), given)
+    if left_out := [f"{name}={value!r}" for name, value in from_file.items() if name not in settings]:
+        warnings.warn(
+            f"{args.config}: {', '.join(left_out)} left out, because the command line says another attention, or no "
+            "chunks; repeat there what should stay",
+            stacklevel=2,
+        )
     if more := parse_options(rest):
         settings["options"] = {**settings.get("options", {}), **more}
     return TrainConfig.from_dict(settings)
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` before `below`, without what in `below` belongs to an arm or to chunks that `above` replaces."""
+    arm = below.get("attention", TrainConfig.attention)
+    gone = ["layers", "options"] if above.get("attention", arm) != arm else []
+    gone += ["keep_chunks"] if above.get("chunk_size") == 0 else []
+    return {name: value for name, value in below.items() if name not in gone} | dict(above)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -174,8 +191,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold `key: value` lines, not {type(data).__name__}")
-    TrainConfig.from_dict(data, str(path))
-    return data
+    return _typed(data, str(path))
 
 
 def _argument(f: Field) -> dict[str, Any]:
@@ -189,8 +205,16 @@ def _argument(f: Field) -> dict[str, Any]:
     return about
 
 
-def _typed(source: str, name: str, value: Any, hint: Any) -> Any:
-    """`value` as the field's type: a YAML reader gives `2e-5` as text, and lists for tuples."""
+def _typed(data: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Values as their fields' types: a YAML reader gives `2e-5` as text, and lists for tuples."""
+    hints = get_type_hints(TrainConfig)
+    known = {f.name for f in fields(TrainConfig)}
+    if unknown := [str(key) for key in data if key not in known]:
+        raise ValueError(f"{source}: unknown key {unknown[0]!r}; keys: {', '.join(sorted(known))}")
+    return {name: _as(hints[name], source, name, value) for name, value in data.items()}
+
+
+def _as(hint: Any, source: str, name: str, value: Any) -> Any:
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for kind in sorted(kinds, key=lambda kind: kind is not type(None)):
         try:
