@@ -83,7 +83,9 @@ class TrainConfig:
     resume: str = option("auto", "auto: go on where this run stopped; never: refuse a used folder", ["auto", "never"])
     evaluate_every: int = option(0, "steps from one evaluation to the next; 0: once, at the end")
     log_every: int = option(1, "steps from one line to the next")
-    report_to: str = option("none", "tensorboard, wandb, … or none")
+    report_to: str = option(
+        "none", "tensorboard, wandb, …, with commas between several; all that are installed; or none"
+    )
     workers: int = option(0, "processes that read data")
     merged: bool = option(False, "also write the model with the adapter merged into it")
 

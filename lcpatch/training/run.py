@@ -67,6 +67,7 @@ def train(config: TrainConfig, save: Save | None) -> Result:
     from .trainer import LongTrainer, StopOnSignal
 
     _accelerate_is_there()
+    loggers = loggers_of(config.report_to)
     state = PartialState(cpu=not torch.cuda.is_available())
     group = group_of(config.context_parallel) if config.context_parallel > 1 else None
     tokenizer = load_tokenizer(config)
@@ -89,7 +90,7 @@ def train(config: TrainConfig, save: Save | None) -> Result:
             eval_dataset=eval_rows,
             data_collator=rows.stack,
             processing_class=tokenizer,
-            callbacks=[stop],
+            callbacks=[stop, *loggers],
             offload=config.offload and not config.chunk_size,  # by chunks it is keys, values and their gradients
             chunkwise=chunks(config),
         )
@@ -164,11 +165,35 @@ def arguments(config: TrainConfig, output: Path) -> Any:
         prediction_loss_only=True,
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
-        report_to=config.report_to,
+        report_to="none",  # `loggers_of` has made them
         dataloader_num_workers=config.workers,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
     )
+
+
+def loggers_of(report_to: str) -> list[Any]:
+    """The Trainer's callbacks that report to tensorboard and the like, of names with commas between.
+
+    Raises:
+        ValueError: an unknown name.
+        ImportError: one that is not installed, or not set up.
+    """
+    from transformers.integrations import integration_utils
+
+    if report_to == "none":
+        return []
+    known, installed = integration_utils.INTEGRATION_TO_CALLBACK, integration_utils.get_available_reporting_integrations
+    made = []
+    for name in installed() if report_to == "all" else [name.strip() for name in report_to.split(",")]:
+        if name not in known:
+            raise ValueError(f"report_to={name!r} is not one of none, all, {', '.join(sorted(known))}")
+        try:
+            made.append(known[name]())
+        except (RuntimeError, ImportError) as error:  # of some kinds because of how they are set up
+            how = "pip install tensorboard" if name == "tensorboard" else error
+            raise ImportError(f"report_to={name!r} cannot begin: {how}; or leave --report-to out") from error
+    return made
 
 
 def chunks(config: TrainConfig) -> dict[str, Any] | None:
