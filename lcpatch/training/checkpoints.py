@@ -26,8 +26,8 @@ MAY_CHANGE = ("save_every", "keep", "resume", "evaluate_every", "log_every", "re
 """Settings that change no weight, so that a resumed run may have others."""
 
 
-def claim(folder: Path, run: dict[str, Any], resume: str) -> Path | None:
-    """Make `folder` the place of this run, and return the checkpoint to go on from, if there is one.
+def resumed_from(folder: Path, run: dict[str, Any], resume: str) -> Path | None:
+    """The checkpoint in `folder` that a run goes on from; None: it begins.
 
     Args:
         folder: of the run.
@@ -42,20 +42,37 @@ def claim(folder: Path, run: dict[str, Any], resume: str) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.glob("checkpoint-*")):
             raise ValueError(f"{folder} holds checkpoints of another program; take another --output")
-        with arriving(file) as new:
-            new.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
         return None
     if resume == "never":
         raise ValueError(f"{folder} holds a run already; take another --output, delete it, or leave --resume out")
-    known = json.loads(file.read_text(encoding="utf-8"))
+    known = _known_run(file)
     for name in sorted(known.keys() | run.keys()):
         if name not in MAY_CHANGE and known.get(name) != run.get(name):
+            empty = [p.name for p in folder.iterdir()] == [RUN_FILE]
+            instead = "delete it, as nothing was saved there," if empty else "take another --output,"
             raise ValueError(
-                f"{folder} holds a run with {name}={known.get(name)!r}, this one has {run.get(name)!r}: take another "
-                "--output, or the same settings to go on with that run"
+                f"{folder} holds a run with {name}={known.get(name)!r}, this one has {run.get(name)!r}: {instead} "
+                "or take the same settings to go on with that run"
             )
     discard(folder / STAGING)  # left by a kill in the middle of a write
     return last_checkpoint(folder)
+
+
+def claim(folder: Path, run: dict[str, Any]) -> None:
+    """Make `folder` the place of a run that begins or goes on now."""
+    if not (folder / RUN_FILE).is_file():
+        with arriving(folder / RUN_FILE) as new:
+            new.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+
+
+def _known_run(file: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        known = None
+    if not isinstance(known, dict):
+        raise ValueError(f"{file} does not say which run the folder holds: take another --output, or delete the folder")
+    return known
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import types
 import warnings
 from collections.abc import Mapping, Sequence
@@ -99,6 +100,11 @@ class TrainConfig:
         self._at_least("context_parallel", 1)
         for name in ("eval_rows", "warmup", "save_every", "evaluate_every", "workers", "weight_decay", "chunk_size"):
             self._at_least(name, 0)
+        for name in ("beta2", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0, and below 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be a whole number from 0 to 2**32 - 1")
         if not 0 < self.keep_chunks <= 1:
             raise ValueError(f"keep_chunks={self.keep_chunks} must be above 0, and at most 1")
         if self.keep_chunks < 1 and not self.chunk_size:
@@ -113,6 +119,8 @@ class TrainConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        if math.isinf(self.learning_rate):
+            raise ValueError(f"learning_rate={self.learning_rate} must be a finite number")
 
     def _at_least(self, name: str, least: int) -> None:
         if not getattr(self, name) >= least:

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..hf.demo_model import cache_folder
-from . import encode, lora, rows, tokens
-from .checkpoints import arriving, claim, step_of
+from . import arms, encode, lora, rows, tokens
+from .checkpoints import arriving, claim, resumed_from, step_of
 from .config import TrainConfig
 from .model import checkpointing_settings, dtype_of, enable_inputs, load_model, load_tokenizer
 from .sources import sources
@@ -63,10 +63,14 @@ def train(config: TrainConfig, save: Save | None) -> Result:
     from transformers import set_seed
 
     from .parallel import parallelize
+    from .parallel.strategy import strategies
     from .parallel.trainer import group_of
     from .trainer import LongTrainer, StopOnSignal
 
     _accelerate_is_there()
+    arms.patch_for(config.attention, config.options, config.layers, config.sinks)
+    if config.parallel != "auto":
+        strategies.get(config.parallel)
     loggers = loggers_of(config.report_to)
     state = PartialState(cpu=not torch.cuda.is_available())
     group = group_of(config.context_parallel) if config.context_parallel > 1 else None
@@ -74,8 +78,9 @@ def train(config: TrainConfig, save: Save | None) -> Result:
     with state.main_process_first():
         train_rows, eval_rows = datasets(config, tokenizer)
     output = Path(config.output).expanduser()
+    record = _record(config, train_rows)
     with state.main_process_first():
-        checkpoint = claim(output, _record(config, train_rows), config.resume if state.is_main_process else "auto")
+        checkpoint = resumed_from(output, record, config.resume if state.is_main_process else "auto")
     set_seed(config.seed)
     model = load_model(config)
     stop = StopOnSignal()
@@ -96,6 +101,8 @@ def train(config: TrainConfig, save: Save | None) -> Result:
         )
         if config.context_parallel > 1:
             trainer.ranks = stack.enter_context(parallelize(model, group, config.parallel))
+        if state.is_main_process:
+            claim(output, record)  # only now: what does not fit the model has been told
         if checkpoint is not None and step_of(checkpoint) >= config.steps:
             trainer.take(checkpoint)  # all steps were taken: the model is evaluated and written as it is
         else:

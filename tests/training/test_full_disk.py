@@ -18,7 +18,7 @@ from training_cases import run
 from lcpatch.core.disk import why_unwritten
 from lcpatch.core.errors import TrainingError
 from lcpatch.training import tokens, trainer
-from lcpatch.training.checkpoints import STAGING, arriving, claim
+from lcpatch.training.checkpoints import STAGING, arriving, claim, resumed_from
 
 SMALL = {"attention": "full", "tune": "lora", "lora_r": 1, "save_every": 2, "steps": 6, "eval_rows": 0}
 """An adapter that is smaller than its tokenizer."""
@@ -125,10 +125,13 @@ def test_tokens_that_cannot_be_written(tmp_path):
 
 
 def test_what_a_killed_run_left_takes_no_room(tmp_path):
-    for _ in range(2):  # a new folder, and a used one
-        (tmp_path / STAGING / "checkpoint-8").mkdir(parents=True)
-        claim(tmp_path, {"steps": 8}, "auto")
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["run.json"]
+    claim(tmp_path, {"steps": 8})
+    (tmp_path / STAGING / "checkpoint-8").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds a run with steps=8"):
+        resumed_from(tmp_path, {"steps": 9}, "auto")
+    assert (tmp_path / STAGING).is_dir()  # which is not this run's
+    assert resumed_from(tmp_path, {"steps": 8}, "auto") is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.json"]
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
