@@ -8,8 +8,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from ..hf.sinks import sink_parameters
 from .sharded import put_tensor, whole_tensor
 
 RUN_FILE = "run.json"
+TRAINER_STATE_NAME = "trainer_state.json"  # as transformers calls it
 SINKS_FILE = "sinks.safetensors"
 STAGING = ".incomplete"
 MAY_CHANGE = ("save_every", "keep", "resume", "evaluate_every", "log_every", "report_to", "workers", "merged", "output")
@@ -55,7 +58,11 @@ def resumed_from(folder: Path, run: dict[str, Any], resume: str) -> Path | None:
                 "or take the same settings to go on with that run"
             )
     discard(folder / STAGING)  # left by a kill in the middle of a write
-    return last_checkpoint(folder)
+    last = last_checkpoint(folder)
+    if last is not None:
+        with reading(last):
+            json.loads((last / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # the first that is wanted of it
+    return last
 
 
 def claim(folder: Path, run: dict[str, Any]) -> None:
@@ -132,6 +139,24 @@ def writing(what: str, folder: Path) -> Iterator[None]:
         raise TrainingError(
             f"{what} could not be written ({reason}); nothing half-written was left, {kept}. Make room, and run the "
             "same command to go on"
+        ) from error
+
+
+@contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Say of a checkpoint that cannot be read how to go on without it.
+
+    Raises:
+        TrainingError: a file of it is missing or damaged.
+    """
+    try:
+        yield
+    except (OSError, EOFError, ValueError, UnpicklingError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise  # of the device, or of shapes: the files are well
+        raise TrainingError(
+            f"{checkpoint} cannot be read ({type(error).__name__}: {error}); delete it to go on from the checkpoint "
+            "before it, or from the beginning if there is none"
         ) from error
 
 

@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..core.errors import TrainingError
 from ..hf.models import unwrap
 from . import arms
-from .checkpoints import STAGING, discard, load_sinks, save_sinks, sinks_of, writing
+from .checkpoints import STAGING, TRAINER_STATE_NAME, discard, load_sinks, reading, save_sinks, sinks_of, writing
 from .chunkwise_trainer import ChunkwiseMixin
 from .fused import can_fuse, fused_loss
 from .parallel.trainer import ParallelMixin
@@ -84,6 +83,20 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
             self._step_loss = 0.0
         self._speed.add(inputs["input_ids"].numel() * self.args.world_size)
         return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor | int | None]:
+        """The batches of a step.
+
+        Raises:
+            TrainingError: none of their tokens predicts a label, so that the mean loss would be 0 / 0.
+        """
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if batches and num_items is not None and not int(num_items):
+            raise TrainingError(
+                f"none of the tokens of step {self.state.global_step + 1} predicts a label, as where every document in "
+                "its rows is one token long: take a longer --length, or data with longer texts"
+            )
+        return batches, num_items
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
@@ -163,8 +176,17 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
             save_sinks(sinks, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_sinks(self.model, Path(resume_from_checkpoint))
+        with reading(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_sinks(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with nullcontext() if checkpoint is None else reading(Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with nullcontext() if checkpoint is None else reading(Path(checkpoint)):
+            super()._load_rng_state(checkpoint)
 
     def take(self, checkpoint: Path) -> None:
         """Stand where a finished run stood, without the one more step that `train` takes.

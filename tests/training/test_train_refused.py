@@ -1,5 +1,7 @@
 """What a run refuses, and when: before data is read, before its folder is taken, before a weight is changed."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,66 @@ def test_a_record_of_a_run_that_cannot_be_read(base, tmp_path: Path, content: st
     (tmp_path / RUN_FILE).write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=r"run.json does not say which run the folder holds: take another --output"):
         run(base, tmp_path, **FAST)
+
+
+# Checkpoints, models and data that are not what they should be
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize("kept", [None, 0, 100])
+def test_a_damaged_checkpoint_is_told_and_can_be_done_without(stopped, base, tmp_path: Path, file: str, kept):
+    """A file that is missing, empty, or cut short."""
+    output = Path(shutil.copytree(stopped, tmp_path / "run"))
+    damaged = output / "checkpoint-4" / file
+    content = damaged.read_bytes()
+    damaged.unlink()
+    if kept is not None:
+        damaged.write_bytes(content[:kept])
+    elif file in ("optimizer.pt", "rng_state.pth"):
+        return  # transformers goes on without, and says so
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-4 cannot be read \(.*; delete it to go on from the checkpoint"
+    ):
+        run(base, output, **FAST | {"steps": 6})
+    shutil.rmtree(output / "checkpoint-4")
+    assert len(run(base, output, **FAST | {"steps": 6}).losses) == 6 - 2
+
+
+@pytest.fixture(scope="module")
+def stopped(base, tmp_path_factory) -> Path:
+    """A run that was killed after step 4 of 6."""
+    output = tmp_path_factory.mktemp("stopped")
+    run(base, output, **FAST | {"steps": 6, "keep": 3})
+    shutil.rmtree(output / "model")
+    shutil.rmtree(output / "checkpoint-6")
+    return output
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ([], "is no folder with a model in it: it has no config.json"),
+        (["adapter_config.json"], "holds an adapter: name a model with it merged, as --merged writes one"),
+        (["config.json"], "its tokenizer cannot be loaded; save one in the model's folder"),
+    ],
+)
+def test_folders_without_a_model(base, tmp_path: Path, monkeypatch, files, says):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for file in files:
+        (folder / file).write_text((base / "config.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    for name in (folder, Path("folder")):
+        with pytest.raises((ValueError, OSError), match=says):
+            run(name, tmp_path / "run", **FAST)
+
+
+@pytest.mark.parametrize("chunk_size", [0, 1])
+def test_a_step_without_labels_is_told_before_it_is_taken(base, tmp_path: Path, chunk_size: int):
+    """Rows of two tokens: in one of three a document begins in the middle, so that nothing follows anything."""
+    data = tmp_path / "short.jsonl"
+    data.write_text((json.dumps({"text": "a"}) + "\n") * 100)
+    with pytest.raises(
+        TrainingError, match=r"none of the tokens of step \d predicts a label, .* take a longer --length"
+    ):
+        run(base, tmp_path / "run", **FAST | {"steps": 9}, length=2, data=(str(data),), chunk_size=chunk_size)
