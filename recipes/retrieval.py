@@ -38,6 +38,9 @@ def parse(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> int:
     args = parse(argv)
+    if args.steps < 1:
+        raise ValueError(f"--steps {args.steps} must be at least 1")
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # better now than after the training
     name = resolve(args.model)
     tokenizer = AutoTokenizer.from_pretrained(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,7 +67,6 @@ def main(argv=None) -> int:
     print(
         "held out, learnt: loss {:.4f}, recall {:.3f}".format(*measure_bookmarks(model, held_out, bookmarks, **pages))
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     bookmarks.save(args.out)
     print(f"bookmarks: {args.out}")
     return 0

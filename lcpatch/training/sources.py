@@ -110,12 +110,14 @@ def sources(names: Sequence[str]) -> list[Source]:
 
 def _from_jsonl(path: Path) -> Iterator[Record]:
     empty = True
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} line {number} is not UTF-8 text; convert the file") from error
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path} line {number} is not JSON: {error}; mend or delete that line") from error
             if not isinstance(record, dict):

@@ -292,18 +292,27 @@ def test_first_fit(sizes):
         ('{"text": "a"}\n{"text"', "line 2 is not JSON"),
         ("[1]\n", "line 1 is list, not an object"),
         ('{"body": "a"}\n', "a record has no text in 'text'; its fields: body. Name the right one with --text-field"),
-        ('{"text": 3}\n', "a record has no text in 'text'"),
+        ('{"text": 3}\n', "a record has text=3, which is not text; mend it, or name another --text-field"),
+        ('{"text": "a"}\n{"text": "\udcff"}\n', "x.jsonl line 2 is not UTF-8 text; convert the file"),
     ],
 )
 def test_broken_records(tmp_path, content: str, says: str):
-    (tmp_path / "x.jsonl").write_text(content)
+    (tmp_path / "x.jsonl").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=says):
         tokens.build(sources([str(tmp_path / "x.jsonl")]), encode.texts(TOKENIZER), tmp_path / "cache")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_record(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\r\n{"text": "b"}\r\n')
+    assert list(Source(str(tmp_path / "x.jsonl")).records()) == [{"text": "a"}, {"text": "b"}]
 
 
 def test_too_little_data(tmp_path):
     with pytest.raises(ValueError, match=r"the data has \d+ tokens, and a row 1000: give more data, or a shorter"):
         rows.TextRows(texts(tmp_path, ["One line."]), 1000)
+    for length in (-1, 0, 1):
+        with pytest.raises(ValueError, match=rf"length={length} must be at least 2 tokens"):
+            rows.TextRows(texts(tmp_path), length)
     few = rows.TextRows(texts(tmp_path), 10)
     with pytest.raises(ValueError, match=rf"makes {len(few)} rows, and {len(few)} of them are to be evaluated on"):
         rows.split(few, len(few))

@@ -1,5 +1,6 @@
 """What a run refuses, and when: before data is read, before its folder is taken, before a weight is changed."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -118,3 +119,20 @@ def test_a_step_without_labels_is_told_before_it_is_taken(base, tmp_path: Path, 
         TrainingError, match=r"none of the tokens of step \d predicts a label, .* take a longer --length"
     ):
         run(base, tmp_path / "run", **FAST | {"steps": 9}, length=2, data=(str(data),), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "says"),
+    [
+        ("retrieval", ["--steps", "-3"], "--steps -3 must be at least 1"),
+        ("retrieval", ["--length", "0"], "length=0 must be at least 2 tokens"),
+        ("retrieval", ["--length", "64", "--page", "0"], "page=0 must be at least 1"),
+        ("retrieval", ["--out", "/dev/null/x"], "/dev/null"),
+        ("reproduce", ["--seeds", "0"], "--seeds 0 must be at least 1"),
+    ],
+)
+def test_recipes_beside_the_four(base, tmp_path: Path, monkeypatch, recipe: str, words: list[str], says: str):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "recipes"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, OSError), match=says):
+        importlib.import_module(recipe).main(["--model", str(base), *words])
