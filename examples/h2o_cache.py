@@ -7,48 +7,32 @@ Without --model it takes a tiny random one whose tokens are bytes: the text is n
 
 import argparse
 import tempfile
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig
 
 import lcpatch
 
-TEXT = topics["compound"]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
-    model, ids, decode = load(parser.parse_args().model)
-
-    cache = lcpatch.H2OCache(model, budget=0.2)  # a fifth of the prompt's tokens; or an integer: tokens per KV head
-    out = model.generate(ids, past_key_values=cache, max_new_tokens=16, do_sample=False, prefill_chunk_size=256)
-    print(f"after {ids.shape[1]} tokens it writes {decode(out[0, ids.shape[1] :])!r}")
-    print(f"{cache.stats()['seen']} tokens seen, {cache.stats()['kept']} kept per KV head, {cache.memory()} bytes")
-
-    with tempfile.TemporaryDirectory() as folder:  # read once, continue in any later process
-        path = cache.save(Path(folder) / "prefix.safetensors")
-        loaded = lcpatch.load_cache(path, model)
-        more = model.generate(out, past_key_values=loaded, max_new_tokens=8, do_sample=False)
-    print(f"loaded from a file, it goes on with {decode(more[0, out.shape[1] :])!r}")
-    lcpatch.remove(model)  # the model's attention is its own again
-
-
-def load(name: str | None):
-    """A model, 1,000 tokens of text, and what turns tokens into text."""
-    if name:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name)
-        return model, tokenizer(TEXT, return_tensors="pt").input_ids[:, :1000], tokenizer.decode
+parser = argparse.ArgumentParser()
+parser.add_argument("--model")
+if name := parser.parse_args().model:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+else:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes |= {"vocab_size": 256, "num_hidden_layers": 4, "eos_token_id": None, "pad_token_id": 0}
-    model = LlamaForCausalLM(LlamaConfig(**sizes))
-    ids = torch.tensor([list(TEXT[:1000].encode())])
-    return model.eval(), ids, lambda tokens: bytes(tokens.tolist()).decode(errors="replace")
+    sizes = {"vocab_size": 259, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, num_hidden_layers=4, num_key_value_heads=2, eos_token_id=None)
+    model, tokenizer = AutoModelForCausalLM.from_config(config).eval(), ByT5Tokenizer(extra_ids=0)
+ids = tokenizer(topics["compound"], return_tensors="pt").input_ids[:, :1000]
 
+cache = lcpatch.H2OCache(model, budget=0.2)  # a fifth of the prompt's tokens; or an integer: tokens per KV head
+out = model.generate(ids, past_key_values=cache, max_new_tokens=16, do_sample=False, prefill_chunk_size=256)
+print(f"after {ids.shape[1]} tokens it writes {tokenizer.decode(out[0, ids.shape[1] :])!r}")
+seen, kept, held = cache.stats()["seen"], cache.stats()["kept"], cache.memory()["device"]
+print(f"{seen} tokens seen, {kept} kept per KV head, {held:,} bytes")
 
-if __name__ == "__main__":
-    main()
+with tempfile.TemporaryDirectory() as folder:  # read once, continue in any later process
+    loaded = lcpatch.load_cache(cache.save(f"{folder}/prefix.safetensors"), model)
+more = model.generate(out, past_key_values=loaded, max_new_tokens=8, do_sample=False)
+print(f"loaded from a file, it goes on with {tokenizer.decode(more[0, out.shape[1] :])!r}")
+lcpatch.remove(model)  # the model's attention is its own again

@@ -9,46 +9,29 @@ import argparse
 from pydoc_data.topics import topics
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig
 
 import lcpatch
 
-TEXT = topics["compound"]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
-    model, ids, decode = load(parser.parse_args().model)
-
-    full = model.generate(ids, max_new_tokens=16, do_sample=False)
-    print(f"reading everything, it writes {decode(full[0, ids.shape[1] :])!r}")
-
-    for scorer in ("quest", "mean"):  # "bookmark" is trainable: lcpatch.caches.scorers.Bookmarks
-        cache = lcpatch.RetrievalCache(model, budget=256, scorer=scorer, page=16, recent=32)
-        out = model.generate(ids, past_key_values=cache, max_new_tokens=16, do_sample=False)
-        read, held = cache.stats()["attended"], cache.stats()["kept"]
-        print(f"{scorer}: reading {read} of {held} tokens it writes {decode(out[0, ids.shape[1] :])!r}")
-
-    cache = lcpatch.RetrievalCache(model, budget=256, page=16, recent=32, offload=True)  # pages in host memory
-    model.generate(ids, past_key_values=cache, max_new_tokens=16, do_sample=False)
-    print(f"bytes per tier: {cache.memory()}")
-    lcpatch.remove(model)  # the model's attention is its own again
-
-
-def load(name: str | None):
-    """A model, 1,000 tokens of text, and what turns tokens into text."""
-    if name:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name)
-        return model, tokenizer(TEXT, return_tensors="pt").input_ids[:, :1000], tokenizer.decode
+parser = argparse.ArgumentParser()
+parser.add_argument("--model")
+if name := parser.parse_args().model:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+else:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes |= {"vocab_size": 256, "num_hidden_layers": 4, "eos_token_id": None, "pad_token_id": 0}
-    model = LlamaForCausalLM(LlamaConfig(**sizes))
-    ids = torch.tensor([list(TEXT[:1000].encode())])
-    return model.eval(), ids, lambda tokens: bytes(tokens.tolist()).decode(errors="replace")
+    sizes = {"vocab_size": 259, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, num_hidden_layers=4, num_key_value_heads=2, eos_token_id=None)
+    model, tokenizer = AutoModelForCausalLM.from_config(config).eval(), ByT5Tokenizer(extra_ids=0)
+ids = tokenizer(topics["compound"], return_tensors="pt").input_ids[:, :1000]
 
+full = model.generate(ids, max_new_tokens=16, do_sample=False)
+print(f"reading everything, it writes {tokenizer.decode(full[0, ids.shape[1] :])!r}")
 
-if __name__ == "__main__":
-    main()
+options = {"budget": 256, "page": 16, "recent": 32}
+for more in ({"scorer": "quest"}, {"scorer": "mean"}, {"offload": True}):  # or a trained one: recipes/retrieval.py
+    cache = lcpatch.RetrievalCache(model, **options, **more)
+    out = model.generate(ids, past_key_values=cache, max_new_tokens=16, do_sample=False)
+    read, held = cache.stats()["attended"], cache.stats()["kept"]
+    print(f"{more}: reading {read} of {held} tokens it writes {tokenizer.decode(out[0, ids.shape[1] :])!r}")
+print(f"bytes per tier: {cache.memory()}")  # of the last one, whose pages lie in host memory
+lcpatch.remove(model)  # the model's attention is its own again

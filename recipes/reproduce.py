@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lcpatch.caches import caches
 from lcpatch.core.markdown import with_block
-from lcpatch.eval.study import Study, run
+from lcpatch.eval.study import UNTUNED, Study, run
 from lcpatch.eval.study_report import picture, summary
 from lcpatch.training import recipe
 from lcpatch.training.config import TrainConfig
@@ -27,6 +27,7 @@ def arms(length: int) -> dict[str, dict]:
     """Groups are a quarter of the trained length, fixed, so that patterns also run while a text still grows."""
     group = {"group_size": length // 4}
     return {
+        UNTUNED: {},
         "full": {"attention": "full"},
         "short": {"attention": "short", "options": group},
         "shift": {"attention": "shift", "options": group},

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import lcpatch
 from lcpatch.caches import caches
 from lcpatch.hf.state import own_spec
-from lcpatch.hf.watch import Call
+from lcpatch.hf.watch import Call, ask
 
 FULL: dict[str, dict[str, Any]] = {
     "s2": {},
@@ -97,11 +97,11 @@ def feed(model: nn.Module, ids: Tensor, cache: Any, sizes: list[int], mask: Tens
     return torch.cat(logits, 1)
 
 
-def step(layer: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def step(layer: Any, q: Tensor, k: Tensor, v: Tensor, softcap: float | None = None) -> tuple[Tensor, Tensor]:
     """`(out, lse)` of one step, as a model's attention makes it with a cache's layer; no padding."""
     layer.expected = True
     keys, values = layer.update(k, v)
-    return layer.attend(Call(q, keys, values, own_spec(q.shape[1], None), None, None, None, "auto"))
+    return ask(layer, Call(q, keys, values, own_spec(q.shape[1], None), None, None, softcap, "auto"))
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

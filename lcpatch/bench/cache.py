@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache, StoppingCriteria
 
 from lcpatch_kernels import attn_mass
 
 from ..caches.cluster import ClusterCache
 from ..caches.h2o import H2OCache
-from ..caches.layer import bytes_held
+from ..caches.layer import LongCache, bytes_held
 from ..caches.retrieval import RetrievalCache
 from ..caches.tiered import TieredCache
 from ..core.errors import BenchmarkError
@@ -34,6 +34,9 @@ CHUNK = 8192
 NEW_TOKENS = 32
 COMPILED_TOKENS = 128
 SLOW_TOKENS = 8  # half a second each: all keys and values cross the bus
+GPU_BYTES = 2 << 30  # of keys and values that a tiered cache keeps on the GPU: an eighth of those of 128K tokens
+LIMIT_S = 300  # for an arm at one length and batch
+SAY_EVERY_S = 20
 
 
 def _read(model: nn.Module, ids: torch.Tensor, cache: Any) -> None:
@@ -77,7 +80,7 @@ ARMS = (
     Arm("Cluster 0.2", lambda model, batch, most: ClusterCache(model, budget=0.2), CHUNK),
     Arm("Cluster 0.2, compiled", lambda model, *_: ClusterCache(model, 0.2, compiled=True), CHUNK, new=COMPILED_TOKENS),
     Arm("Retrieval 4K", lambda model, batch, most: RetrievalCache(model, budget=4096), CHUNK, partial=True),
-    Arm("Tiered, 2 GB", lambda model, batch, most: TieredCache(model, gpu_bytes=2 << 30), CHUNK, partial=True),
+    Arm("Tiered, 2 GB", lambda model, batch, most: TieredCache(model, gpu_bytes=GPU_BYTES), CHUNK, partial=True),
     Arm("DynamicCache, offloaded", lambda model, *_: _offloaded(model), CHUNK, partial=True, new=SLOW_TOKENS),
     Arm("QuantizedCache, hqq", peers.quantized("hqq"), all_rows=True, needs="hqq"),
     Arm("QuantizedCache, quanto", peers.quantized("optimum-quanto"), all_rows=True, needs="optimum-quanto"),
@@ -96,6 +99,8 @@ class Row:
         cache_gib: what the cache holds on the GPU afterwards, all rows.
         decode_ms: milliseconds a generated token after the first.
         floor_ms: what reading the weights and the cache once would take at the bandwidth of a copy.
+        fetched_mib: mebibytes a generated token of the batch brings from other tiers, where the cache counts them.
+        hit_rate: which share of the pages that generated tokens asked for was on the GPU.
     """
 
     arm: str
@@ -106,6 +111,8 @@ class Row:
     cache_gib: float | None = None
     decode_ms: float | None = None
     floor_ms: float | None = None
+    fetched_mib: float | None = None
+    hit_rate: float | None = None
     why: str | None = None
 
 
@@ -118,6 +125,7 @@ def run(
     commit: str | None = None,
     say: Callable[[str], None] = print,
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
+    limit_s: float = LIMIT_S,
 ) -> dict[str, Any]:
     """Measure every (batch, length) of `tasks` in every arm; gives `keep` the result after each row as it is.
 
@@ -125,6 +133,7 @@ def run(
         geometry: of the model; None: Llama-3.1-8B. A small one runs on a CPU too, where times say nothing.
         arms: names out of `ARMS`; None: all.
         chunk: tokens that an arm with chunks reads at a time.
+        limit_s: seconds after which an arm is given up, between two chunks or tokens; the others go on.
 
     Raises:
         BenchmarkError: no GPU, or a cache that does not compute what it should.
@@ -154,7 +163,7 @@ def run(
     result["rows"] = []
     for batch, length in tasks:
         for arm in (known[name] for name in arms or known):
-            row = _measured(model, arm, batch, length, chunk, rate)
+            row = _measured(model, arm, batch, length, chunk, rate, _Clock(arm.name, limit_s, say))
             say(format_row(row))
             result["rows"].append(asdict(row))
             keep(result)
@@ -169,7 +178,10 @@ def format_row(row: Row) -> str:
     peak = "" if row.peak_gib is None else f"  peak {row.peak_gib:5.1f} GiB"
     floor = "" if row.floor_ms is None else f" (floor {row.floor_ms:5.2f})"
     cache = f"  cache {row.cache_gib:6.3f} GiB"
-    return start + f"prefill {row.prefill_s:7.3f} s{peak}{cache}  decode {row.decode_ms:7.2f} ms/token{floor}"
+    line = start + f"prefill {row.prefill_s:7.3f} s{peak}{cache}  decode {row.decode_ms:7.2f} ms/token{floor}"
+    if row.fetched_mib is None:
+        return line
+    return line + f"  fetched {row.fetched_mib:.1f} MiB/token, hit rate {row.hit_rate:.3f}"
 
 
 @torch.no_grad()
@@ -217,7 +229,35 @@ def _offloaded(model: nn.Module) -> DynamicCache:
     return DynamicCache(config=model.config, offloading=next(model.parameters()).is_cuda)
 
 
-def _measured(model: nn.Module, arm: Arm, batch: int, length: int, chunk: int, rate: float | None) -> Row:
+class _TooSlow(Exception):
+    """The time of an arm is up."""
+
+
+class _Clock(StoppingCriteria):
+    """The time that an arm takes: says now and then how far it is, and ends it when its time is up."""
+
+    def __init__(self, arm: str, limit_s: float, say: Callable[[str], None]) -> None:
+        self.arm, self.limit_s, self.say = arm, limit_s, say
+        self.start = self.said = time.perf_counter()
+
+    def check(self, where: str) -> None:
+        """Raises _TooSlow, with what was reached."""
+        now = time.perf_counter()
+        if now - self.start > self.limit_s:
+            raise _TooSlow(f"given up after {now - self.start:.0f} s, {where}")
+        if now - self.said > SAY_EVERY_S:
+            self.said = now
+            self.say(f"{self.arm}: {now - self.start:.0f} s, {where}")
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Asked by `generate` after each token; never stops it."""
+        self.check(f"{input_ids.shape[1]} tokens read and generated")
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _measured(
+    model: nn.Module, arm: Arm, batch: int, length: int, chunk: int, rate: float | None, clock: _Clock
+) -> Row:
     on_gpu = next(model.parameters()).is_cuda
     if why := peers.missing(arm.needs):
         return Row(arm.name, batch, length, why=why)
@@ -227,19 +267,21 @@ def _measured(model: nn.Module, arm: Arm, batch: int, length: int, chunk: int, r
         rows, most = batch if arm.all_rows else 1, length + 4 * new + 8
         step = max(chunk // rows, 1) if arm.chunk else length
         warm = min(length, 2 * chunk)
-        _prefill(model, arm, arm.make(model, batch, most), warm, min(step, warm), rows)  # compiles
+        _prefill(model, arm, arm.make(model, batch, most), warm, min(step, warm), rows, clock)  # compiles
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         cache = arm.make(model, batch, most)
-        prefill = _prefill(model, arm, cache, length, step, rows)
+        prefill = _prefill(model, arm, cache, length, step, rows, clock)
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
         if batch > 1 and not arm.all_rows:
             cache.batch_repeat_interleave(batch)
         held = bytes_held(cache.layers)["device"]
-        token_s = _decode(model, cache, batch, new)
+        token_s, fetched, hits = _decode(model, cache, batch, new, clock)
     except torch.OutOfMemoryError:
         return Row(arm.name, batch, length, why="out of memory")
+    except _TooSlow as late:
+        return Row(arm.name, batch, length, why=str(late))
     except Exception as error:
         if arm.needs is None:
             raise
@@ -250,30 +292,49 @@ def _measured(model: nn.Module, arm: Arm, batch: int, length: int, chunk: int, r
         torch.compiler.reset()
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
     floor = None if rate is None or arm.partial else (weights + held) / rate / 1e6
-    return Row(arm.name, batch, length, prefill, peak, held / 2**30, token_s * 1e3, floor)
+    return Row(arm.name, batch, length, prefill, peak, held / 2**30, token_s * 1e3, floor, fetched, hits)
 
 
 @torch.no_grad()
-def _prefill(model: nn.Module, arm: Arm, cache: Any, length: int, chunk: int, batch: int) -> float:
-    ids = _ids(model, batch, length)
+def _prefill(model: nn.Module, arm: Arm, cache: Any, length: int, chunk: int, batch: int, clock: _Clock) -> float:
+    ids, done = _ids(model, batch, length), 0
     start = _now(model)
     for part in ids.split(chunk, 1):
         arm.read(model, part, cache)
+        done += part.shape[1]
+        _now(model)  # waits, or the clock would count what is only queued
+        clock.check(f"{done} of {length} tokens read")
     return _now(model) - start
 
 
-def _decode(model: nn.Module, cache: Any, batch: int, new: int) -> float:
+def _decode(
+    model: nn.Module, cache: Any, batch: int, new: int, clock: _Clock
+) -> tuple[float, float | None, float | None]:
     """Seconds a token of `generate`, which goes on with the cache: of `new` tokens after the first, which transformers
-    computes as the end of the prompt, never compiled. Median of two runs after one that compiles.
+    computes as the end of the prompt, never compiled. Median of two runs after one that compiles. And what a token
+    brings from other tiers, in MiB, and the hit rate.
 
     The text is as long as the cache says: kvpress's counts what is left, and the rest would be read again."""
     ids = _ids(model, 1, int(cache.get_seq_length()) + 1).expand(batch, -1)
     times: dict[int, list[float]] = {}
-    for tokens in (new + 1, 1, new + 1, 1, new + 1):
+    runs, before = (new + 1, 1, new + 1, 1, new + 1), _traffic(cache)
+    for tokens in runs:
         start = _now(model)
-        ids = model.generate(ids, past_key_values=cache, max_new_tokens=tokens, do_sample=False)
+        ids = model.generate(
+            ids, past_key_values=cache, max_new_tokens=tokens, do_sample=False, stopping_criteria=[clock]
+        )
         times.setdefault(tokens, []).append(_now(model) - start)
-    return (statistics.median(times[new + 1][1:]) - statistics.median(times[1])) / new
+    token_s = (statistics.median(times[new + 1][1:]) - statistics.median(times[1])) / new
+    after = _traffic(cache)
+    if after is None:
+        return token_s, None, None
+    return token_s, (after["fetched_bytes"] - before["fetched_bytes"]) / sum(runs) / 2**20, after["hit_rate"]
+
+
+def _traffic(cache: Any) -> dict[str, Any] | None:
+    """What a cache of ours counts of its tiers; None: it has none."""
+    stats = cache.stats() if isinstance(cache, LongCache) else {}
+    return stats if "fetched_bytes" in stats else None
 
 
 def _now(model: nn.Module) -> float:

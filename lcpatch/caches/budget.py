@@ -54,8 +54,8 @@ class Budget:
             raise ValueError(f"evict_every={self.evict_every!r} must be an integer >= 1")
         if _is_whole(self.tokens) and self.tokens < self.least:
             raise ValueError(
-                f"budget={self.tokens} must hold the {self.num_sinks} sinks, the recent tokens"
-                f"{' and a slot beside them' if self.free else ''}: at least {self.least}, or fewer num_sinks or recent"
+                f"budget={self.tokens} must hold the {self.num_sinks} sinks and the recent tokens"
+                f"{', and a slot beside them' if self.free else ''}: at least {self.least}, or fewer num_sinks, recent"
             )
 
     @property

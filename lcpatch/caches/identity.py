@@ -1,13 +1,15 @@
 """What makes a model the one whose keys and values a saved cache holds: its geometry, its positions, its weights.
 
 Two models with one config but other weights give other keys, so a few weights of every parameter are looked at too:
-16 values of each tell fine-tunes and adapters apart, and cost milliseconds.
+16 values of each tell fine-tunes and adapters apart, and cost milliseconds. So do those that quantised layers keep
+outside of parameters.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 
 from ..core.config import SPECS
 from ..hf.models import unwrap
+from .layer import tensors_in
 
 GEOMETRY = (
     "model_type",
@@ -58,11 +61,13 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
 @torch.no_grad()
 def _weights(base: nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, parameter in base.named_parameters():
+    packed = ((name, x) for name, x in base.state_dict(keep_vars=True).items() if not isinstance(x, nn.Parameter))
+    for name, weight in chain(base.named_parameters(), packed):
         digest.update(name.encode())
-        if not parameter.is_meta:  # offloaded to disk: only its name counts
-            sample = parameter.detach().flatten()[:: max(parameter.numel() // SAMPLE, 1)][:SAMPLE]
-            digest.update(sample.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        for x in tensors_in(weight):
+            if not x.is_meta:  # offloaded to disk: only its name counts
+                sample = x.detach().flatten()[:: max(x.numel() // SAMPLE, 1)][:SAMPLE]
+                digest.update(sample.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -22,11 +22,16 @@ from lcpatch_kernels import sparse_decode
 
 from ..core.errors import UnsupportedModelError
 from ..core.registry import Registry
-from ..hf.models import attention_modules, full_attention_layers, unwrap
+from ..hf.models import attention_modules, full_attention_layers, unwrap, why_no_full_attention
 from ..hf.route import route
 from ..hf.watch import Call, attend
 from .slots import GRAIN, enlarged, most_room
 from .state import fitting, whole
+
+HALF_WAY = (
+    "an earlier forward failed half-way, so some layers have its tokens and some have not: cache.reset() and read the "
+    "text again, or load a saved cache"
+)
 
 caches: Registry[type[LongCache]] = Registry("cache", package="lcpatch.caches")
 
@@ -163,6 +168,7 @@ class AttendingLayer(DynamicLayer):
         self.seen = 0  # tokens, pads included
         self.pads: list[int] = []  # per row: pads before its first token
         self._new: tuple[Tensor, Tensor] | None = None  # keys and values of a step whose attention has not come yet
+        self.attending = False
         self.keys = self.values = None
         self.is_initialized = False
 
@@ -173,10 +179,8 @@ class AttendingLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new keys and values [B, K, T, D]; they are stored when their queries attend."""
-        if self._new is not None:
-            raise RuntimeError(
-                f"{self.owner}: an earlier forward failed half-way, so layers disagree; cache.reset() and prefill"
-            )
+        if self._new is not None or self.attending:
+            raise RuntimeError(f"{self.owner}: {HALF_WAY}")
         if not self.expected:
             raise RuntimeError(
                 f"{self.owner}: this model's attention does not ask the cache; it works only with the model it was "
@@ -184,7 +188,9 @@ class AttendingLayer(DynamicLayer):
             )
         self.expected = False
         if key_states.is_meta:
-            raise UnsupportedModelError(f"{self.owner}: a model on the meta device has no keys and values to keep")
+            raise UnsupportedModelError(
+                f"{self.owner}: a model on the meta device has no keys and values to keep; load its weights first"
+            )
         if torch.is_autocast_enabled(key_states.device.type):  # rotary embeddings leave keys in fp32 beside the values
             key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
@@ -219,9 +225,19 @@ class AttendingLayer(DynamicLayer):
         return True  # what the dense implementation needs may be gone
 
     def _begin(self, call: Call) -> tuple[Tensor, Tensor]:
-        """The step's new keys and values, after a look at its padding."""
+        """The step's new keys and values, after a look at its padding.
+
+        Raises:
+            UnsupportedModelError: the model attends to something that it made of them.
+        """
         new, self._new = self._new, None
+        if call.key is not new[0] or call.value is not new[1]:
+            raise UnsupportedModelError(
+                f"{self.owner}: this model attends to other keys or values than its cache returned, and those are not "
+                "kept; use transformers' DynamicCache for it"
+            )
         self._read_pads(call.bounds, call.query.shape[2])
+        self.attending = True  # until `hf.watch.ask` has the answer
         return new
 
     def _read_pads(self, bounds: Tensor | None, num_queries: int) -> None:
@@ -268,19 +284,25 @@ class LongCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """What a mask is made of; asked before a step, so layers that generate in fixed buffers get ready here."""
         if query_length == 1 and not torch.compiler.is_compiling():
+            self._check_whole(1)
             seen = self.get_seq_length()
             for layer in self.layers:
                 if hasattr(layer, "enter_fixed"):
                     layer.enter_fixed(seen)
         return super().get_mask_sizes(query_length, layer_idx)
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """As transformers' caches: a layer's new keys and values.
 
         Raises:
-            RuntimeError: what is held was written under `torch.inference_mode`, and this step is outside of it.
+            RuntimeError: what is held was written under `torch.inference_mode`, and this step is outside of it; or an
+                earlier forward failed between two layers.
         """
         if not torch.compiler.is_compiling():  # dynamo cannot ask; the steps before have
+            if layer_idx == next(n for n, layer in enumerate(self.layers) if isinstance(layer, DynamicLayer)):
+                self._check_whole(key_states.shape[2])
             inference = torch.is_inference_mode_enabled()
             if self._inference and not inference:
                 raise RuntimeError(
@@ -288,7 +310,19 @@ class LongCache(Cache):
                     "changed outside: go on under torch.inference_mode(), or fill it under torch.no_grad()"
                 )
             self._inference = inference
-        return super().update(*args, **kwargs)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_whole(self, num: int) -> None:
+        """Refuse a step of `num` tokens where layers have seen different numbers of them.
+
+        Once a forward, on numbers of the host: layers that generate in fixed buffers count on the device, so they are
+        asked only with several tokens, when they leave those and wait for the device anyway.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, DynamicLayer)]
+        if num == 1:
+            layers = [layer for layer in layers if getattr(layer, "fixed", None) is None]
+        if len({layer.get_seq_length() for layer in layers}) > 1:
+            raise RuntimeError(f"{type(self).__name__}: {HALF_WAY}")
 
     def reset(self) -> None:
         self._inference = False
@@ -406,10 +440,7 @@ def routed_layers(model: nn.Module, owner: str, make: Callable[[int, nn.Module],
     modules = attention_modules(base)
     full = full_attention_layers(base.config, modules)
     if not full:
-        raise UnsupportedModelError(
-            f"{owner}: {base.config.model_type} has no layer that attends to its whole past, so there is nothing to "
-            "evict: transformers' own cache keeps its windows already"
-        )
+        raise UnsupportedModelError(f"{owner}: {why_no_full_attention(base.config)}")
     layers = stock_layers(base.config, modules, owner)
     if other := [n for n in full if type(layers[n]) is not DynamicLayer]:
         kind = type(layers[other[0]]).__name__
@@ -457,21 +488,21 @@ def _tiers(layer: Any) -> dict[str, int]:
     if hasattr(layer, "memory"):
         return {"device": layer.memory()}
     held: dict[str, dict[int, int]] = {"device": {}}
-    for x in _tensors(vars(layer)):  # transformers' offloaded layers leave the device that they were made on
+    for x in tensors_in(vars(layer)):  # transformers' offloaded layers leave the device that they were made on
         tier = "device" if x.device == getattr(layer, "device", x.device) else "host"
         held.setdefault(tier, {})[x.data_ptr()] = x.untyped_storage().nbytes()
     return {tier: sum(sizes.values()) for tier, sizes in held.items()}
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors that hold a value's data: linear attention keeps its states in dictionaries, quantised layers keep
     tuples, or tensors that are made of others and have no storage."""
     if isinstance(value, dict | tuple | list):
         for x in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(x)
+            yield from tensors_in(x)
     elif hasattr(value, "__tensor_flatten__"):
         for name in value.__tensor_flatten__()[0]:
-            yield from _tensors(getattr(value, name))
+            yield from tensors_in(getattr(value, name))
     elif isinstance(value, Tensor):
         yield value
 

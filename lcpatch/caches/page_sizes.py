@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from ..hf.models import unwrap
-from ..hf.watch import Call, attend
+from ..hf.watch import Call, ask, attend
 from .layer import LongCache, routed_layers
 from .paged import PagedLayer, Reads
 from .pages import Pages
@@ -155,7 +155,7 @@ class _Probe(DynamicLayer):
         for n in range(begin, end):
             q, k, v = (x[:, :, n : n + 1] for x in (call.query, call.key, call.value))
             layer.expected = True
-            layer.update(k, v)
-            layer.attend(call._replace(query=q, key=k, value=v, bounds=None, sinks=None))
+            k, v = layer.update(k, v)
+            ask(layer, call._replace(query=q, key=k, value=v, bounds=None, sinks=None))
             shares.append(layer.recalled())
         return float(torch.stack(shares).mean())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..hf.watch import Call, attend
-from .budget import Budget
+from .budget import Budget, check_whole
 from .layer import AttendingLayer, decode, negative, to_list
 from .pages import Pages, alike
 from .scattered import is_dense
@@ -55,16 +55,17 @@ class Reads:
             raise ValueError(f"page={page!r} must be a power of two")
         if not isinstance(recent, int) or recent < 1:
             raise ValueError(f"recent={recent!r} must be tokens (an integer >= 1)")
-        self.budget = Budget(budget, num_sinks, recent)
+        check_whole("num_sinks", num_sinks, 0)
         self.page, self.recent = page, recent
         self.sink_pages = -(-num_sinks // page)
         # Recent tokens may begin within a page, and there is one page to choose at least.
         self.least = self.sink_pages + -(-recent // page) + 2
-        if isinstance(budget, int) and budget < self.least * page:
+        if isinstance(budget, int) and 0 < budget < self.least * page:  # said at once, whatever else is too little
             raise ValueError(
                 f"budget={budget} must hold the pages of {num_sinks} sinks and {recent} recent tokens and one more: at "
                 f"least {self.least * page} with page={page}, or smaller pages"
             )
+        self.budget = Budget(budget, num_sinks, recent)
 
     def of(self, real: int) -> int:
         """The pages that a row of `real` tokens reads."""
@@ -118,7 +119,7 @@ class PagedLayer(AttendingLayer):
         num = keys.shape[2]
         skip = [min(max(pads - self.seen, 0), num) for pads in self.pads]
         self._count(num, skip)
-        self.pages.allow(max(self.budgets))
+        self.pages.allow(self.budgets)
         for rows, begin, end in self.pages.append(keys, values, skip):
             self.index.append(self.pages.tokens(rows, begin, end), rows, begin, self.pages.room)
         self.seen += num
@@ -159,23 +160,26 @@ class PagedLayer(AttendingLayer):
 
     def choose(self, query: Tensor, marks: Marks, scale: float | None = None) -> Tensor:
         """The pages [B, K, M] that `query` reads, int64, -1 for none; each row's newest page comes last."""
-        place = torch.arange(marks.most, device=self.device)
         if self._over():
             scores = self.index.scores(query.to(self.dtype), marks, scale)  # autocast leaves q in fp32
-            scores = scores.masked_fill(marks.newest < marks.budgets, 0)  # rows that read everything
+            if marks.some_whole:
+                scores = scores.masked_fill(marks.newest < marks.budgets, 0)
         else:
             scores = torch.zeros(len(self.pads), self.pages.num_heads, marks.most, device=self.device)
-        always = (place < self.reads.sink_pages) | (place >= marks.recent)
-        scores = scores.masked_fill(always, torch.inf).masked_fill(place >= marks.newest, -torch.inf)
-        scores, pages = scores.topk(marks.chosen, -1)
-        rank = torch.arange(marks.chosen, device=self.device)
-        pages = pages.masked_fill((scores == -torch.inf) | (rank >= marks.budgets - 1), -1)
+        scores, pages = (
+            scores.masked_fill(marks.always, torch.inf).masked_fill(~marks.real, -torch.inf).topk(marks.chosen)
+        )
+        pages = pages.masked_fill((scores == -torch.inf) | marks.beyond, -1)
         return torch.cat([pages, marks.newest.expand(*pages.shape[:2], 1)], -1)
+
+    def _limits(self) -> list[int]:
+        """How many pages a token of each row reads at most."""
+        return self.budgets
 
     def _over(self) -> bool:
         """Whether a row has more pages than it may read."""
         page = self.reads.page
-        return any(-(-n // page) > most for n, most in zip(self.pages.lengths, self.budgets, strict=True))
+        return any(-(-n // page) > most for n, most in zip(self.pages.lengths, self._limits(), strict=True))
 
     def _retrieve(self, call: Call) -> tuple[Tensor, Tensor]:
         marks = self._mark()
@@ -195,7 +199,7 @@ class PagedLayer(AttendingLayer):
             marks.num_keys.add_(1)
             marks.lengths = list(lengths)
             return marks
-        self._marks = Marks(lengths, state, self.budgets, page, self.pages.num_heads, self.device)
+        self._marks = Marks(lengths, state, self._limits(), self.reads, self.pages.num_heads, self.device)
         return self._marks
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -212,14 +216,19 @@ class PagedLayer(AttendingLayer):
         """
         pads, seen = wholes(numbers, "pads"), whole(numbers, "seen")
         lengths = [max(seen - n, 0) for n in pads]
-        found = fitting(tensors, {"keys": like, "values": like}, len(pads), max(lengths))
         self.lazy_initialization(like.expand(len(pads), -1, -1, -1), like)
-        self.pages.allow(self.reads.of(max(lengths)))
-        self.pages.load(found["keys"], found["values"], lengths, numbers)
         self.seen, self.pads = seen, pads
         if seen:  # a row cropped to nothing counts anew
             self.budgets = wholes(numbers, "budgets", len(pads), self.reads.of(max(lengths)))
         self.online = [bool(on) for on in wholes(numbers, "online", len(pads), 1)]
+        self._load_pages(tensors, numbers, lengths, like)
+
+    def _load_pages(
+        self, tensors: dict[str, Tensor], numbers: dict[str, Any], lengths: list[int], like: Tensor
+    ) -> None:
+        found = fitting(tensors, {"keys": like, "values": like}, len(lengths), max(lengths))
+        self.pages.allow(self.budgets or [self.reads.least] * len(lengths))
+        self.pages.load(found["keys"], found["values"], lengths, numbers)
         for rows in alike(lengths):
             if (full := lengths[rows[0]] // self.reads.page) > 0:
                 keys = found["keys"][rows, :, : full * self.reads.page]
@@ -284,29 +293,35 @@ class PagedLayer(AttendingLayer):
 
 
 class Marks:
-    """Where each row's newest page is, and what else the choice of pages needs of it, as tensors [B, 1, 1].
+    """Where each row's newest page is, and what else the choice of pages needs of it, as tensors [B, 1, 1 or pages].
 
     Args:
         lengths: tokens of each row.
         state: of each row its newest page and the first of its recent ones, -1 or less: none.
-        budgets: pages that each row reads.
-        page, num_heads, device: of the pages.
+        limits: pages that each row reads.
+        reads: tokens a page, and the pages that are always read.
+        num_heads, device: of the pages.
     """
 
     def __init__(
         self,
         lengths: list[int],
         state: list[tuple[int, int]],
-        budgets: list[int],
-        page: int,
+        limits: list[int],
+        reads: Reads,
         num_heads: int,
         device: torch.device,
     ) -> None:
-        self.lengths, self.state = list(lengths), state
+        self.lengths, self.state, self.limits, page = list(lengths), state, limits, reads.page
         self.most = max(0, *(newest for newest, _ in state))  # pages to choose from
-        self.chosen = min(max(budgets) - 1, self.most)
+        self.chosen = min(max(limits) - 1, self.most)
+        self.some_whole = any(newest < limit for (newest, _), limit in zip(state, limits, strict=True))
         counts = [self.chosen * page + n - newest * page for n, (newest, _) in zip(lengths, state, strict=True)]
-        rows = [[newest, recent, most, n] for (newest, recent), most, n in zip(state, budgets, counts, strict=True)]
+        rows = [[newest, recent, most, n] for (newest, recent), most, n in zip(state, limits, counts, strict=True)]
         table = torch.tensor(rows).to(device)
-        self.newest, self.recent, self.budgets = (table[:, n, None, None] for n in range(3))
+        self.newest, recent, self.budgets = (table[:, n, None, None] for n in range(3))
         self.num_keys = table[:, 3:].expand(-1, num_heads).to(torch.int32).contiguous()
+        place = torch.arange(max(self.most, self.chosen), device=device)
+        self.real = place[: self.most] < self.newest  # pages that a row may choose
+        self.always = (place[: self.most] < reads.sink_pages) | (place[: self.most] >= recent)
+        self.beyond = place[: self.chosen] >= self.budgets - 1  # ranks of chosen pages that a row does not read

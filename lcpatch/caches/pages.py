@@ -30,8 +30,8 @@ class Pages:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    def allow(self, pages: int) -> None:
-        """So many full pages may be on the device: here all are."""
+    def allow(self, pages: list[int]) -> None:
+        """So many full pages of each row may be on the device: here all are."""
 
     def append(self, keys: Tensor, values: Tensor, skip: list[int]) -> Iterator[tuple[list[int], int, int]]:
         """Store new tokens [B, K, T, D], of each row but the first `skip[row]`.

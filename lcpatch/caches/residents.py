@@ -1,73 +1,90 @@
-"""Which pages are where: for every group (a row's KV head) a few slots, and the page used longest ago leaves first."""
+"""Which pages are where: for every group (a row's KV head) a few slots, and the page used longest ago leaves first.
+
+Everything is a tensor on the device that asks, so that finding and placing wait for nothing.
+"""
 
 from __future__ import annotations
 
-import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+NEVER = 1 << 62  # when a slot was used that its group may not have: it never leaves first
+
+GRAIN = 256  # pages by which a table of them grows
 
 
 class Residents:
-    """Pages 0, 1, … of every group, some of which have one of the group's slots. On the host, many at a time.
+    """Pages 0, 1, … of every group, some of which have one of the group's slots.
+
+    The first column of each table stands for no slot, and no page: there, what is read is -1, and what is written
+    changes nothing.
 
     Args:
         groups, slots: how many.
+        device: of the tables.
     """
 
-    def __init__(self, groups: int, slots: int) -> None:
-        self.page_in = np.full((groups, slots), -1, np.int64)
-        self.used = np.zeros((groups, slots), np.int64)  # when; 0: free
-        self.slot_of = np.full((groups, 0), -1, np.int64)
+    def __init__(self, groups: int, slots: int, device: torch.device | str = "cpu") -> None:
+        self.page_in = torch.full((groups, 1 + slots), -1, device=device)
+        self.used = torch.zeros(groups, 1 + slots, dtype=torch.int64, device=device)  # when; 0: free
+        self.slot_of = torch.full((groups, 1), -1, device=device)
         self.clock = 0
 
     @property
     def num_slots(self) -> int:
-        return self.page_in.shape[1]
+        return self.page_in.shape[1] - 1
 
-    def find(self, group: np.ndarray, page: np.ndarray) -> np.ndarray:
-        """The slots of pages [n] of groups [n], -1 where a page has none; those that are found count as used now."""
+    def find(self, page: Tensor) -> Tensor:
+        """The slots [G, n] of the pages [G, n] of every group, -1 for those without, and for page -1; what is found
+        counts as used now."""
         self.clock += 1
-        self._reserve(page)
-        slot = self.slot_of[group, page]
-        here = slot >= 0
-        self.used[group[here], slot[here]] = self.clock
+        slot = self.slot_of.gather(1, page + 1)
+        self.used.scatter_(1, slot + 1, self.clock)
         return slot
 
-    def place(self, group: np.ndarray, page: np.ndarray) -> np.ndarray:
-        """Give a slot to pages that have none, in place of those used longest ago; at most all slots of a group."""
-        if not len(group):
-            return np.zeros(0, np.int64)
+    def place(self, page: Tensor) -> Tensor:
+        """Give slots [G, n] to pages [G, n] that have none (-1: no page), in place of those used longest ago; at most
+        all slots of a group."""
         self.clock += 1
-        self._reserve(page)
-        order = np.argsort(group, kind="stable")
-        sorted_group = group[order]
-        begin = np.searchsorted(sorted_group, sorted_group)  # where its group begins
-        which, row = np.unique(sorted_group, return_inverse=True)
-        oldest = np.argsort(self.used[which], axis=1, kind="stable")
-        slot = np.empty_like(page)
-        slot[order] = oldest[row, np.arange(len(order)) - begin]
-        before = self.page_in[group, slot]
-        gone = before >= 0
-        self.slot_of[group[gone], before[gone]] = -1
-        self.page_in[group, slot], self.slot_of[group, page] = page, slot
-        self.used[group, slot] = self.clock
+        missing = page >= 0
+        oldest = self.used[:, 1:].argsort(dim=1, stable=True)
+        rank = (missing.cumsum(1) - 1).clamp(min=0, max=self.num_slots - 1)
+        slot = oldest.gather(1, rank).masked_fill(~missing, -1)
+        column = slot + 1
+        self.slot_of.scatter_(1, self.page_in.gather(1, column) + 1, -1)
+        self.slot_of.scatter_(1, page + 1, slot)
+        self.page_in.scatter_(1, column, page)
+        self.used.scatter_(1, column, self.clock)
         return slot
 
-    def forget(self, group: int, first: int) -> None:
-        """Free the slots of a group's pages from `first` on."""
-        self.slot_of[group, first:] = -1
-        gone = self.page_in[group] >= first
-        self.page_in[group, gone], self.used[group, gone] = -1, 0
+    def forget(self, groups: slice, first: int) -> None:
+        """Free the slots of these groups' pages from `first` on."""
+        self.slot_of[groups, 1 + first :] = -1
+        gone = self.page_in[groups] >= first
+        self.page_in[groups].masked_fill_(gone, -1)
+        self.used[groups].masked_fill_(gone, 0)
 
-    def select(self, groups: np.ndarray) -> None:
+    def select(self, groups: Tensor) -> None:
         """Keep these groups, in that order; one may come several times."""
         self.page_in, self.used, self.slot_of = (x[groups] for x in (self.page_in, self.used, self.slot_of))
 
-    def grow(self, slots: int) -> None:
-        """Add slots, to this many in each group."""
-        more = ((0, 0), (0, slots - self.num_slots))
-        self.page_in = np.pad(self.page_in, more, constant_values=-1)
-        self.used = np.pad(self.used, more)
+    def grow(self, slots: int, limits: Tensor) -> None:
+        """Have this many slots in each group, of which a group uses `limits` [G]: no fewer than before."""
+        more = slots - self.num_slots
+        self.page_in, self.used = pad(self.page_in, (0, more), value=-1), pad(self.used, (0, more), value=NEVER)
+        place = torch.arange(slots, device=limits.device)
+        self.used[:, 1:].masked_fill_((place < limits[:, None]) & (self.used[:, 1:] == NEVER), 0)
 
-    def _reserve(self, page: np.ndarray) -> None:
-        missing = (int(page.max()) + 1 if len(page) else 0) - self.slot_of.shape[1]
-        if missing > 0:
-            self.slot_of = np.pad(self.slot_of, ((0, 0), (0, missing + missing // 2)), constant_values=-1)
+    def restore(self, page_in: Tensor, used: Tensor, clock: int) -> None:
+        """Hold what another's tables [G, slots] said, without their first columns; slots and pages are reserved."""
+        self.page_in[:, 1:], self.used[:, 1:], self.clock = page_in, used, clock
+        self.slot_of.scatter_(
+            1, self.page_in + 1, torch.arange(-1, self.num_slots, device=used.device).expand_as(self.used)
+        )
+        self.slot_of[:, 0] = -1
+
+    def reserve(self, pages: int) -> None:
+        """Room for pages 0 … pages - 1."""
+        if (missing := 1 + pages - self.slot_of.shape[1]) > 0:
+            self.slot_of = pad(self.slot_of, (0, -(-missing // GRAIN) * GRAIN), value=-1)

@@ -53,7 +53,9 @@ class S2Cache(LongCache):
     def __init__(self, model: nn.Module) -> None:
         modules = {m.layer_idx: m for m in model.modules() if state_of(m) is not None}
         if not any(state_of(m).spec is not None for m in modules.values()):
-            raise UnsupportedModelError("S2Cache needs a model patched with s2: lcpatch.apply(model, 's2') first")
+            raise UnsupportedModelError(
+                "S2Cache needs a model patched with s2: lcpatch.apply(model, 's2') first, or --method s2"
+            )
         stock_layers(unwrap(model).config, modules, "S2Cache")
         layers: list[Any] = []
         for index in range(max(modules) + 1):

@@ -21,7 +21,7 @@ from transformers import __version__ as transformers_version
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ..core.errors import LcpatchError, StoreError
-from ..hf.models import attention_modules, unwrap
+from ..hf.models import attention_modules, unwrap, weights_of
 from .identity import identity_of, tokenizer_identity
 from .layer import LongCache, caches
 from .state import fitting, whole
@@ -75,8 +75,7 @@ def load_cache(path: str | Path, model: nn.Module, tokenizer: Any = None, **plac
     """The cache that `cache.save(path)` wrote, ready to go on: `model.generate(**inputs, past_key_values=cache)`.
 
     The inputs are the whole text, the saved prefix in front, as in any later turn. Continuing gives what continuing
-    the saved cache gives, to the bit; but a tiered cache with a lossy codec forgets which pages the fast tier held as
-    they came: there the two differ by what the codec loses.
+    the saved cache gives, to the bit.
 
     Args:
         path: the file.
@@ -270,5 +269,5 @@ def _like(module: nn.Module, model: nn.Module) -> Tensor:
     config = module.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(module, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+    device = next((x.device for x in weights_of(module) if not x.is_meta), torch.device("cpu"))
     return torch.empty(1, heads, 0, head_dim, dtype=unwrap(model).dtype, device=device)

@@ -2,14 +2,16 @@
 
 Source: arXiv 2506.20187. The fast tier (the GPU; on a machine without one, main memory beside a disk) holds the pages
 used last and, of every page, the bounds of its keys. A generated token searches the tree of those bounds (`tree.py`)
-for the pages that may hold one of its best keys; what is not on the fast tier is fetched, and while a layer attends,
-the next one begins to fetch what this one's query would ask for there. Departures:
+for the pages that may hold one of its best keys; what is not on the fast tier is fetched, and with a disk, while a
+layer attends, the next one begins to fetch what this one's query would ask for there. Departures:
 
 - The paper's rule takes twice the pages it wants by their upper bound and scores those exactly. Here pages are kept by
   a rule that proves what it drops, and where more are left than fit the budget, the best upper bounds win.
 - Its pages are longer where a layer's attention is skewed less: in its code, 8 tokens in the first two layers and 32 in
   the others. Here `page` is one size, or one for every layer, which `page_sizes` measures on a text.
 - Bounds stay on the fast tier (1 / page of the keys and values together) instead of on every tier.
+- How much a token attends to and how much the fast tier holds are two numbers: the second over the first is how many
+  different choices stay at hand, and so the hit rate.
 - Several tokens at a time attend to everything, brought in for one layer at a time.
 """
 
@@ -24,7 +26,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.errors import TierError
 from ..hf.models import attention_modules, full_attention_layers, unwrap
 from ..hf.watch import Call
 from .budget import check_whole
@@ -32,11 +33,17 @@ from .codec import codec_named
 from .layer import LongCache, caches, routed_layers
 from .page_sizes import PAGE, page_sizes
 from .paged import PagedLayer, Reads
+from .pages import alike
 from .recall import recall
+from .state import fitting, whole
 from .tiers import TieredPages, traffic
 from .tree import TreeIndex
 
 __all__ = ["TieredCache", "page_sizes"]
+
+ATTEND = 4096
+"""Tokens that one attends to by default, of a row that the fast tier does not hold: 277 MB of an 8B model's int8 pages,
+6 ms of a bus of 50 GB/s, if the fast tier has none of them."""
 
 
 @caches.register("tiered")
@@ -45,18 +52,22 @@ class TieredCache(LongCache):
 
     Args:
         model: a causal language model of transformers, patched or not.
-        budget: tokens per KV head on the fast tier, in whole pages, and the most that a generated token attends to; a
-            float is a share of the row's.
-        gpu_bytes: instead of `budget`: bytes of keys and values on the fast tier, for all layers and rows together.
-        top: best keys of every query head that are read for certain, where their pages fit the budget; default: as many
-            as a quarter of the budget.
+        budget: tokens per KV head on the fast tier, in whole pages; a float is a share of the row's. A row that it
+            holds is attended to in full.
+        gpu_bytes: instead of `budget`: bytes of keys and values on the fast tier, for all layers and rows together (as
+            many rows as come at first).
+        attend: the most tokens per KV head that a generated token of a longer row attends to, in whole pages; no more
+            than the budget. What is not on the fast tier of these crosses the bus. Default: 4096.
+        top: best keys of every query head that are read for certain, where their pages fit what is attended to;
+            default: as many as a quarter of that.
         page: tokens a page, a power of two: what is fetched at a time, and a leaf of the tree of bounds. Or a list, one
             for every layer of the model: `page_sizes(model, ids, budget=…)`.
         num_sinks, recent: tokens at the row's begin and end whose pages are always read.
         codec: how a page is stored off the fast tier: "int8", "int4", "fp8", "bf16", or None (as it is).
         disk: folder of the slowest tier, which then holds every page; None: host memory does.
         host_bytes: with a disk, what host memory holds of the pages used last, for all layers together.
-        ahead: fetch for the next layer by this layer's query.
+        ahead: fetch for the next layer by this layer's query; default: with a disk, which takes longer to answer than
+            a layer to compute. From host memory, choosing twice takes longer than fetching once.
 
     Raises:
         UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.
@@ -73,6 +84,7 @@ class TieredCache(LongCache):
         budget: int | float | None = None,
         *,
         gpu_bytes: int | None = None,
+        attend: int | None = None,
         top: int | None = None,
         page: int | Sequence[int] = PAGE,
         num_sinks: int = 4,
@@ -80,12 +92,12 @@ class TieredCache(LongCache):
         codec: str | None = "int8",
         disk: str | Path | None = None,
         host_bytes: int = 1 << 30,
-        ahead: bool = True,
+        ahead: bool | None = None,
     ) -> None:
         if budget is not None and gpu_bytes is not None:
             raise ValueError("give budget (tokens of the fast tier) or gpu_bytes, not both")
         check_whole("host_bytes", host_bytes, 0)
-        for name, value in (("top", top), ("gpu_bytes", gpu_bytes)):
+        for name, value in (("top", top), ("gpu_bytes", gpu_bytes), ("attend", attend)):
             if value is not None:
                 check_whole(name, value, 1)
         if disk is not None and not isinstance(disk, (str, Path)):
@@ -93,16 +105,27 @@ class TieredCache(LongCache):
         base = unwrap(model)
         modules = attention_modules(base)
         sizes = _sizes(page, len(modules))
-        reads = {size: Reads(4096 if budget is None else budget, size, num_sinks, recent) for size in set(sizes)}
+        reads = {size: Reads(ATTEND if budget is None else budget, size, num_sinks, recent) for size in set(sizes)}
+        if attend is not None:
+            if isinstance(budget, int) and attend > budget:
+                raise ValueError(
+                    f"attend={attend} must be at most budget={budget}: what a token reads must fit the GPU"
+                )
+            if (least := max(each.least * each.page for each in reads.values())) > attend:
+                raise ValueError(
+                    f"attend={attend} must hold the pages that are always read and one more: at least {least}, or "
+                    "smaller pages"
+                )
         stored = codec_named(codec)
         num = max(1, len(full_attention_layers(base.config, modules)))
 
         def make(index: int, module: nn.Module) -> TieredLayer:
             pages = partial(TieredPages, sizes[index], stored, disk, host_bytes // num)
-            return TieredLayer(reads[sizes[index]], top, pages, None if gpu_bytes is None else gpu_bytes // num)
+            fast_bytes = None if gpu_bytes is None else gpu_bytes // num
+            return TieredLayer(reads[sizes[index]], top, pages, attend or ATTEND, fast_bytes)
 
         super().__init__(layers=routed_layers(model, "TieredCache", make))
-        self.ahead = ahead
+        self.ahead = disk is not None if ahead is None else ahead
         self._chain()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredCache:
@@ -158,9 +181,10 @@ class TieredLayer(PagedLayer):
     """One layer.
 
     Args:
-        reads: how many pages a token reads, which is what the fast tier holds.
+        reads: how many pages the fast tier holds.
         top: best keys to read for certain; None: a quarter of what is read.
         make_pages: an empty store.
+        attend: the most tokens that are read of a row that the fast tier does not hold.
         fast_bytes: of keys and values on the fast tier, instead of what `reads` says; None: what it says.
     """
 
@@ -169,43 +193,71 @@ class TieredLayer(PagedLayer):
         reads: Reads,
         top: int | None,
         make_pages: Callable[[], TieredPages],
+        attend: int = ATTEND,
         fast_bytes: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self.fast_bytes = fast_bytes
+        self.most, self.fast_bytes = attend, fast_bytes
         super().__init__("TieredCache", reads, lambda reads, rows: TreeIndex(reads, top, rows), make_pages, **kwargs)
 
     def _clear(self) -> None:
         super()._clear()
-        self.failed = False
+        self.held: int | None = None  # full pages that `fast_bytes` are enough for, at the first step
         self.searches = 0
         self.proven: Tensor | int = 0  # of these, those whose proven pages fitted
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        if self.fast_bytes is not None:
+        if self.fast_bytes is not None and self.held is None:
             batch, heads, _, head_dim = key_states.shape
             page, sinks, recent = self.reads.page, self.reads.budget.num_sinks, self.reads.recent
-            held = 2 * batch * heads * page * head_dim * key_states.element_size()
-            pages = self.fast_bytes // held - 1  # and the open one
+            size = 2 * batch * heads * page * head_dim * key_states.element_size()
+            pages = self.fast_bytes // size - 1  # and the open one
             if pages < self.reads.least:
                 raise ValueError(
                     f"gpu_bytes leaves {self.fast_bytes} bytes a layer, {max(pages, 0)} pages of {page} tokens for "
-                    f"{batch} rows; {self.reads.least} are wanted at least: {held * (self.reads.least + 1)} bytes"
+                    f"{batch} rows; {self.reads.least} are wanted at least: {size * (self.reads.least + 1)} bytes"
                 )
             self.reads = Reads(pages * page, page, sinks, recent)
+            self.held = pages
         super().lazy_initialization(key_states, value_states)
 
-    def attend(self, call: Call) -> tuple[Tensor, Tensor]:
-        """As every paged layer; once a tier has failed, layers disagree, and every later step says so."""
-        if self.failed:
-            raise TierError(
-                "TieredCache: a tier failed in an earlier step, so layers disagree; cache.reset() and prefill"
-            )
-        try:
-            return super().attend(call)
-        except TierError:
-            self.failed = True
-            raise
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As every paged layer; with a lossy codec also the bounds of the keys as they came."""
+        tensors, numbers = super().state()
+        if "records" in tensors:
+            full = tensors["records"].shape[2]
+            bounds = [x[:, :, :full] for x in self.index.tree.levels[0]] if full else [tensors["keys"][:, :, :0]] * 2
+            tensors |= dict(zip(("low", "high"), bounds, strict=True))
+        return tensors, numbers | ({} if self.held is None else {"held": self.held})
+
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
+        """As every paged layer; the fast tier is as large as it was, though rows may have been repeated since."""
+        if self.fast_bytes is not None:
+            page, sinks, recent = self.reads.page, self.reads.budget.num_sinks, self.reads.recent
+            self.held = whole(numbers, "held")
+            self.reads = Reads(self.held * page, page, sinks, recent)
+        super().load_state(tensors, numbers, like)
+
+    def _load_pages(
+        self, tensors: dict[str, Tensor], numbers: dict[str, Any], lengths: list[int], like: Tensor
+    ) -> None:
+        names = {"keys", "values", "records", "page_in", "used", "low", "high"}
+        if tensors.keys() != names:
+            return super()._load_pages(tensors, numbers, lengths, like)
+        full = [n // self.reads.page for n in lengths]
+        bounds = {name: tensors[name] for name in ("low", "high")}
+        bounds = fitting(bounds, dict.fromkeys(bounds, like), len(lengths), max(full))
+        self.pages.restore(tensors, lengths, numbers, like)
+        for rows in alike(full):
+            if full[rows[0]]:
+                self.index.tree.append_bounds(
+                    *(bounds[name][rows, :, : full[rows[0]]] for name in ("low", "high")), rows
+                )
+
+    def _limits(self) -> list[int]:
+        page, most = self.reads.page, max(self.most // self.reads.page, self.reads.least)
+        rows = zip(self.pages.lengths, self.budgets, strict=True)
+        return [held if -(-length // page) <= held else min(held, most) for length, held in rows]
 
     def recalled(self) -> Tensor | None:
         """As every paged layer; what it reads for this is no hit and no miss."""

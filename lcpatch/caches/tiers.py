@@ -2,6 +2,9 @@
 
 A page is written to its home when it is full, in what the codec makes of it; the device keeps those used last as they
 came. So a page loses precision only when it has left the device and comes back, and leaving it costs nothing.
+
+What is where is known on the device, and a GPU reads host memory by itself, so a token waits for it once a layer: to
+learn how many pages it misses.
 """
 
 from __future__ import annotations
@@ -13,61 +16,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .codec import Plain
 from .pages import alike
-from .residents import Residents
+from .records import Record
+from .residents import GRAIN, NEVER, Residents
 from .spill import Home
+from .state import fitting, whole, wholes
 
-BATCH = 256 << 20  # bytes of records that are on their way at a time where everything is wanted
-
-
-class Record:
-    """A page's keys and values as bytes, in one piece.
-
-    Args:
-        codec: how they are stored.
-        page: tokens.
-        like: an empty tensor [1, K, 0, D] as the keys are.
-    """
-
-    def __init__(self, codec: Plain, page: int, like: Tensor) -> None:
-        self.codec, self.like = codec, like
-        example = codec.encode(like.new_zeros(1, 1, page, like.shape[3]))
-        self.parts = {name: (x.dtype, x.shape[1:], x.numel() * x.element_size()) for name, x in example.items()}
-        self.half = sum(size for _, _, size in self.parts.values())
-
-    @property
-    def nbytes(self) -> int:
-        return 2 * self.half
-
-    def pack(self, keys: Tensor, values: Tensor) -> Tensor:
-        """[n, page, D] twice -> uint8 [n, bytes]."""
-        encoded = [self.codec.encode(x[:, None])[name] for x in (keys, values) for name in self.parts]
-        return torch.cat([x.contiguous().flatten(1).view(torch.uint8) for x in encoded], 1)
-
-    def unpack(self, records: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse, in the dtype of the keys."""
-        return tuple(self._decoded(records[:, i * self.half : (i + 1) * self.half]) for i in range(2))
-
-    def _decoded(self, records: Tensor) -> Tensor:
-        parts, start = {}, 0
-        for name, (dtype, shape, size) in self.parts.items():
-            # cloned: a view as a wider type must begin at a multiple of it
-            piece = records[:, start : start + size].clone(memory_format=torch.contiguous_format)
-            parts[name] = piece.view(dtype).view(-1, *shape)
-            start += size
-        return self.codec.decode(parts, self.like)[:, 0]
+BATCH = 64 << 20  # bytes of records that are on their way at a time where everything is wanted
 
 
 class Coming(NamedTuple):
-    """Pages that are being fetched ahead: their groups and slots, and what the thread gives."""
+    """Pages that are being fetched ahead: numbers of their records, their groups and slots, and what comes of it."""
 
-    group: np.ndarray
-    slot: np.ndarray
+    numbers: Tensor  # held until they have landed: another stream reads them
+    group: Tensor
+    slot: Tensor
     future: Future
 
 
@@ -86,26 +54,37 @@ class TieredPages:
     def __init__(self, page: int, codec: Plain, folder: str | Path | None = None, host_bytes: int = 0) -> None:
         self.page, self.codec, self.folder, self.host_bytes = page, codec, folder, host_bytes
         self.lengths: list[int] = []
-        self.slots = 0  # pages on the device, beside the open one
-        self.limit = 1
-        self.wanted = self.found = self.ahead = 0  # pages asked for; those on the device then; of these, fetched ahead
-        self.keys: Tensor | None = None  # [B, K, (slots + 1) page, D]; the last slot is the open page's
-        self.values: Tensor | None = None
+        self.limits: list[int] = []  # of each row: full pages that it may have on the device
+        self.slots = 0  # pages on the device, beside the open one, the most of a row
+        self.wanted: Tensor | int = 0  # pages asked for
+        self.missed = self.ahead = 0  # of these, pages that were not on the device; pages fetched ahead
+        self.data: Tensor | None = None  # [B, K, 2, (slots + 1) page, D], keys and values; last comes the open page
         self._fresh: Tensor | None = None
+        self._open: tuple[list[int], Tensor] | None = None
         self._coming: list[Coming] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredPages:
         """A copy with a fast tier of its own; home, where nothing ever changes, is shared."""
-        if self.keys is not None:
+        if self.data is not None:
             self._land()
         new = copy.copy(self)
         memo[id(self)] = new
-        new.lengths, new._coming = list(self.lengths), []
-        if self.keys is not None:
-            new.keys, new.values, new.table = self.keys.clone(), self.values.clone(), self.table.copy()
+        new.lengths, new.limits, new._coming = list(self.lengths), list(self.limits), []
+        if self.data is not None:
+            new.data, new.table = self.data.clone(), self.table.clone()
             new.residents = copy.deepcopy(self.residents)
             new._pool = ThreadPoolExecutor(1, "lcpatch-prefetch")
         return new
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, K, (slots + 1) page, D]"""
+        return self.data[:, :, 0]
+
+    @property
+    def values(self) -> Tensor:
+        """[B, K, (slots + 1) page, D]"""
+        return self.data[:, :, 1]
 
     @property
     def room(self) -> int:
@@ -114,20 +93,20 @@ class TieredPages:
 
     @property
     def num_heads(self) -> int:
-        return self.keys.shape[1]
+        return self.data.shape[1]
 
-    def allow(self, pages: int) -> None:
-        """So many full pages may be on the device."""
-        self.limit = max(self.limit, pages)
+    def allow(self, pages: list[int]) -> None:
+        """So many full pages of each row may be on the device; never fewer than before."""
+        self.limits = [max(old, new) for old, new in zip(self.limits or pages, pages, strict=True)]
 
     def append(self, keys: Tensor, values: Tensor, skip: list[int]) -> Iterator[tuple[list[int], int, int]]:
         """Store new tokens [B, K, T, D], of each row but the first `skip[row]`; yields as `Pages.append` does."""
-        if self.keys is None:
+        if self.data is None:
             self._begin(keys)
         self._land()
-        for rows in alike(zip(self.lengths, skip, strict=True)):
-            first = skip[rows[0]]
-            yield from self._append(rows, keys[rows, :, first:], values[rows, :, first:])
+        for rows in alike(zip(self.lengths, self.limits, skip, strict=True)):
+            which, first = self._rows(rows), skip[rows[0]]
+            yield from self._append(rows, torch.stack([x[which, :, first:] for x in (keys, values)], 2))
 
     def tokens(self, rows: list[int], begin: int, end: int) -> Tensor:
         """Keys of the pages which `append` has just yielded."""
@@ -136,231 +115,289 @@ class TieredPages:
     def fetch(self, pages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(keys, values, slots)`: brings the pages [B, K, M] (-1: none) to the device and says where they are."""
         self._land()
-        wanted, slots, group, place = self._locate(pages)
-        missing = slots[group, place] < 0
-        self.wanted, self.found = self.wanted + len(group), self.found + int((~missing).sum())
-        if missing.any():
-            group, page = group[missing], wanted[group, place][missing]
-            slot = self.residents.place(group, page)
-            self._write(group, slot, *self._read(group, page))
-            slots[group, place[missing]] = slot
-        return self.keys, self.values, torch.from_numpy(slots).int().view(pages.shape).to(self.keys.device)
+        page, is_open = self._closed(pages)
+        slot, missed = self._bring(page)
+        self.wanted, self.missed = self.wanted + (page >= 0).sum(), self.missed + missed
+        return self.keys, self.values, slot.masked_fill(is_open, self.slots).int().view(pages.shape)
 
     def prefetch(self, pages: Tensor) -> None:
         """Begin to fetch the pages [B, K, M], which may be asked for soon."""
-        if self.keys is None or self._coming:
+        if self.data is None or self._coming:
             return
-        wanted, slots, group, place = self._locate(pages)
-        missing = slots[group, place] < 0
-        if missing.any():
-            group, page = group[missing], wanted[group, place][missing]
-            self.ahead += len(group)
-            slot = self.residents.place(group, page)
-            ids = self._homes()[group, page]
-            self._coming.append(Coming(group, slot, self._pool.submit(self._bring, ids)))
+        page, _ = self._closed(pages)
+        missing = page.masked_fill(self.residents.find(page) >= 0, -1)
+        which = _where(missing >= 0)
+        if len(which):
+            self.ahead += len(which)
+            slot = self.residents.place(missing).flatten()[which]
+            numbers = self._numbers(missing)[which]
+            self._coming.append(Coming(numbers, which // page.shape[1], slot, self._start(numbers)))
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """All keys and values [B, K, tokens, D] on the device, for as long as the caller holds them."""
         self._land()
-        batch, heads, _, head_dim = self.keys.shape
-        full = max(self.lengths) // self.page
-        out = tuple(x.new_zeros(batch * heads, full + 1, self.page, head_dim) for x in (self.keys, self.values))
-        group, slot = np.nonzero(self.residents.page_in >= 0)
-        page = self.residents.page_in[group, slot]
-        table = self._homes()[:, :full]
-        away = table >= 0
-        away[group, page] = False
-        for x, hot in zip(out, self._by_group(), strict=True):
-            x[_index(group, x), _index(page, x)] = hot[_index(group, x), _index(slot, x)]
-            for row, length in enumerate(self.lengths):
-                rest = length % self.page
-                x.view(batch, heads, -1, self.page, head_dim)[row, :, length // self.page, :rest] = hot.view(
-                    batch, heads, -1, self.page, head_dim
-                )[row, :, -1, :rest]
+        batch, heads, _, _, head_dim = self.data.shape
+        most, full = max(self.lengths), max(self.lengths) // self.page
+        out = self.data.new_zeros(batch, heads, 2, (full + 1) * self.page, head_dim)
+        pages = _by_group(out, self.page)
+        numbers = self.table.flatten(0, 1)[:, :full]
+        slots = self.residents.slot_of[:, 1 : 1 + full]
+        group, page = (slots >= 0).nonzero().unbind(1)
+        pages[group, :, page] = _by_group(self.data, self.page)[group, :, slots[group, page]]
+        group, page = ((numbers >= 0) & (slots < 0)).nonzero().unbind(1)
         step = max(1, BATCH // self.record.nbytes)
-        group, page = np.nonzero(away)
         for start in range(0, len(group), step):
-            some = slice(start, start + step)
-            for x, new in zip(out, self._read(group[some], page[some]), strict=True):
-                x[_index(group[some], x), _index(page[some], x)] = new
-        most = max(self.lengths)
-        return tuple(x.view(batch, heads, -1, head_dim)[:, :, :most] for x in out)
+            some = group[start : start + step], page[start : start + step]
+            pages[some[0], :, some[1]] = self.record.unpack(self._records(numbers[some]))
+        for rows in alike(self.lengths):
+            which, begin, rest = self._rows(rows), self.slots * self.page, self.lengths[rows[0]] % self.page
+            end = self.lengths[rows[0]]
+            out[which, :, :, end - rest : end] = self.data[which, :, :, begin : begin + rest]
+        return out[:, :, 0, :most], out[:, :, 1, :most]
 
     def cut(self, lengths: list[int]) -> None:
         """Forget the tokens of each row from its new length on; a full page that is cut is open again."""
-        if self.keys is None:
+        if self.data is None:
             return
         self._land()
-        heads = self.num_heads
         for row, (old, new) in enumerate(zip(self.lengths, lengths, strict=True)):
             first = new // self.page
             if first == old // self.page:
                 continue
-            group = np.arange(row * heads, (row + 1) * heads)
             if new % self.page:
-                page = np.full(heads, first)
-                slot = self.residents.find(group, page)
-                if (slot < 0).any():
-                    missing = slot < 0
-                    slot[missing] = self.residents.place(group[missing], page[missing])
-                    self._write(group[missing], slot[missing], *self._read(group[missing], page[missing]))
-                for x in self._by_group():
-                    x[_index(group, x), -1] = x[_index(group, x), _index(slot, x)]
-            for n in group:
-                self.residents.forget(n, first)
+                page = torch.full((len(lengths), self.num_heads), -1, device=self.data.device)
+                page[row] = first
+                slot, _ = self._bring(page.view(-1, 1))
+                pages = self.data[row].unflatten(2, (-1, self.page))
+                head = torch.arange(self.num_heads, device=self.data.device)
+                pages[:, :, -1] = pages[head, :, slot.view(page.shape)[row]]
+            self.residents.forget(slice(row * self.num_heads, (row + 1) * self.num_heads), first)
             self.table[row, :, first:] = -1
         self.lengths = list(lengths)
 
     def select_rows(self, rows: list[int]) -> None:
         """Keep these rows; those that share a past share its pages at home."""
         self.lengths = [self.lengths[r] for r in rows]
-        if self.keys is None:
+        self.limits = [self.limits[r] for r in rows] if self.limits else []
+        if self.data is None:
             return
         self._land()
-        heads = self.num_heads
-        self.residents.select((np.array(rows)[:, None] * heads + np.arange(heads)).flatten())
-        self.table = self.table[rows]
-        self.keys, self.values = (x[rows] for x in (self.keys, self.values))
+        self.residents.select(self._groups()[rows].flatten())
+        self.table, self.data = self.table[rows], self.data[rows]
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """All tokens, and what `load` takes beside them."""
-        return dict(zip(("keys", "values"), self.whole(), strict=True)), {}
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `load` takes, or, where a page that comes back is not what it was, `restore`."""
+        if self.codec.lossless:
+            return dict(zip(("keys", "values"), self.whole(), strict=True)), {}
+        self._land()
+        table = self.table[:, :, : max(self.lengths) // self.page]
+        records = (
+            self._records(table.clamp(min=0).flatten()).view(*table.shape, -1).masked_fill(table[..., None] < 0, 0)
+        )
+        page_in, used = (x[:, 1:].view(*table.shape[:2], -1) for x in (self.residents.page_in, self.residents.used))
+        tensors = {"keys": self.keys, "values": self.values, "records": records, "page_in": page_in, "used": used}
+        return tensors, {"limits": self.limits, "clock": self.residents.clock}
 
     def load(self, keys: Tensor, values: Tensor, lengths: list[int], numbers: dict[str, Any]) -> None:
         """Hold the tokens [B, K, T, D] of rows that are filled from the left."""
         self._begin(keys)
         self.lengths = [0] * len(lengths)
-        for rows in alike(lengths):
-            end = lengths[rows[0]]
-            for _ in self._append(rows, keys[rows, :, :end], values[rows, :, :end]):
+        for rows in alike(zip(lengths, self.limits, strict=True)):
+            which, end = self._rows(rows), lengths[rows[0]]
+            for _ in self._append(rows, torch.stack([x[which, :, :end] for x in (keys, values)], 2)):
                 pass
+
+    def restore(self, tensors: dict[str, Tensor], lengths: list[int], numbers: dict[str, Any], like: Tensor) -> None:
+        """Hold what `state` of a store with such a codec gave: pages as they lay, the same ones on the device.
+
+        Raises:
+            ValueError: tensors or numbers that do not fit.
+        """
+        rows, full = len(lengths), [n // self.page for n in lengths]
+        self._begin(like.expand(rows, -1, -1, -1))
+        slots = tensors["page_in"].shape[-1]
+        hot = {name: tensors[name] for name in ("keys", "values")}
+        hot = fitting(hot, dict.fromkeys(hot, like), rows, (slots + 1) * self.page)
+        at_home = like.new_empty(1, like.shape[1], 0, self.record.nbytes, dtype=torch.uint8)
+        records = fitting({"records": tensors["records"]}, {"records": at_home}, rows, max(full))["records"]
+        tables = {name: tensors[name] for name in ("page_in", "used")}
+        numeral = like.new_empty(1, like.shape[1], 0, dtype=torch.int64)
+        tables = fitting(tables, dict.fromkeys(tables, numeral), rows, slots)
+        page_in, used, clock = tables["page_in"], tables["used"], whole(numbers, "clock")
+        ends = torch.tensor(full, device=like.device)[:, None, None]
+        twice = page_in.sort(-1).values.diff(dim=-1) == 0
+        if ((page_in < -1) | (page_in >= ends)).any() or (twice & (page_in.sort(-1).values[..., 1:] >= 0)).any():
+            raise ValueError("page_in must hold full pages of each row, each once, or -1")
+        if ((used < 0) | ((used > clock) & (used != NEVER))).any():
+            raise ValueError(f"used must hold times from 0 to clock={clock}")
+        self.lengths, self.limits = lengths, wholes(numbers, "limits", rows)
+        self.data, self.slots, self._granted = torch.stack(list(hot.values()), 2), slots, list(self.limits)
+        self.residents.grow(slots, torch.tensor(self.limits, device=like.device).repeat_interleave(self.num_heads))
+        self.residents.reserve(max(full))
+        self.residents.restore(page_in.flatten(0, 1), used.flatten(0, 1), clock)
+        self.table = pad(self.table, (0, -(-max(full) // GRAIN) * GRAIN), value=-1)
+        first = self.home.append(records.flatten(0, 2))
+        found = torch.arange(first, first + records[..., 0].numel(), device=like.device).view(records.shape[:3])
+        page = torch.arange(max(full), device=like.device)
+        self.table[:, :, : max(full)] = found.masked_fill(page >= ends, -1)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes per tier."""
-        if self.keys is None:
+        if self.data is None:
             return {"device": 0}
-        return {"device": sum(x.untyped_storage().nbytes() for x in (self.keys, self.values)), **self.home.nbytes()}
+        tables = (self.table, self.residents.page_in, self.residents.used, self.residents.slot_of)
+        return {"device": sum(x.untyped_storage().nbytes() for x in (self.data, *tables)), **self.home.nbytes()}
 
     def _begin(self, keys: Tensor) -> None:
         batch, heads, _, head_dim = keys.shape
         self.record = Record(self.codec, self.page, keys.new_empty(1, heads, 0, head_dim))
         host = self.host_bytes // self.record.nbytes
         self.home = Home(self.record.nbytes, host, self.folder, pinned=keys.is_cuda)
-        self.residents = Residents(batch * heads, 0)
-        self.table = np.full((batch, heads, 0), -1, np.int64)  # where each full page is at home
-        self.keys, self.values = (keys.new_zeros(batch, heads, self.page, head_dim) for _ in range(2))
+        self.residents = Residents(batch * heads, 0, keys.device)
+        self.table = torch.full((batch, heads, 0), -1, device=keys.device)  # the record of each full page
+        self.data = keys.new_zeros(batch, heads, 2, self.page, head_dim)
+        self._granted: list[int] = []  # the limits that the residents know
         self._pool = ThreadPoolExecutor(1, "lcpatch-prefetch")
         self._stream = torch.cuda.Stream(keys.device) if keys.is_cuda else None
 
-    def _append(self, rows: list[int], keys: Tensor, values: Tensor) -> Iterator[tuple[list[int], int, int]]:
-        page, length = self.page, self.lengths[rows[0]]
-        rest, begin, end = length % page, length // page, (length + keys.shape[2]) // page
-        hot = [x.unflatten(2, (-1, page)) for x in (self.keys, self.values)]
-        both = [torch.cat([x[rows, :, -1, :rest], new], 2) for x, new in zip(hot, (keys, values), strict=True)]
+    def _append(self, rows: list[int], new: Tensor) -> Iterator[tuple[list[int], int, int]]:
+        """Store the tokens [rows, K, 2, T, D] of rows that are alike."""
+        page, length, which = self.page, self.lengths[rows[0]], self._rows(rows)
+        rest, begin = length % page, length // page
+        length += new.shape[3]
+        end = length // page
         if end > begin:
-            full = [x[:, :, : (end - begin) * page].unflatten(2, (-1, page)) for x in both]
-            self._settle(rows, begin, *full)
-            self._fresh = full[0].flatten(2, 3)
-        left = [x[:, :, (end - begin) * page :] for x in both]
-        for x, new in zip((self.keys, self.values), left, strict=True):
-            x.unflatten(2, (-1, page))[rows, :, -1, : new.shape[2]] = new
+            new = torch.cat([self.data[which, :, :, self.slots * page : self.slots * page + rest], new], 3)
+            full = new[:, :, :, : (end - begin) * page].unflatten(3, (-1, page))
+            self._settle(rows, begin, full.transpose(2, 3))
+            self._fresh, new, rest = full[:, :, 0].flatten(2, 3), new[:, :, :, (end - begin) * page :], 0
+        start = self.slots * page + rest
+        self.data[which, :, :, start : start + new.shape[3]] = new
         for row in rows:
-            self.lengths[row] = length + keys.shape[2]
+            self.lengths[row] = length
         if end > begin:
             yield rows, begin, end
             self._fresh = None
 
-    def _settle(self, rows: list[int], begin: int, keys: Tensor, values: Tensor) -> None:
-        """Send full pages [rows, K, n, page, D] home, and keep the last of them on the device."""
-        num, heads = keys.shape[2], self.num_heads
-        if (missing := begin + num - self.room) > 0:
-            more = max(missing, self.room // 2)
-            self.table = np.pad(self.table, ((0, 0), (0, 0), (0, more)), constant_values=-1)
-        records = self.record.pack(*(x.flatten(0, 2) for x in (keys, values)))
-        ids = self.home.append(records.cpu()).reshape(len(rows), heads, num)
-        self.table[rows, :, begin : begin + num] = ids
-        self._widen(min(self.limit, begin + num))
-        kept = min(num, self.slots)
-        group = (np.array(rows)[:, None] * heads + np.arange(heads)).flatten().repeat(kept)
-        page = np.tile(np.arange(begin + num - kept, begin + num), len(rows) * heads)
-        slot = self.residents.place(group, page)
-        self._write(group, slot, *(x[:, :, num - kept :].flatten(0, 2) for x in (keys, values)))
+    def _settle(self, rows: list[int], begin: int, full: Tensor) -> None:
+        """Send full pages [rows, K, n, 2, page, D] home, and keep the last of them on the device."""
+        num, which, end = full.shape[2], self._rows(rows), begin + full.shape[2]
+        if (missing := end - self.room) > 0:
+            self.table = pad(self.table, (0, -(-missing // GRAIN) * GRAIN), value=-1)
+        records = self.record.pack(full.flatten(0, 2))
+        first = self.home.append(records)
+        numbers = torch.arange(first, first + len(records), device=self.table.device)
+        self.table[which, :, begin:end] = numbers.view(len(rows), -1, num)
+        self._widen(end)
+        kept = min(num, self.limits[rows[0]])
+        page = torch.full((len(self.lengths), self.num_heads, kept), -1, device=self.table.device)
+        page[which] = torch.arange(end - kept, end, device=page.device)
+        slot = self.residents.place(page.flatten(0, 1)).view(page.shape)[which].flatten()
+        group = self._groups()[which].flatten().repeat_interleave(kept)
+        self._put(group, slot, full[:, :, num - kept :].flatten(0, 2))
 
-    def _widen(self, slots: int) -> None:
-        """Have at least this many slots on the device; they grow by a half, up to the limit."""
-        if slots <= self.slots:
-            return
-        slots = min(self.limit, max(slots, self.slots + self.slots // 2))
-        more = (slots - self.slots) * self.page
-        self.keys, self.values = (
-            torch.cat([x[:, :, : -self.page], x.new_zeros(*x.shape[:2], more, x.shape[3]), x[:, :, -self.page :]], 2)
-            for x in (self.keys, self.values)
-        )
-        self.residents.grow(slots)
-        self.slots = slots
+    def _widen(self, pages: int) -> None:
+        """Have slots for so many pages; they grow by a half, up to the limit."""
+        self.residents.reserve(pages)
+        limit = max(self.limits)
+        if (slots := min(limit, pages)) > self.slots:
+            slots = min(limit, max(slots, self.slots + self.slots // 2))
+            begin, more = self.slots * self.page, (slots - self.slots) * self.page
+            shape = (*self.data.shape[:3], more, self.data.shape[4])
+            self.data = torch.cat([self.data[..., :begin, :], self.data.new_zeros(shape), self.data[..., begin:, :]], 3)
+            self.slots, self._granted = slots, []
+        if self._granted != self.limits:
+            self._granted = list(self.limits)
+            limits = torch.tensor(self.limits, device=self.data.device).repeat_interleave(self.num_heads)
+            self.residents.grow(self.slots, limits)
 
-    def _locate(self, pages: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """`(wanted [G, M], slots [G, M], group [n], place [n])`: the slots that are known, -1 for others; and, of the
-        pages that need one, row and column in these tables. An open page has its own."""
-        wanted = pages.cpu().numpy().reshape(-1, pages.shape[2])
-        open_page = np.array([n // self.page if n % self.page else -2 for n in self.lengths]).repeat(self.num_heads)
-        is_open = wanted == open_page[:, None]
-        group, place = np.nonzero((wanted >= 0) & ~is_open)
-        slots = np.where(is_open, self.slots, -1)
-        slots[group, place] = self.residents.find(group, wanted[group, place])
-        return wanted, slots, group, place
+    def _closed(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Pages [B, K, M] by group, -1 for open ones, which have a place of their own; and which these are."""
+        state = [n // self.page if n % self.page else -2 for n in self.lengths]
+        if self._open is None or self._open[0] != state:
+            self._open = state, torch.tensor(state).to(self.data.device)[:, None, None]
+        is_open = (pages == self._open[1]).flatten(0, 1)
+        return pages.flatten(0, 1).masked_fill(is_open, -1), is_open
 
-    def _read(self, group: np.ndarray, page: np.ndarray) -> tuple[Tensor, Tensor]:
-        records = self.home.read(self._homes()[group, page])
-        return self.record.unpack(records.to(self.keys.device, non_blocking=True))
+    def _bring(self, page: Tensor) -> tuple[Tensor, int]:
+        """The slots of full pages [G, n] (-1: none), and how many of them had to be brought to the device."""
+        slot = self.residents.find(page)
+        missing = page.masked_fill(slot >= 0, -1)
+        which = _where(missing >= 0)
+        if len(which):
+            new = self.residents.place(missing)
+            records = self._records(self._numbers(missing)[which])
+            self._put(which // page.shape[1], new.flatten()[which], self.record.unpack(records))
+            slot = torch.maximum(slot, new)
+        return slot, len(which)
 
-    def _bring(self, ids: np.ndarray) -> tuple[Tensor, Any]:
-        """In the thread: the records, on their way to the device on a stream of its own."""
-        records = self.home.read(ids)
-        if self._stream is None:
-            return records, None
-        with torch.cuda.stream(self._stream):
-            moved = records.to(self.keys.device, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        moved._host = records  # must live until the copy is done
-        return moved, event
+    def _numbers(self, page: Tensor) -> Tensor:
+        """The records of pages [G, n], flat; of page -1, of any."""
+        return self.table.flatten(0, 1).gather(1, page.clamp(min=0)).flatten()
+
+    def _records(self, numbers: Tensor) -> Tensor:
+        return self.home.read(numbers).to(self.data.device, non_blocking=True)
+
+    def _start(self, numbers: Tensor) -> Future:
+        """Begin to fetch records: host memory is read by the GPU at once, a disk by a thread."""
+        ready = Future()
+        if self.home.file is not None:
+            return self._pool.submit(self._on_the_side, numbers.cpu(), torch.is_inference_mode_enabled())
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(numbers.device))
+        ready.set_result(self._on_the_side(numbers, torch.is_inference_mode_enabled()))
+        return ready
+
+    def _on_the_side(self, numbers: Tensor, inference: bool) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Records, on their way to the device on a stream of its own."""
+        with torch.inference_mode(inference), torch.cuda.stream(self._stream):
+            records, event = self._records(numbers), None
+            if self._stream is not None:
+                event = torch.cuda.Event()
+                event.record(self._stream)
+        return records, event
 
     def _land(self) -> None:
         """Put what was fetched ahead where its slots are."""
         coming, self._coming = self._coming, []
-        for group, slot, future in coming:
+        for _, group, slot, future in coming:
             records, event = future.result()
             if event is not None:
-                torch.cuda.current_stream(records.device).wait_event(event)
-                records.record_stream(torch.cuda.current_stream(records.device))
-            self._write(group, slot, *self.record.unpack(records))
-            if event is not None:
-                event.synchronize()
+                stream = torch.cuda.current_stream(records.device)
+                stream.wait_event(event)
+                records.record_stream(stream)
+            self._put(group, slot, self.record.unpack(records))
 
-    def _write(self, group: np.ndarray, slot: np.ndarray, keys: Tensor, values: Tensor) -> None:
-        for x, new in zip(self._by_group(), (keys, values), strict=True):
-            x[_index(group, x), _index(slot, x)] = new
+    def _put(self, group: Tensor, slot: Tensor, pages: Tensor) -> None:
+        """Write pages [n, 2, page, D] to their slots."""
+        _by_group(self.data, self.page)[group, :, slot] = pages
 
-    def _homes(self) -> np.ndarray:
-        """`table` by group, [G, pages], a view."""
-        return self.table.reshape(math.prod(self.table.shape[:2]), self.room)
+    def _rows(self, rows: list[int]) -> list[int] | slice:
+        """An index of rows that costs nothing where all are meant."""
+        return slice(None) if len(rows) == len(self.lengths) else rows
 
-    def _by_group(self) -> tuple[Tensor, Tensor]:
-        """The device's pages as [G, slots + 1, page, D], views."""
-        return tuple(x.view(math.prod(x.shape[:2]), -1, self.page, x.shape[3]) for x in (self.keys, self.values))
+    def _groups(self) -> Tensor:
+        """Numbers of the groups, [B, K]."""
+        return torch.arange(math.prod(self.data.shape[:2]), device=self.data.device).view(self.data.shape[:2])
+
+
+def _by_group(data: Tensor, page: int) -> Tensor:
+    """[B, K, 2, pages * page, D] as [G, 2, pages, page, D], a view."""
+    return data.flatten(0, 1).unflatten(2, (-1, page))
+
+
+def _where(mask: Tensor) -> Tensor:
+    """The places in a mask that hold, counted as if it were flat; waits for the device."""
+    return mask.flatten().nonzero().squeeze(1)
 
 
 def traffic(stores: list[TieredPages]) -> dict[str, Any]:
     """What `stats` says of pages that lie elsewhere: see `TieredCache.stats`."""
-    wanted, homes = sum(x.wanted for x in stores), [x.home for x in stores if x.keys is not None]
+    wanted, homes = sum(int(x.wanted) for x in stores), [x.home for x in stores if x.data is not None]
     return {
-        "hit_rate": sum(x.found for x in stores) / wanted if wanted else 1.0,
+        "hit_rate": 1 - sum(x.missed for x in stores) / wanted if wanted else 1.0,
         "fetched_ahead": sum(x.ahead for x in stores),
         "from_host": sum(x.from_host for x in homes),
         "from_disk": sum(x.from_disk for x in homes),
+        "fetched_bytes": sum((x.from_host + x.from_disk) * x.arena.record for x in homes),
     }
-
-
-def _index(numbers: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(numbers).to(like.device)

@@ -41,14 +41,21 @@ class BoundTree:
         self.leaf, self.widest = leaf, widest
         self.leaves = [0] * num_rows
         self.levels: list[tuple[Tensor, Tensor]] = []
+        self.largest: Tensor | None = None  # magnitude of a key's element so far, [B, K, 1]
 
     def append(self, keys: Tensor, rows: list[int]) -> None:
         """Take the next pages of `rows`, which have equally many so far: [rows, K, pages * leaf, D]."""
-        low, high, _ = page_bounds(keys, self.leaf)
+        self.append_bounds(*page_bounds(keys, self.leaf)[:2], rows)
+
+    def append_bounds(self, low: Tensor, high: Tensor, rows: list[int]) -> None:
+        """The same of pages whose bounds [rows, K, pages, D] are known."""
         begin, stop = self.leaves[rows[0]], self.leaves[rows[0]] + low.shape[2]
         for row in rows:
             self.leaves[row] = stop
         self._reserve(low)
+        if self.largest is None:
+            self.largest = low.new_zeros(len(self.leaves), low.shape[1], 1)
+        self.largest[rows] = torch.maximum(self.largest[rows], _largest(low, high))
         for own, new in zip(self.levels[0], (low, high), strict=True):
             own[rows, :, begin:stop] = new
         for level in range(1, len(self.levels)):
@@ -61,58 +68,71 @@ class BoundTree:
         for level, (low, high) in enumerate(self.levels):
             first = -(-self.leaves[row] // FANOUT**level)
             low[row, :, first:], high[row, :, first:] = torch.inf, -torch.inf
+        if self.levels:
+            self.largest[row] = 0
+            if self.leaves[row]:
+                self.largest[row] = _largest(*(x[row : row + 1, :, : self.leaves[row]] for x in self.levels[0]))[0]
 
     def select_rows(self, rows: list[int]) -> None:
         """Keep the batch rows `rows`, in that order; a row may come several times."""
         self.leaves = [self.leaves[r] for r in rows]
         self.levels = [tuple(x[rows] for x in level) for level in self.levels]
+        self.largest = None if self.largest is None else self.largest[rows]
 
     @property
     def nbytes(self) -> int:
-        return sum(x.untyped_storage().nbytes() for level in self.levels for x in level)
+        held = [x for level in self.levels for x in level] + ([] if self.largest is None else [self.largest])
+        return sum(x.untyped_storage().nbytes() for x in held)
 
-    def search(self, q: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    def search(self, q: Tensor, top: int | list[int]) -> tuple[Tensor, Tensor]:
         """The pages that may hold one of the `top` best keys of any query head: a superset, provably.
 
         Args:
             q: [B, H, 1, D], rotated; query head h reads KV head h // (H // K).
-            top: how many keys.
+            top: how many keys; a list: of each row.
 
         Returns:
             `(pages, upper)`: int64 [B, K, M], in order, then -1 where a head has fewer, and the fp32 [B, K, M] upper
             bound of a page, the largest over the group's query heads; -inf where there is no page.
         """
-        batch, heads = self.levels[0][0].shape[:2]
-        leaves = torch.tensor(self.leaves, device=q.device)[:, None, None]
-        highest = len(self.levels) - 1
-        nodes = torch.arange(-(-max(self.leaves) // FANOUT**highest), device=q.device).expand(batch, heads, -1)
-        for level in reversed(range(len(self.levels))):
-            width = FANOUT**level
-            tokens = (leaves - nodes * width).clamp(0, width).masked_fill(nodes < 0, 0) * self.leaf
-            upper, lower = self._scores(q, nodes, level, tokens == 0)
-            keep = (upper >= _kth(lower, tokens, top)[..., None]).any(2) & (tokens > 0)
-            upper = upper.amax(2).masked_fill(~keep, -torch.inf)
-            most = max(int(keep.sum(-1).max()), 1)
-            order = keep.int().argsort(dim=-1, descending=True, stable=True)[..., :most]
-            nodes, upper = nodes.masked_fill(~keep, -1).gather(-1, order), upper.gather(-1, order)
-            if level:
-                children = nodes[..., None] * FANOUT + torch.arange(FANOUT, device=q.device)
-                nodes = torch.where(nodes[..., None] >= 0, children, -1).flatten(2)
-        return nodes, upper
+        return _kept(*self.scores(q, top))
 
-    def _scores(self, q: Tensor, nodes: Tensor, level: int, empty: Tensor) -> tuple[Tensor, Tensor]:
-        """`(upper, lower)` bounds [B, K, H // K, nodes], moved apart by what their sums may have rounded."""
-        low, high = self.levels[level]
-        index = nodes.clamp(min=0, max=low.shape[2] - 1)[..., None].expand(-1, -1, -1, low.shape[-1])
-        low, high = low.gather(2, index), high.gather(2, index)
-        upper, lower = (
-            page_scores(q, low, high, kind=kind).unflatten(1, (low.shape[1], -1)) for kind in ("upper", "lower")
-        )
-        largest = torch.maximum(low.abs(), high.abs()).masked_fill(empty[..., None], 0).amax((2, 3)).to(upper.dtype)
-        length = q[:, :, 0].to(upper.dtype).abs().sum(-1).unflatten(1, (low.shape[1], -1))
-        margin = q.shape[-1] * torch.finfo(upper.dtype).eps * length * largest[..., None]
-        upper, lower = upper + margin[..., None], lower - margin[..., None]
-        return (x.masked_fill(empty[:, :, None], -torch.inf) for x in (upper, lower))
+    def scores(self, q: Tensor, top: int | list[int]) -> tuple[Tensor, Tensor]:
+        """As `search`, but pages that are ruled out may stand between the others, with -inf. With one level, these are
+        all pages, each in its place, and nothing waits for the device."""
+        batch, heads = self.levels[0][0].shape[:2]
+        tops = [top] * batch if isinstance(top, int) else top
+        level = len(self.levels) - 1
+        nodes = torch.arange(-(-max(self.leaves) // FANOUT**level), device=q.device).expand(batch, heads, -1)
+        low, high = (x[:, :, : nodes.shape[2]] for x in self.levels[level])
+        while level:
+            upper, lower = self._bounds(q, low, high)
+            nodes, _ = _kept(nodes, _possible(upper, _kth(lower, self._tokens(nodes, level), tops)))
+            children = nodes[..., None] * FANOUT + torch.arange(FANOUT, device=q.device)
+            nodes, level = children.masked_fill(nodes[..., None] < 0, -1).flatten(2), level - 1
+            low, high = (self._pick(level, which, nodes) for which in range(2))
+        upper, lower = self._bounds(q, low, high)
+        return nodes, _possible(upper, _kth_page(lower, [-(-n // self.leaf) for n in tops]))
+
+    def _pick(self, level: int, which: int, nodes: Tensor) -> Tensor:
+        """Bounds of nodes, of those that are none the bounds of an empty page."""
+        own = self.levels[level][which]
+        found = own.gather(2, nodes.clamp(0, own.shape[2] - 1)[..., None].expand(-1, -1, -1, own.shape[3]))
+        return found.masked_fill((self._tokens(nodes, level) == 0)[..., None], -torch.inf if which else torch.inf)
+
+    def _tokens(self, nodes: Tensor, level: int) -> Tensor:
+        """Keys beneath nodes, 0 of those that are none."""
+        leaves, width = torch.tensor(self.leaves, device=nodes.device)[:, None, None], FANOUT**level
+        return (leaves - nodes * width).clamp(0, width).masked_fill(nodes < 0, 0) * self.leaf
+
+    def _bounds(self, q: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """`(upper, lower)` bounds [B, K, H // K, nodes], moved apart by what their sums may have rounded; -inf of empty
+        pages."""
+        upper, lower = (page_scores(q, low, high, kind=kind) for kind in ("upper", "lower"))
+        heads = self.largest.shape[1]
+        length = q[:, :, 0].abs().sum(-1, dtype=upper.dtype).unflatten(1, (heads, -1))
+        margin = (length * self.largest * (q.shape[-1] * torch.finfo(upper.dtype).eps))[..., None]
+        return upper.unflatten(1, (heads, -1)) + margin, lower.unflatten(1, (heads, -1)) - margin
 
     def _reserve(self, like: Tensor) -> None:
         """Room for every level's nodes, and a further level where the highest is too wide."""
@@ -163,14 +183,14 @@ class TreeIndex:
 
     def scores(self, query: Tensor, marks: Marks, scale: float | None) -> Tensor:
         """The upper bounds of the pages that may hold one of the best keys; -inf for those that provably do not."""
-        top = self.top or max(marks.chosen * self.reads.page // 4, 1)
-        pages, upper = self.tree.search(query, top)
-        scores = upper.new_full((*upper.shape[:2], marks.most + 1), -torch.inf)
-        scores.scatter_(2, torch.where((pages >= 0) & (pages < marks.most), pages, marks.most), upper)
+        tops = [self.top or max((pages - 1) * self.reads.page // 4, 1) for pages in marks.limits]
+        pages, scores = self.tree.scores(query, tops)
+        if len(self.tree.levels) > 1:
+            found, scores = scores, scores.new_full((*scores.shape[:2], marks.most + 1), -torch.inf)
+            scores.scatter_(2, pages.masked_fill(found == -torch.inf, marks.most).clamp(max=marks.most), found)
         scores = scores[..., : marks.most]
-        place = torch.arange(marks.most, device=scores.device)
-        read = (scores > -torch.inf) | (place < self.reads.sink_pages) | (place >= marks.recent)
-        self.fits = (read & (place < marks.newest)).sum(-1) < marks.budgets[..., 0]
+        read = ((scores > -torch.inf) | marks.always) & marks.real
+        self.fits = read.sum(-1) < marks.budgets[..., 0]
         return scores
 
     def cut(self, row: int, pages: int) -> None:
@@ -184,12 +204,46 @@ class TreeIndex:
         return self.tree.nbytes
 
 
-def _kth(lower: Tensor, tokens: Tensor, top: int) -> Tensor:
-    """The largest bound that `top` tokens reach: every token of a node scores at least its lower bound.
+def _largest(low: Tensor, high: Tensor) -> Tensor:
+    """The largest magnitude in bounds [B, K, pages, D] of one page at least: [B, K, 1]."""
+    return torch.maximum(low.abs(), high.abs()).amax((2, 3))[..., None]
+
+
+def _possible(upper: Tensor, bound: Tensor) -> Tensor:
+    """Of nodes that reach the bound of a query head, the largest upper bound of their group's; of others, -inf.
+
+    upper [B, K, G, M], bound [B, K, G] -> [B, K, M].
+    """
+    return torch.where((upper >= bound[..., None]).any(2), upper.amax(2), -torch.inf)
+
+
+def _kept(nodes: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """What is not ruled out, in its order, then -1 and -inf."""
+    keep = upper > -torch.inf
+    most = max(int(keep.sum(-1).max()), 1)
+    order = keep.int().argsort(dim=-1, descending=True, stable=True)[..., :most]
+    return nodes.masked_fill(~keep, -1).gather(-1, order), upper.gather(-1, order)
+
+
+def _kth(lower: Tensor, tokens: Tensor, tops: list[int]) -> Tensor:
+    """The largest bound that `tops` tokens of each row reach: every token of a node scores at least its lower bound.
 
     lower [B, K, G, M], tokens [B, K, M] -> [B, K, G]; -inf where there are fewer tokens.
     """
+    wanted = torch.tensor(tops, device=lower.device)[:, None, None, None]
     bound, order = lower.sort(-1, descending=True)
-    reached = tokens[:, :, None].expand_as(lower).gather(-1, order).cumsum(-1) >= top
+    reached = tokens[:, :, None].expand_as(lower).gather(-1, order).cumsum(-1) >= wanted
     first = reached.int().argmax(-1, keepdim=True)
-    return bound.gather(-1, first).squeeze(-1).masked_fill(~reached.any(-1), -torch.inf)
+    return bound.gather(-1, first).squeeze(-1).masked_fill(~reached[..., -1], -torch.inf)
+
+
+def _kth_page(lower: Tensor, counts: list[int]) -> Tensor:
+    """The same of pages, which are full: the bound of each row's `counts` best."""
+    most = max(counts)
+    if most > lower.shape[-1]:
+        lower = pad(lower, (0, most - lower.shape[-1]), value=-torch.inf)
+    best = lower.topk(most, -1).values
+    if min(counts) == most:
+        return best[..., -1]
+    last = torch.tensor(counts, device=lower.device)[:, None, None, None] - 1
+    return best.gather(-1, last.expand(*best.shape[:3], 1)).squeeze(-1)

@@ -22,10 +22,12 @@ def load_model(name: str, dtype: str | None) -> tuple[Any, Any]:
 
     from ..hf.demo_model import demo_model
 
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise FileNotFoundError(f"{name} is no folder with a model in it")
+    place = Path(name).expanduser()
+    of_model = any((place / config).is_file() for config in ("config.json", "adapter_config.json"))
+    if not of_model and (place.is_dir() or name.startswith((".", "/", "~"))) and name != "demo":
+        raise FileNotFoundError(f"{name} is no folder with a model in it: it has no config.json")
     logging.disable_progress_bar()
-    folder = demo_model() if name == "demo" else Path(name).expanduser() if name.startswith("~") else name
+    folder = demo_model() if name == "demo" else place if name.startswith("~") else name
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer

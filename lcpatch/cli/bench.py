@@ -54,6 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     cache.add_argument("--tasks", default="1:32768,1:131072,8:32768", help="batch:tokens, …")
     cache.add_argument("--arms", help="names of arms, separated by semicolons (default: all)")
     cache.add_argument("--layers", type=int, default=32, help="layers of the model (default 32)")
+    cache.add_argument("--limit", type=float, default=300, help="seconds after which an arm is given up (default 300)")
     cache.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: runs anywhere, times say nothing")
     cache.set_defaults(measure=_cache)
     tables = what.add_parser("tables", help="committed results as Markdown tables and a plot")
@@ -195,7 +196,7 @@ def _cache(args: argparse.Namespace) -> dict[str, Any]:
     shape = geometry.TINY if args.tiny else {**geometry.LLAMA_8B, "num_hidden_layers": args.layers}
     arms = None if args.arms is None else tuple(name.strip() for name in args.arms.split(";"))
     small = {"device": "cpu", "chunk": 64} if args.tiny else {}
-    return cache.run(tuple(tasks), shape, arms=arms, commit=args.commit, keep=args.keep, **small)
+    return cache.run(tuple(tasks), shape, arms=arms, commit=args.commit, keep=args.keep, limit_s=args.limit, **small)
 
 
 def _tables(args: argparse.Namespace) -> int:

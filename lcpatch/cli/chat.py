@@ -30,18 +30,18 @@ def run(args: argparse.Namespace) -> None:
     for name in ("new_tokens", "chunk"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    if args.chunk and args.cache is None:
+        raise ValueError(f"--chunk {args.chunk} is for a cache of lcpatch's: add --cache CACHE, or leave it out")
     if args.temperature < 0:
         raise ValueError(f"--temperature {args.temperature} must be at least 0")
     from transformers import TextStreamer
 
-    from ..eval.arms import Arm, sort_options
+    from ..eval.arms import Arm, no_option, sort_options
     from ._conversation import Conversation
 
     of_method, of_cache, rest = sort_options(args.options, args.method, args.cache)
     if rest:
-        raise ValueError(
-            f"no option {next(iter(rest))!r} in {args.cache or 'the default'} cache, nor in {args.method or 'a method'}"
-        )
+        raise ValueError(no_option(next(iter(rest)), args.method, args.cache))
     arm = Arm(args.method, of_method, args.cache, of_cache)
     model, tokenizer = load_model(args.model, args.dtype)
     sampled = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
@@ -61,6 +61,7 @@ def _lines() -> Iterator[str]:
     while True:
         try:
             line = input("> " if typed else "").strip()
+            line = line.encode(errors="surrogateescape").decode(errors="replace")  # bytes that are no UTF-8
         except EOFError:
             return
         if line:

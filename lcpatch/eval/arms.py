@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import shlex
 import warnings
@@ -113,8 +114,7 @@ def sort_options(
     Raises:
         ValueError: one that both have.
     """
-    of_method = {*patterns.get(method)().to_options(), *SETTINGS} if method else set()
-    of_cache = set(list(inspect.signature(caches.get(cache)).parameters)[1:]) if cache else set()
+    of_method, of_cache = _options_of(method, cache)
     if both := sorted(given.keys() & of_method & of_cache):
         raise ValueError(
             f"--{both[0]} is an option of the method {method!r} and of the cache {cache!r}: say which, as in "
@@ -122,6 +122,21 @@ def sort_options(
         )
     parts = ({k: v for k, v in given.items() if k in of_method}, {k: v for k, v in given.items() if k in of_cache})
     return (*parts, {k: v for k, v in given.items() if k not in of_method | of_cache})
+
+
+def no_option(name: str, method: str | None, cache: str | None) -> str:
+    """What to tell whoever gave an option that neither has."""
+    of_method, of_cache = map(sorted, _options_of(method, cache))
+    known = [f"the method {method!r} has {', '.join(of_method)}"] if method else []
+    known += [f"the cache {cache!r} has {', '.join(of_cache)}"] if cache else []
+    close = difflib.get_close_matches(name, [*of_method, *of_cache], n=1)
+    guess = f" Did you mean {close[0]!r}?" if close else ""
+    return f"no option {name!r}.{guess} " + ("; ".join(known) or "options are of a --method or a --cache: name one")
+
+
+def _options_of(method: str | None, cache: str | None) -> tuple[set[str], set[str]]:
+    of_method = {*patterns.get(method)().to_options(), *SETTINGS} if method else set()
+    return of_method, set(list(inspect.signature(caches.get(cache)).parameters)[1:]) if cache else set()
 
 
 def _call(name: str | None, options: Mapping[str, Any]) -> str:

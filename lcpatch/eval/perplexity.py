@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..hf.head import decode, head_of
+from ..hf.head import decode, decoder_of, head_of
 from ..patching.apply import unwrap
 from .task import Task, Unit, tasks
 
@@ -64,7 +64,7 @@ def token_nll(
     given, targets = input_ids[:, :-1], input_ids[:, 1:]
     mask = None if attention_mask is None else attention_mask[:, :-1]
     kwargs = {"use_cache": kwargs.get("past_key_values") is not None, **kwargs}
-    decoder = base.base_model
+    decoder = decoder_of(base)
     output, hidden = decode(model, decoder, input_ids=given, attention_mask=mask, **kwargs)
     with head_of(model, decoder, output, given[:1, :1]) as head:
         parts = zip(hidden.split(chunk_size, 1), targets.split(chunk_size, 1), strict=True)

@@ -2,7 +2,7 @@
 
 One row per arm and seed, appended when it is there: a study that is stopped goes on with the next arm. Each arm is
 evaluated densely, under its pattern, and where asked with a cache; the model before training ("untuned": position
-interpolation alone) is one more arm. `recovery` then says which share of a gap an arm closes.
+interpolation alone) may be one more arm. `recovery` then says which share of a gap an arm closes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Study:
 
     Args:
         config: of every run; its attention, options, layers, seed and output are each arm's own.
-        arms: settings of `config` by the arm's name.
+        arms: settings of `config` by the arm's name; "untuned" is the model before training, and takes none.
         seeds: training runs of each arm.
         text: files to evaluate on.
         lengths: contexts to evaluate at, in tokens.
@@ -61,7 +61,9 @@ class Study:
 
     def todo(self) -> list[tuple[str, int]]:
         """Every (arm, seed), a seed's arms together: a study that ends early has compared them on whole seeds."""
-        return [(UNTUNED, self.seeds[0]), *((arm, seed) for seed in self.seeds for arm in self.arms)]
+        trained = [arm for arm in self.arms if arm != UNTUNED]
+        untuned = [(UNTUNED, self.seeds[0])] if UNTUNED in self.arms else []
+        return [*untuned, *((arm, seed) for seed in self.seeds for arm in trained)]
 
     def header(self) -> dict[str, Any]:
         """What rows in one file must have in common."""
@@ -117,7 +119,7 @@ def _one(study: Study, arm: str, seed: int, folder: Path) -> dict[str, Any]:
     from ..training.run import train
 
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped half-way
-    settings = {} if arm == UNTUNED else study.arms[arm]
+    settings = study.arms[arm]
     own = {"attention": FULL, "seed": seed, "output": str(folder), "save_every": 0, "eval_rows": 0, **settings}
     config = replace(study.config, **own)
     gpu = torch.cuda.is_available()

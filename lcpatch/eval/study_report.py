@@ -36,8 +36,9 @@ def picture(store: Store) -> Figure:
     rows, length = list(store.rows.values()), store.header["lengths"][-1]
     names = [name for name in _arms(rows) if name != UNTUNED]
     model, steps = store.header["training"]["model"], max(len(row["train_losses"]) for row in rows)
-    seeds = len({row["seed"] for row in rows})
-    note = f"{seeds} seed{'s' * (seeds > 1)}, equal budgets; bars: 95 %"
+    least, most = (bound(len(_rows_of(rows, name)) for name in names) for bound in (min, max))
+    seeds = f"{least} to {most}" if least < most else str(most)
+    note = f"{seeds} seed{'s' * (most > 1)}, equal budgets; bars: 95 %"
     figure = titled(10.6, 5.2, f"{model}: {steps} steps of {tokens(length)} tokens", note)
     grid = figure.add_gridspec(1, 2, left=0.07, right=0.97, top=0.8, bottom=0.12, wspace=0.42)
     _curves(figure.add_subplot(grid[0]), rows, names)
@@ -74,7 +75,9 @@ def _line(rows: Sequence[Mapping[str, Any]], arm: str, way: str, length: str) ->
     mine = _rows_of(rows, arm)
     keys = [row["passkey"][way][length] for row in mine if way in row["passkey"]]
     shares = _shares(rows, losses, arm, length)
-    steps = [row["train_seconds"] / len(row["train_losses"]) for row in mine if row["train_losses"]]
+    steps = [
+        row["train_seconds"] / len(row["train_losses"]) for row in mine if row["train_losses"] and row["train_seconds"]
+    ]
     peaks = [row["peak_gib"] for row in mine if row["train_losses"] and row["peak_gib"]]
     return (
         arm,

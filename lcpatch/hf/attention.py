@@ -22,7 +22,7 @@ from .layers import state_of
 from .mask import expand, knows_no_documents, padding_of
 from .sinks import merge_sinks, sink_scores
 from .state import LayerState, dense_name, own_spec
-from .watch import Call, attend, take_layer
+from .watch import Call, ask, attend, take_layer
 
 SHARD = "lcpatch_shard"
 """The keyword argument of a parallelized model's forward that says which tokens this rank holds."""
@@ -95,7 +95,7 @@ def attention(
     call = Call(query, key, value, spec, bounds, scaling, softcap, "auto" if state is None else state.impl)
     if layer is not None and sinks is not None:
         call = call._replace(sinks=sinks.detach().logsumexp(-1))
-    out, lse = attend(call) if layer is None else layer.attend(call)
+    out, lse = attend(call) if layer is None else ask(layer, call)
     return merge_sinks(module, out, lse, sinks).transpose(1, 2), None
 
 

@@ -8,6 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.errors import UnsupportedModelError
+
+
+def decoder_of(base: Any) -> nn.Module:
+    """The part of a transformers model that ends in hidden states, as the model calls it: OPT's is inside its base."""
+    return getattr(base.base_model, "decoder", base.base_model)
+
 
 def decode(model: nn.Module, decoder: nn.Module, **inputs: Any) -> tuple[Any, Tensor]:
     """What the decoder returns inside `model(**inputs)`, and its hidden states [B, T, C]; the head sees one token.
@@ -16,6 +23,9 @@ def decode(model: nn.Module, decoder: nn.Module, **inputs: Any) -> tuple[Any, Te
         model: a causal language model, or a wrapper around one.
         decoder: the part of it that ends in hidden states.
         **inputs: as the model takes them.
+
+    Raises:
+        UnsupportedModelError: the model does not call its decoder.
     """
     seen: list[Any] = []
 
@@ -28,6 +38,11 @@ def decode(model: nn.Module, decoder: nn.Module, **inputs: Any) -> tuple[Any, Te
         model(**inputs, return_dict=True)
     finally:
         handle.remove()
+    if not seen:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not call its {type(decoder).__name__}, so its loss cannot be computed a few "
+            "rows at a time; use a model whose forward is its decoder and a head"
+        )
     return seen[0], seen[0].last_hidden_state
 
 
@@ -60,8 +75,9 @@ def head_of(model: nn.Module, decoder: nn.Module, output: Any, token: Tensor) ->
 
 def head_parameters(base: Any) -> list[nn.Parameter]:
     """The parameters of a transformers model behind its decoder; of tied ones, too."""
-    behind = [child for child in base.children() if child is not base.base_model]
-    return list({p: None for child in behind for p in child.parameters()})
+    inside = set(decoder_of(base).modules())
+    behind = [module for module in base.modules() if module not in inside]
+    return list({p: None for module in behind for p in module.parameters(recurse=False)})
 
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.errors import UnsupportedModelError
 from .layers import is_self_attention
@@ -45,6 +46,14 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     return dict(sorted(found.items()))
 
 
+def weights_of(module: nn.Module) -> Iterator[Tensor]:
+    """What lies where a module computes: its parameters, and its buffers, where some quantised layers keep everything.
+
+    Their dtype may be a packed one; a model computes in `model.dtype`.
+    """
+    return chain(module.parameters(), module.buffers())
+
+
 def full_attention_layers(config: Any, indices: Iterable[int]) -> list[int]:
     """Those layers of `indices` that attend to their whole past."""
     types = getattr(config, "layer_types", None)
@@ -52,3 +61,17 @@ def full_attention_layers(config: Any, indices: Iterable[int]) -> list[int]:
         return [n for n in indices if types[n] == "full_attention"]
     windowed = any(getattr(config, name, None) is not None for name in ("sliding_window", "attention_chunk_size"))
     return [] if windowed else list(indices)
+
+
+def why_no_full_attention(config: Any) -> str:
+    """What a model without such layers has, and what to do instead, for messages."""
+    if "hybrid" in (getattr(config, "layer_types", None) or ()):
+        return (
+            f"{config.model_type} runs attention and a state-space model side by side in one layer, which lcpatch does "
+            "not take apart: generate with transformers' own cache (no past_key_values), or take a model whose "
+            "attention layers stand alone, such as bamba or qwen3_next"
+        )
+    return (
+        f"{config.model_type} has no layer that attends to its whole past: its windows or chunks are short already, "
+        "and transformers' own cache keeps no more than they need"
+    )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UnsupportedModelError
 from .layers import head_dim_of
+from .models import weights_of
 
 FIXED = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the length; those of "dynamic" and "longrope" do."""
@@ -44,6 +45,10 @@ def rotation_of(base: nn.Module, module: nn.Module, owner: str) -> Rotation:
         raise UnsupportedModelError(
             f"{owner}: RoPE of type {kind!r} changes with the length, so keys cannot be turned on; {instead}"
         )
+    if next(weights_of(rotary)).is_meta:
+        raise UnsupportedModelError(
+            f"{owner}: a model on the meta device has no frequencies to turn keys by; load its weights first"
+        )
     extra = _layer_type(rotary, module)
 
     def turn(keys: Tensor, positions: Tensor) -> Tensor:
@@ -52,7 +57,7 @@ def rotation_of(base: nn.Module, module: nn.Module, owner: str) -> Rotation:
         plain = rotary(wide, torch.zeros_like(positions)[:, None], **extra)[0]  # at 0 it is the attention factor alone
         return (apply(wide, wide, cos, sin)[0] / plain[..., :1, None].transpose(1, 2)).to(keys.dtype)
 
-    if not _is_rotation(turn, base, module):
+    if not _is_rotation(turn, rotary, module):
         raise UnsupportedModelError(
             f"{owner}: {module.config.model_type}'s rotary embedding is not one rotation per position; {instead}"
         )
@@ -75,9 +80,9 @@ def _layer_type(rotary: nn.Module, module: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _is_rotation(turn: Rotation, base: nn.Module, module: nn.Module) -> bool:
+def _is_rotation(turn: Rotation, rotary: nn.Module, module: nn.Module) -> bool:
     """Whether turning by 7 and then by 11 is turning by 18, and changes something."""
-    device = next(base.parameters()).device
+    device = next(weights_of(rotary)).device
     x = torch.linspace(-2, 2, head_dim_of(module), device=device).view(1, 1, 1, -1)
     seven, eleven, both = (turn(x, torch.tensor([n], device=device)) for n in (7, 11, 18))
     twice = turn(seven, torch.tensor([11], device=device))

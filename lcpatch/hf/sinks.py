@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..core.config import parse_sinks
 from .layers import head_dim_of, shape_of
+from .models import weights_of
 from .state import SINK_KEY, SINK_LOGIT, SINK_VALUE
 
 NAMES = (SINK_LOGIT, SINK_KEY, SINK_VALUE)
@@ -68,7 +69,7 @@ def make_sinks(module: nn.Module, setting: str | None) -> dict[str, nn.Parameter
     sinks = parse_sinks(setting)
     if sinks is None or not sinks.learnable:
         return {}
-    shape, device = shape_of(module.config, 0, 1), next(module.parameters()).device
+    shape, device = shape_of(module.config, 0, 1), next(weights_of(module)).device
     if sinks.kind == "logit":
         return {
             SINK_LOGIT: nn.Parameter(torch.full((shape.num_heads,), sinks.start, dtype=torch.float32, device=device))

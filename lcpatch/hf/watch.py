@@ -15,7 +15,7 @@ from lcpatch_kernels import BlockSparseSpec, block_sparse
 
 from .layers import state_of
 from .registration import NAME
-from .state import LayerState
+from .state import ATTRIBUTE, LayerState
 
 WATCH = "_lcpatch_watch"
 
@@ -49,9 +49,11 @@ class AttendingLayer(Protocol):
 
     `expected` is set before the module runs if its attention will ask the layer; one that keeps less than every token
     refuses an update that nobody announced, since other attention would take what it returns for all there is.
+    `attending` is set while it changes what it keeps: one that finds it set was left half-way by an error.
     """
 
     expected: bool
+    attending: bool
 
     def wants_dense(self, query: Tensor) -> bool:
         """Whether it also attends for calls that no pattern is active in, instead of the dense implementation."""
@@ -68,9 +70,11 @@ def watch(modules: dict[int, nn.Module]) -> None:
 
 
 def unwatch(module: nn.Module) -> None:
-    """Take the hook off again, if there is one."""
+    """Take the hook off again, if there is one, and what it noted for a forward that failed half-way."""
     if (handle := module.__dict__.pop(WATCH, None)) is not None:
         handle.remove()
+    if (state := module.__dict__.get(ATTRIBUTE)) is not None:
+        state.layer = None
 
 
 def take_layer(state: LayerState) -> AttendingLayer | None:
@@ -79,10 +83,20 @@ def take_layer(state: LayerState) -> AttendingLayer | None:
     return None if layer is None else layer()
 
 
+def ask(layer: AttendingLayer, call: Call) -> tuple[Tensor, Tensor]:
+    """What the layer answers, which it now keeps the step of."""
+    answer = layer.attend(call)
+    layer.attending = False
+    return answer
+
+
 def _note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     state = state_of(module)
+    if state is None:
+        return
+    state.layer = None  # of a forward that failed before its attention
     cache = next((x for x in kwargs.values() if getattr(x, "attends", False)), None)
-    if state is None or cache is None or module.config._attn_implementation != NAME:
+    if cache is None or module.config._attn_implementation != NAME:
         return
     layer = cache.layers[module.layer_idx]
     if hasattr(layer, "attend"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from lcpatch_kernels.block_sparse import choose
 
 from ..hf import NAME
 from ..hf.layers import state_of
-from ..hf.models import attention_modules, full_attention_layers, unwrap
+from ..hf.models import attention_modules, full_attention_layers, unwrap, weights_of
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ def report(model: nn.Module) -> list[LayerReport]:
     rows = []
     for index, module in modules.items():
         kind = types[index] if types is not None else "full_attention" if index in full else "sliding_attention"
-        rows.append(_row(index, module, kind, base.config._attn_implementation))
+        rows.append(_row(base, index, module, kind))
     return rows
 
 
-def _row(index: int, module: nn.Module, kind: str, implementation: str) -> LayerReport:
-    state = state_of(module)
+def _row(base: Any, index: int, module: nn.Module, kind: str) -> LayerReport:
+    state, implementation = state_of(module), base.config._attn_implementation
     if state is None or implementation != NAME:
         return LayerReport(index, kind, None, None, implementation, "not patched")
     if state.routed:
@@ -61,8 +62,8 @@ def _row(index: int, module: nn.Module, kind: str, implementation: str) -> Layer
     if spec is None:
         why = "mode='never'" if state.mode == "never" else "mode='train' and the model is in eval mode"
         return LayerReport(index, kind, state.method, state.mode, state.dense, why)
-    weight = next(module.parameters())
-    like = torch.empty(1, spec.num_heads, 1, getattr(module, "head_dim", 64), dtype=weight.dtype, device=weight.device)
+    device = next(weights_of(module)).device
+    like = torch.empty(1, spec.num_heads, 1, getattr(module, "head_dim", 64), dtype=base.dtype, device=device)
     chosen = choose(state.impl, like, spec)
-    why = f"impl={state.impl!r} on {weight.device.type}, {str(weight.dtype).removeprefix('torch.')}"
+    why = f"impl={state.impl!r} on {device.type}, {str(base.dtype).removeprefix('torch.')}"
     return LayerReport(index, kind, state.method, state.mode, f"block_sparse/{chosen}", why)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..core.config import PatchConfig
 from ..core.errors import UnsupportedModelError
-from ..hf.models import full_attention_layers
+from ..hf.models import full_attention_layers, why_no_full_attention
 from ..patterns import AttentionPattern, patterns
 
 Layers = Iterable[int] | str | Callable[[int], bool] | None
@@ -66,9 +66,7 @@ def sparse_layers(layers: Layers, config: Any, indices: list[int]) -> list[int]:
     """
     full = full_attention_layers(config, indices)
     if not full:
-        raise UnsupportedModelError(
-            f"{config.model_type} has no full-attention layer: its layers attend within windows or chunks already"
-        )
+        raise UnsupportedModelError(why_no_full_attention(config))
     if layers is None:
         return full
     if isinstance(layers, str):

@@ -4,7 +4,7 @@ Source: RetroLM, arXiv 2502.11444 (stage 1: the backbone is frozen, only the boo
 Departure: the paper takes question and passage pairs as labels. Here the label of a query is the share of its
 attention that each page before it gets, per layer and head; the loss is the cross-entropy of the scores against those
 shares. Pages that are always read (sinks, the newest ones) are left out, and a query counts by the mass of the others.
-Its stage 2, training the model itself over retrieved pages, is not here.
+Stage 2, the language-model loss over retrieved pages, is `bookmarks_lm`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,11 +56,11 @@ def train_bookmarks(
 
     Raises:
         UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.
-        ValueError: a text too short for a page to choose, or a model whose layers all follow a pattern.
+        ValueError: a text too short for a page to choose, a model whose layers all follow a pattern, or bookmarks of
+            another shape than its heads.
         TrainingError: the loss was not a number.
     """
-    device = next(model.parameters()).device
-    bookmarks = (Bookmarks.of(model) if bookmarks is None else bookmarks).to(device)
+    bookmarks = placed(Bookmarks.of(model) if bookmarks is None else bookmarks, model)
     optimiser = torch.optim.Adam(bookmarks.parameters(), lr)
     lesson = Lesson(bookmarks, page, num_sinks, recent, num_queries, seed)
     for step, (loss, recall) in enumerate(_lessons(model, texts, lesson)):
@@ -84,18 +85,29 @@ def measure_bookmarks(
     seed: int = 0,
 ) -> tuple[float, float]:
     """`(loss, recall)` of bookmarks on `texts`, as `train_bookmarks` says them; untrained ones are the mean."""
-    copied = copy.deepcopy(bookmarks).to(next(model.parameters()).device)
+    copied = placed(copy.deepcopy(bookmarks), model)
     found = list(_lessons(model, texts, Lesson(copied, page, num_sinks, recent, num_queries, seed)))
     return tuple(sum(x) / len(found) for x in zip(*found, strict=True))
 
 
+def placed(bookmarks: Bookmarks, model: nn.Module) -> Bookmarks:
+    """Bookmarks where the model is.
+
+    Raises:
+        ValueError: they were made for heads of another shape.
+    """
+    has, wanted = (
+        "{} layers, {} KV heads of {} numbers".format(*x.query.shape[:3]) for x in (bookmarks, Bookmarks.of(model))
+    )
+    if has != wanted:
+        raise ValueError(f"these are bookmarks of {has}, the model has {wanted}: train them on this model")
+    return bookmarks.to(next(model.parameters()).device)
+
+
 def _lessons(model: nn.Module, texts: Iterable[Tensor], lesson: Lesson) -> Iterator[tuple[float, float]]:
     """A forward for each text, which leaves gradients on the bookmarks: its loss and its recall."""
-    base = unwrap(model)
-    routed, training = is_routed(base), model.training
     device = next(model.parameters()).device
-    model.eval()
-    try:
+    with lent(model):
         for ids in texts:
             if ids.shape[1] < lesson.least:
                 raise ValueError(f"a text of {ids.shape[1]} tokens has no page to choose; give {lesson.least} or more")
@@ -105,8 +117,20 @@ def _lessons(model: nn.Module, texts: Iterable[Tensor], lesson: Lesson) -> Itera
             if not lesson.losses:
                 raise ValueError("every layer follows a pattern, so none reads pages: lcpatch.remove(model) first")
             yield lesson.means()
+
+
+@contextmanager
+def lent(model: nn.Module) -> Iterator[None]:
+    """The model frozen and in eval mode, and afterwards as it was, its attention routed to caches or not."""
+    routed, training = is_routed(unwrap(model)), model.training
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
     finally:
         model.train(training)
+        for p in trained:
+            p.requires_grad_(True)
         if not routed:
             unroute(model)
 

@@ -34,18 +34,22 @@ class Now:
     Args:
         start, end: the chunk's tokens.
         size: tokens of every chunk but the last.
-        recording: the first pass, which fills the buffers. In the second pass layers may run several times (gradient
-            checkpointing) and change nothing but gradients.
+        new: the chunk's keys and values are not in the buffers yet: this forward puts them there. In another layers
+            may run several times (gradient checkpointing) and change nothing but gradients.
         backward: a chunk's backward has begun.
         hop: factor of the gradient that later chunks left for this one.
+        read: whether anyone reads the chunk's hidden states: in the second pass, if it has a label.
+        ahead: layers whose keys and values this forward has not come to yet.
     """
 
     start: int = 0
     end: int = 0
     size: int = 0
-    recording: bool = True
+    new: bool = True
     backward: bool = False
     hop: float = 1.0
+    read: bool = True
+    ahead: int = 0
 
 
 class Store(Protocol):
@@ -184,6 +188,28 @@ class Attend(torch.autograd.Function):
                 impl=call.impl,
             )
             return grad_query, *split(store, unit, grads, now), None, None, None, None
+
+
+class Unread(torch.autograd.Function):
+    """A chunk's queries, keys and values in; zeros out in place of their attention, whose gradient is zero then too.
+
+    Backward still gives the keys and values what later chunks left for them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, keys: Tensor, values: Tensor, store: Store, unit: Unit, now: Now
+    ) -> tuple[Tensor, Tensor]:
+        ctx.where = (store, unit, now)
+        ctx.save_for_backward(query, keys, values)
+        lse = query.new_zeros(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+        return query.new_zeros(*query.shape[:3], values.shape[3]), lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+        store, unit, now = ctx.where
+        grad_query, *grads = (torch.zeros_like(x) for x in ctx.saved_tensors)
+        return grad_query, *store.take(unit, tuple(grads), now), None, None, None
 
 
 def split(store: Store, unit: Unit, grads: Sequence[Tensor], now: Now) -> Pair:

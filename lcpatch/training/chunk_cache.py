@@ -15,8 +15,32 @@ from lcpatch_kernels.block_sparse import choose
 
 from ..core.errors import UnsupportedModelError
 from ..hf.watch import Call, attend
-from .buffers import Attend, Now, Pair, Split, Store
+from .buffers import Attend, Now, Pair, Split, Store, Unit, Unread
 from .pieces import AttendInPieces, fits
+
+
+class KeysReadElsewhere(UnsupportedModelError):
+    """A layer does more than attend to the keys and values that its cache returns, or less: ours would differ."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; our attention would not compute what this model does: use attention='own'")
+
+
+class StandIn(Tensor):
+    """All tokens' keys or values for a layer that attends: their shape alone, as `ChunkLayer.attend` has the numbers.
+
+    A model that computes with them, between its cache and its attention or beside it, is stopped: it would be given
+    numbers that mean nothing.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in SHAPE:
+            return super().__torch_function__(func, types, args, kwargs)
+        raise KeysReadElsewhere(f"a layer computes ({func.__name__}) with keys or values that its cache returned")
+
+
+SHAPE = (Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.size, Tensor.dim)
 
 
 class ChunkLayer(CacheLayerMixin):
@@ -41,7 +65,9 @@ class ChunkLayer(CacheLayerMixin):
         self.attending, self.plain, self.pieces, self.casts = attending, plain, pieces, casts
         self.expected = False
         self.num_calls = 0
+        self.last = False
         self._own: Pair | None = None
+        self._told: Pair | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -50,7 +76,7 @@ class ChunkLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
         """The chunk's keys and values [B, K, C, D] in, those of all tokens up to its end out, [B, K, end, D].
 
-        For a layer that attends what comes out has only the shape; `attend` takes the keys from the store.
+        For a layer that attends what comes out has only the shape (see `StandIn`).
         """
         now, new = self.now, (key_states, value_states)
         if key_states.shape[2] != now.end - now.start:
@@ -59,21 +85,21 @@ class ChunkLayer(CacheLayerMixin):
                 "chunkwise backward needs one key and value per token"
             )
         self.num_calls += 1
+        if not now.backward:
+            now.ahead -= 1
+            self.last = now.ahead == 0
         if not self.is_initialized:
             self.lazy_initialization(*new)
         if self.attending:
             if not self.expected:
-                raise UnsupportedModelError(
-                    f"layer {self.index} does not ask its cache to attend; use attention='own' for this model"
-                )
+                raise KeysReadElsewhere(f"layer {self.index} does not ask its cache to attend")
             self._own, self.expected = new, False
-            return tuple(x.detach()[:, :, :1].expand(-1, -1, now.end, -1) for x in new)
+            self._told = tuple(x.detach()[:, :, :1].expand(-1, -1, now.end, -1).as_subclass(StandIn) for x in new)
+            return self._told
         new = _as_the_op_casts(*new) if self.casts else new
         unit = (self.index, 0)
-        if not now.recording:
-            return Split.apply(*new, self.store, unit, now)
-        self.store.write(unit, new, now.start)
-        return self.store.read(unit, now)
+        self._keep(unit, new)
+        return Split.apply(*new, self.store, unit, now)
 
     def get_seq_length(self) -> int:
         return self.now.start
@@ -92,6 +118,9 @@ class ChunkLayer(CacheLayerMixin):
         """Attention over all tokens up to the chunk's end, KV heads by units."""
         if not self.attending:  # its keys are all in the call
             return attend(call)
+        told, self._told = self._told, None
+        if told is None or call.key is not told[0] or call.value is not told[1]:
+            raise KeysReadElsewhere(f"layer {self.index} attends to other keys or values than its cache returned")
         (query, keys, values), self._own = _as_the_op_casts(call.query, *self._own), None
         if self.plain:
             call = call._replace(bounds=None)
@@ -106,14 +135,20 @@ class ChunkLayer(CacheLayerMixin):
 
     def _attend(self, part: int, query: Tensor, new: Pair, call: Call) -> tuple[Tensor, Tensor]:
         now, unit = self.now, (self.index, part)
-        if now.recording:
-            self.store.write(unit, new, now.start)
+        self._keep(unit, new)
+        if self.last and not now.read:  # what it returns becomes no one's keys or values, and no loss
+            return Unread.apply(query, *new, self.store, unit, now)
         if self.pieces and fits(call):
             return AttendInPieces.apply(query, *new, call, self.store, unit, now)
-        if now.recording or choose(call.impl, query, call.spec) in ("triton", "reference"):
+        if choose(call.impl, query, call.spec) in ("triton", "reference"):
             return Attend.apply(query, *new, call, self.store, unit, now)
         keys, values = Split.apply(*new, self.store, unit, now)
         return attend(call._replace(query=query, key=keys, value=values))
+
+    def _keep(self, unit: Unit, new: Pair) -> None:
+        now = self.now
+        if now.new and not now.backward:
+            self.store.write(unit, tuple(x.detach() for x in new), now.start)
 
 
 class ChunkCache(Cache):
@@ -144,10 +179,11 @@ class ChunkCache(Cache):
         layers = [ChunkLayer(n, store, self.now, n in attending, plain, pieces, casts) for n in range(num_layers)]
         super().__init__(layers=layers)
 
-    def set(self, start: int, end: int, recording: bool, hop: float = 1.0) -> None:
-        """Before a forward of tokens [start, end) and its backward."""
+    def set(self, start: int, end: int, *, new: bool, read: bool, hop: float = 1.0) -> None:
+        """Before a forward of tokens [start, end), and its backward; the rest as `Now` has it."""
         now = self.now
-        now.start, now.end, now.recording, now.backward, now.hop = start, end, recording, False, hop
+        now.start, now.end, now.new, now.read, now.hop = start, end, new, read, hop
+        now.backward, now.ahead = False, len(self.layers)
         for layer in self.layers:
             layer.num_calls = 0
 

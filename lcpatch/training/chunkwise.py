@@ -1,9 +1,11 @@
 """SeCO: the gradient of a long sequence, exactly, with one chunk's activations in memory at a time.
 
-The first pass runs the chunks in order without gradients and keeps their keys and values. The second runs them again in
-reverse: a chunk's graph ends at the keys and values of the chunks before it, whose gradient is kept; when their turn
-comes it enters as the gradient of their own keys and values. Every path of the full graph is walked once, so `.grad` is
-what `loss.backward()` leaves, for one more forward than it takes, as with checkpointing.
+The first pass runs the chunks in order without gradients and keeps their keys and values; but for the last chunk, which
+none reads. The second runs them again in reverse: a chunk's graph ends at the keys and values of the chunks before it,
+whose gradient is kept; when their turn comes it enters as the gradient of their own keys and values. Every path of the
+full graph is walked once, so `.grad` is what `loss.backward()` leaves, for not quite one more forward than it takes.
+Where no one reads what comes out of the last layer's attention, in the first pass and in chunks without a label, it is
+not run, if it is ours.
 
 Source: SeCO and SpaCO, arXiv 2505.16710. Departures: any decoder of transformers, unmodified; keys, values and
 gradients in place (buffers.py); labels shifted before the chunks are cut; what follows the last label is not run;
@@ -12,9 +14,10 @@ dropout is replayed; SpaCO without its bias (spaco.py).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +25,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core.errors import ParallelError
 from ..hf.attention import SHARD
-from ..hf.head import decode, head_of, head_parameters
+from ..hf.head import decode, decoder_of, head_of, head_parameters
 from . import spaco
 from .buffers import DeviceStore, exact_gradients
-from .chunk_cache import ChunkCache
-from .loss import summed_cross_entropy
+from .chunk_cache import ChunkCache, KeysReadElsewhere
+from .loss import IGNORE, summed_cross_entropy
 from .offload import POOL, HostStore
 from .packing import chunk_mask
 from .parallel.chunks import share
 from .support import RandomState, check_model, checkpointing, is_patched, ranks_of, routed, without_wrapper
 from .text import Text, check_kwargs, make_text
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 def backward(
@@ -106,9 +112,14 @@ def backward(
         raise ValueError(f"the plan speaks of {len(plan.kept)} chunks, but the text has {len(chunks)}")
     if text.shards and estimator != "seco":
         plan = ranks_of(model).pool({"plan": plan})[0]["plan"]  # ranks that drew differently would wait for each other
-    with _running(model, base, text, chunk_size, attention, offload, kwargs) as run:
-        states = [run.record(*chunk) for chunk in chunks]
-        return run.replay(chunks, states, plan, grad_scale)
+
+    def passes(attention: str) -> Tensor:
+        with _running(model, base, text, chunk_size, attention, offload, kwargs) as run:
+            last = max((n for n, kept in enumerate(plan.kept) if kept), default=0)
+            states = {n: run.record(*chunks[n]) for n in range(last)}
+            return run.replay(chunks, states, plan, grad_scale)
+
+    return _by_ours_or_its_own(passes, attention, offload)
 
 
 def rehearse(
@@ -121,7 +132,7 @@ def rehearse(
     attention: str = "auto",
     **model_kwargs: Any,
 ) -> None:
-    """Run the first chunk of a text of `length` tokens, then both passes over the last two.
+    """Run the first chunk of a text of `length` tokens, then the last two as `backward` does.
 
     There memory is at its peak: the last leaves gradients for all tokens before it, beside which the graph of the one
     before it is built. So a text that is too long fails in seconds, with the device's out-of-memory error, and not
@@ -133,28 +144,78 @@ def rehearse(
         length, batch: of the text; all of it has labels.
     """
     before = {p: p.grad for p in model.parameters()}
-    ids = torch.zeros(batch, length + 1, dtype=torch.long, device=next(model.parameters()).device)
-    text = make_text(ids, ids, None, None, None, chunk_size, False)
-    text = _part_of(text, model, chunk_size, attention, offload)
+    text = _part_of(_blank(model, length, batch, chunk_size), model, chunk_size, attention, offload)
     chunks = text.chunks(chunk_size)
-    base = check_model(model, text, len(chunks))
     count = len(chunks)
+    base = check_model(model, text, count)
     two = range(max(count - 2, 0), count)
     plan = spaco.Plan(tuple(n in two for n in range(count)), (1.0,) * count, (1.0,) * count)
+
+    def passes(attention: str) -> None:
+        with _running(model, base, text, chunk_size, attention, offload, model_kwargs) as run:
+            states = {}
+            for n in sorted({0, *two} - {count - 1}):
+                states[n] = run.record(*chunks[n])
+                if n == 0 and count > 3:
+                    run.cache.store.skip(count - 3)
+            run.replay(chunks, states, plan, 1.0)
+
     try:
         for p in before:
             p.grad = None
-        with _running(model, base, text, chunk_size, attention, offload, model_kwargs) as run:
-            states = [run.record(*chunks[0])] * count
-            if count > 3:
-                run.cache.store.skip(count - 3)
-            for n in two:
-                if n > 0:
-                    states[n] = run.record(*chunks[n])
-            run.replay(chunks, states, plan, 1.0)
+        _by_ours_or_its_own(passes, attention, offload)
     finally:
         for p, grad in before.items():
             p.grad = grad
+
+
+def first_pass(
+    model: nn.Module,
+    *,
+    length: int,
+    chunk_size: int,
+    batch: int = 1,
+    offload: bool = False,
+    attention: str = "auto",
+    **model_kwargs: Any,
+) -> None:
+    """Run what SeCO runs of a text before its first gradient: every chunk but the last, keeping keys and values.
+
+    For measurements: the rest of `backward`'s time is one forward and backward of every chunk.
+
+    Args:
+        model, length, chunk_size, batch, offload, attention, **model_kwargs: as for `rehearse`.
+    """
+    text = _part_of(_blank(model, length, batch, chunk_size), model, chunk_size, attention, offload)
+    chunks = text.chunks(chunk_size)
+    base = check_model(model, text, len(chunks))
+
+    def record(attention: str) -> None:
+        with _running(model, base, text, chunk_size, attention, offload, model_kwargs) as run:
+            for chunk in chunks[:-1]:
+                run.record(*chunk)
+
+    _by_ours_or_its_own(record, attention, offload)
+
+
+def _blank(model: nn.Module, length: int, batch: int, chunk_size: int) -> Text:
+    """A text of which only the size matters."""
+    ids = torch.zeros(batch, length + 1, dtype=torch.long, device=next(model.parameters()).device)
+    return make_text(ids, ids, None, None, None, chunk_size, False)
+
+
+def _by_ours_or_its_own(passes: Callable[[str], Result], attention: str, offload: bool) -> Result:
+    """Both passes by our attention if that is asked for; by the model's own if that was left open and ours cannot.
+
+    A layer that ours cannot serve says so in the first forward of a chunk, before there is any gradient.
+    """
+    try:
+        return passes(attention)
+    except KeysReadElsewhere as reason:
+        if attention != "auto" or offload:
+            raise
+        logger.info("chunkwise: attention stays the model's own: %s", reason)
+    return passes("own")
 
 
 @contextmanager
@@ -193,22 +254,22 @@ class _Run:
     def __init__(self, model: nn.Module, base: Any, text: Text, cache: ChunkCache, kwargs: dict[str, Any]) -> None:
         self.model, self.base, self.text, self.cache, self.kwargs = model, base, text, cache, kwargs
         self.inner = without_wrapper(model)
-        self.decoder = base.base_model
+        self.decoder = decoder_of(base)
         self.devices = list({p.device for p in base.parameters()})
         self.head_parameters = head_parameters(base)
 
     def record(self, start: int, end: int) -> RandomState:
         """The first pass over tokens [start, end); returns where its random numbers began."""
         state = RandomState(self.devices)
-        self.cache.set(start, end, recording=True)
+        self.cache.set(start, end, new=True, read=False)
         with torch.no_grad(), checkpointing(self.base, recording=True):
             self._decode(self.inner, start, end)
         return state
 
     def replay(
-        self, chunks: list[tuple[int, int]], states: list[RandomState], plan: spaco.Plan, grad_scale: float | Tensor
+        self, chunks: list[tuple[int, int]], states: dict[int, RandomState], plan: spaco.Plan, scale: float | Tensor
     ) -> Tensor:
-        """The second pass; returns the loss."""
+        """The second pass, of which the first chunk to be run may be new; returns the loss."""
         after = RandomState(self.devices)
         order = [n for n in reversed(range(len(chunks))) if plan.kept[n]]
         loss_scales = dict(enumerate(plan.loss))
@@ -217,14 +278,18 @@ class _Run:
             order, loss_scales = [0], {0: 0.0}
         total = torch.zeros((), device=self.text.ids.device)
         for n in order:
-            states[n].restore()
-            self.cache.set(*chunks[n], recording=False, hop=plan.hop[n])
+            if n in states:
+                states[n].restore()
+            labelled = bool((self.text.targets[:, slice(*chunks[n])] != IGNORE).any())
+            self.cache.set(*chunks[n], new=n not in states, read=labelled, hop=plan.hop[n])
             alone = replicas is not None and n != order[-1]
             with replicas.no_sync() if alone else nullcontext(), checkpointing(self.base, recording=False):
                 loss = self._loss(*chunks[n]) * loss_scales[n] / self.text.denominator
+                if n not in states:
+                    after = RandomState(self.devices)
                 self.cache.now.backward = True
                 with exact_gradients(loss.device.type):
-                    (loss * grad_scale).backward()
+                    (loss * scale).backward()
             total = total + loss.detach()
         after.restore()
         return total

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from .chunkwise import backward
+from .spaco import coins
 
-OPTIONS = ("chunk_size", "estimator", "keep", "generator", "offload", "attention")
+OPTIONS = ("chunk_size", "estimator", "keep", "offload", "attention")
 
 
 class ChunkwiseMixin:
@@ -20,8 +22,9 @@ class ChunkwiseMixin:
     they do there, and the loss that is logged has the same meaning. Evaluation is the Trainer's own.
 
     Args:
-        chunkwise: `chunk_size` and, if wanted, `estimator`, `keep`, `generator`, `offload`, `attention` of
-            `chunkwise.backward`; None trains as the Trainer does.
+        chunkwise: `chunk_size` and, if wanted, `estimator`, `keep`, `offload`, `attention` of `chunkwise.backward`;
+            None trains as the Trainer does. What SpaCO draws follows from the Trainer's seed, the step, the backward
+            within it and the process, so that a run that goes on from a checkpoint draws what it would have drawn.
 
     Raises:
         ValueError: an unknown option, or a Trainer's setting that chunks cannot honour.
@@ -32,6 +35,8 @@ class ChunkwiseMixin:
         self.chunkwise = None if chunkwise is None else dict(chunkwise)
         if self.chunkwise is not None:
             _check(self, self.chunkwise)
+            self._backwards = _Backwards()
+            self.add_callback(self._backwards)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -39,7 +44,19 @@ class ChunkwiseMixin:
         """Forward and backward of one batch; returns its loss, detached, in the Trainer's normalisation."""
         if self.chunkwise is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        return training_step(self, model, inputs, num_items_in_batch, self.chunkwise)
+        place = self.args.seed, self.state.global_step, next(self._backwards.numbers), self.args.process_index
+        options = {**self.chunkwise, "generator": coins(*place)}
+        return training_step(self, model, inputs, num_items_in_batch, options)
+
+
+class _Backwards(TrainerCallback):
+    """Numbers the backwards of each step."""
+
+    def __init__(self) -> None:
+        self.numbers = count()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.numbers = count()
 
 
 class ChunkwiseTrainer(ChunkwiseMixin, Trainer):

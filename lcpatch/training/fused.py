@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hf.head import decode, head_of, head_parameters
+from ..hf.head import decode, decoder_of, head_of, head_parameters
 from ..hf.models import unwrap
 from .loss import IGNORE, summed_cross_entropy
 from .support import without_wrapper
@@ -29,7 +29,7 @@ def fused_loss(model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int
     """
     inner = without_wrapper(model)
     base = unwrap(inner)
-    decoder = base.base_model
+    decoder = decoder_of(base)
     given = {name: value for name, value in inputs.items() if name != "labels"}
     output, hidden = decode(model, decoder, **given)
     targets = inputs.get("shift_labels")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -116,9 +117,7 @@ def norms_and_embeddings(model: nn.Module) -> list[str]:
     base = unwrap(model)
     embeddings = base.get_input_embeddings()
     found = {
-        name.rpartition(".")[2]
-        for name, module in base.named_modules()
-        if module is embeddings or ("norm" in type(module).__name__.lower() and _weights(module))
+        name.rpartition(".")[2] for name, module in base.named_modules() if module is embeddings or _is_norm(module)
     }
     return sorted(found)
 
@@ -128,8 +127,8 @@ def _is_tied(model: nn.Module) -> bool:
     return head is not None and head.weight is embeddings.weight
 
 
-def _weights(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False))
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
 
 
 def _config(model: nn.Module, tune: str, r: int, alpha: int, dropout: float) -> Any:
@@ -155,12 +154,25 @@ def _peft() -> Any:
     return peft
 
 
-def keep_dtype(model: nn.Module) -> list[Any]:
-    """Hooks that round what fp32 embeddings hand on to the dtype of the frozen weights; remove them after training."""
+@contextmanager
+def keep_dtype(model: nn.Module) -> Iterator[None]:
+    """Activations in the dtype of the frozen weights, as when the model runs alone, though what is trained is fp32.
+
+    For a block that trains under autocast. There every projection rounds its input to that dtype, so a forward's values
+    stay what they are; but fp32 embeddings would double the residual stream, fp32 norms would have three projections
+    round the same tensor, and PEFT would widen each input of LoRA for autocast to round it again.
+    """
     dtype = _frozen_dtype(model)
-    if dtype == torch.float32:
-        return []
-    return [unwrap(model).get_input_embeddings().register_forward_hook(lambda module, args, out: out.to(dtype))]
+    with ExitStack() as stack:
+        if dtype != torch.float32:
+            for module in [unwrap(model).get_input_embeddings(), *filter(_is_norm, unwrap(model).modules())]:
+                hook = module.register_forward_hook(lambda module, args, out: out.to(dtype))
+                stack.callback(hook.remove)
+            if hasattr(model, "peft_config"):
+                from peft.helpers import disable_input_dtype_casting
+
+                stack.enter_context(disable_input_dtype_casting(model))
+        yield
 
 
 def settle(model: nn.Module) -> None:

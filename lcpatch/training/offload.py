@@ -288,7 +288,7 @@ class HostStore:
         if self._before is not None:
             self._follows[self._before] = unit
         last = None if self._before is None else self._before[-1]
-        self._before = (now.recording, now.backward, last, unit)
+        self._before = (now.backward, last, unit)
         return self._follows.get(self._before)
 
     def _page(self, like: Iterable[Tensor]) -> Pair:

@@ -85,8 +85,9 @@ def train(config: TrainConfig, save: Save | None) -> Result:
     model = load_model(config)
     stop = StopOnSignal()
     with ExitStack() as stack:
-        for hook in [*lora.keep_dtype(model), enable_inputs(model)]:
+        for hook in enable_inputs(model):
             stack.callback(hook.remove)
+        stack.enter_context(lora.keep_dtype(model))
         stack.enter_context(stop.listening())
         trainer = LongTrainer(
             model=model,
@@ -209,8 +210,7 @@ def chunks(config: TrainConfig) -> dict[str, Any] | None:
         return None
     told: dict[str, Any] = {"chunk_size": config.chunk_size, "offload": config.offload}
     if config.keep_chunks < 1:
-        generator = torch.Generator().manual_seed(config.seed)
-        told |= {"estimator": "bernoulli", "keep": config.keep_chunks, "generator": generator}
+        told |= {"estimator": "bernoulli", "keep": config.keep_chunks}
     return told
 
 

@@ -9,6 +9,7 @@ expectation over all outcomes is exactly SeCO's gradient.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,15 @@ def draw(
         chosen = torch.randperm(num_chunks, generator=generator)[: max(1, round(share * num_chunks))].tolist()
         return paper([n in chosen for n in range(num_chunks)])
     raise ValueError(f"estimator={estimator!r} is not one of {', '.join(ESTIMATORS)}")
+
+
+def coins(*place: int) -> torch.Generator:
+    """What `draw` takes its random numbers from at one place of a run, such as seed, step and rank.
+
+    The same whenever and by whomever it is asked for; of another place, unrelated (neighbouring seeds may not be).
+    """
+    digest = hashlib.sha256(repr(place).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def chain_norms(model: nn.Module, *, input_ids: torch.Tensor, labels: torch.Tensor, chunk_size: int, **kwargs: Any):

@@ -99,6 +99,8 @@ def _inexact(model: nn.Module, config: Any, length: int) -> str | None:
         return f"its last {config.num_kv_shared_layers} layers read other layers' keys"
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         return "its attention is not causal"
+    if any(getattr(module, "is_causal", None) is False for module in model.modules()):
+        return "an attention module of it is not causal (an encoder's is with config.is_decoder = True)"
     return _changing_rope(config, length)
 
 

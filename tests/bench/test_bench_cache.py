@@ -94,6 +94,35 @@ def test_a_peer_that_is_installed_runs(arm):
             assert 4 / 32 < share <= 4 / 32 + 2 / 64
 
 
+def test_a_slow_arm_is_given_up_and_the_others_go_on(monkeypatch, capsys):
+    """By a clock that goes on ten seconds with each of the two layers' steps."""
+    now, real = [0], cache.DynamicCache.update
+
+    def slow(self, *args, **kwargs):
+        now[0] += 10
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(cache, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(cache, "ARMS", (cache.Arm("slow", cache._dynamic, 64), cache.ARMS[2]))
+    monkeypatch.setattr(cache, "check", lambda *_: {"passed": True})
+    monkeypatch.setattr(cache.DynamicCache, "update", slow)
+    rows = cache.run(((1, 200),), TINY, "cpu", chunk=64, limit_s=45)["rows"]
+    assert rows[0]["why"] == "given up after 60 s, 64 of 200 tokens read"
+    assert rows[0]["decode_ms"] is None
+    assert (rows[1]["arm"], rows[1]["why"]) == ("H2O 0.2", None)
+    assert "slow: 40 s, 128 of 128 tokens read" in capsys.readouterr().out
+
+
+def test_a_tiered_cache_says_what_it_fetches(monkeypatch, capsys):
+    page = 2 * 2 * 2 * 32 * 16 * 4  # keys and values of 32 tokens, for both layers and both heads
+    monkeypatch.setattr(cache, "GPU_BYTES", 6 * page)
+    tiered, full = _rows("Tiered, 2 GB", "DynamicCache")[:2]
+    assert 0 <= tiered["hit_rate"] < 1
+    assert tiered["fetched_mib"] > 0
+    assert full["hit_rate"] is full["fetched_mib"] is None
+    assert "MiB/token, hit rate" in capsys.readouterr().out
+
+
 def test_bytes_of_tuples_and_of_tensors_made_of_others():
     codes, scale, zero, a, b = (torch.zeros(size) for size in (16, 2, 4, 8, 8))
     layer = SimpleNamespace(

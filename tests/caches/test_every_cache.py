@@ -7,10 +7,12 @@ import torch
 from cache_cases import ALL, KEEPS_ALL, LENGTH, feed, left_padding, make, make_model, tensors_of
 from models import build, tokens
 from noise import distance, model_budget
+from odd_models import make as odd_model
 from transformers import DynamicCache
 
 from lcpatch.caches import caches
 from lcpatch.caches.evicting import EvictingLayer
+from lcpatch.core.errors import UnsupportedModelError
 
 CUTS = {
     "whole": [LENGTH],
@@ -179,7 +181,7 @@ def test_memory_is_what_hangs_on_the_layers_and_shrinks_with_the_budget(name):
         cache = make(name, model, small)
         feed(model, ids, cache, [250, *[1] * 50])
         real = sum(x.untyped_storage().nbytes() for x in tensors_of(cache.layers).values())
-        lists = 64 * len(cache.layers) * len(ids)  # spans and slot lists, a few integers a row
+        lists = 512 * len(cache.layers) * len(ids)  # spans, slot lists, marks: a few integers and a bit a page, a row
         assert real - (lists if name != "s2" else 8192) <= sum(cache.memory().values()) <= real
         held[small] = real
     if name not in ("s2", *KEEPS_ALL):
@@ -253,6 +255,15 @@ def test_a_small_cache_survives_assistants_turns_and_return_sequences(name):
         torch.cat([out, tokens(1, 5, seed=6)], 1).repeat(2, 1), max_new_tokens=5, past_key_values=cache, do_sample=True
     )
     assert cache.get_seq_length() == out.shape[1] - 1
+
+
+@every_cache
+@pytest.mark.parametrize("prefix", ["DiffLlama", "JetMoe"])
+def test_a_model_that_attends_to_something_else_than_its_keys_and_values(name, prefix):
+    """Halves or copies of them are not what a cache keeps: refused, not generated from."""
+    model = make_model(name, odd_model(prefix).eval())
+    with pytest.raises(UnsupportedModelError, match="other keys or values than its cache returned"):
+        feed(model, tokens(1, LENGTH), make(name, model), [LENGTH])
 
 
 # Evicting layers: what is kept.

@@ -13,7 +13,7 @@ from lcpatch.caches.budget import Budget
 from lcpatch.caches.h2o import H2OLayer
 from lcpatch.hf.sinks import sinks_of
 from lcpatch.hf.state import SINK_VALUE, own_spec
-from lcpatch.hf.watch import Call
+from lcpatch.hf.watch import Call, ask
 
 WINDOW, SINKS = 24, 4
 
@@ -70,7 +70,7 @@ def test_h2o_counts_what_tokens_are_given_without_the_share_of_the_sinks():
         layer = H2OLayer(Budget(64, 0), None, score="sum", decay=0.9, group="sum", grace=0)
         layer.expected = True
         layer.update(k, v)
-        out, _ = layer.attend(Call(q, k, v, own_spec(heads, None), None, None, None, "auto", told))
+        out, _ = ask(layer, Call(q, k, v, own_spec(heads, None), None, None, None, "auto", told))
         masses.append(layer.slots["mass"][..., :num].double())
         assert distance(out, scores.softmax(-1) @ v.repeat_interleave(2, 1)) <= num * torch.finfo(q.dtype).eps * 8
     allowed = num * torch.finfo(torch.float32).eps * float(want.max())

@@ -91,9 +91,9 @@ def test_tiers(disk, codec, tmp_path):
     options = {"budget": 512, "page": 16, "recent": 64, "codec": codec}
     folder = {"disk": str(tmp_path), "host_bytes": 1 << 20} if disk else {}
     cut = [1400, *[1] * 100]
-    cache = lcpatch.TieredCache(model, **options, **folder)
+    cache = lcpatch.TieredCache(model, **options, **folder, ahead=True)
     ahead = feed(model, ids, cache, cut)
-    plain = feed(model, ids, lcpatch.TieredCache(model, **options, ahead=False), cut)
+    plain = feed(model, ids, lcpatch.TieredCache(model, **options), cut)
     pages = cache.layers[0].pages
     assert isinstance(pages, TieredPages)
     assert all(block.is_pinned() for block in pages.home.arena.blocks)

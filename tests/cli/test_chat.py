@@ -41,10 +41,10 @@ def chat(monkeypatch, capsys, *argv, lines=LINES):
 @pytest.mark.parametrize("kind", ["plain", "chat"])
 @pytest.mark.parametrize("name", [None, *ALL])
 def test_a_conversation(name, kind, folders, monkeypatch, capsys):
-    words = [] if name is None else ["--cache", name]
+    words = [] if name is None else ["--cache", name, "--chunk", "16"]
     words += ["--method", "s2", "--block-size", "16", "--local-blocks", "1", "--stride", "3"] if name == "s2" else []
     words += ["--budget", "24"] if name in ("h2o", "sink") else []
-    status, out, err = chat(monkeypatch, capsys, folders[kind], "--new-tokens", "8", "--chunk", "16", *words)
+    status, out, err = chat(monkeypatch, capsys, folders[kind], "--new-tokens", "8", *words)
     assert status == 0, err
     assert [line[2:] for line in out.splitlines() if line.startswith("> ")] == LINES
     notes = re.findall(r"\[(\d+) tokens seen, (\d+) kept a head, [\d.]+ MiB.*; first token after [\d.]+ s", out)
@@ -87,7 +87,11 @@ def test_a_budget_that_is_too_small_for_a_prompt_still_answers(folders, monkeypa
     ("words", "message"),
     [
         ("--cache nope", "unknown cache 'nope'"),
-        ("--cache h2o --budgt 3", "no option 'budgt'"),
+        ("--cache h2o --budgt 3", "no option 'budgt'. Did you mean 'budget'? the cache 'h2o' has budget, codec, "),
+        ("--budget 3", "options are of a --method or a --cache: name one"),
+        ("--chunk 4", "--chunk 4 is for a cache of lcpatch's: add --cache CACHE"),
+        ("--cache retrieval --budget 100", "at least 512 with page=128, or smaller pages"),
+        ("--cache s2", "or --method s2"),
         ("--cache h2o --budget 0", "budget=0 must be"),
         ("--new-tokens 0", "--new-tokens 0 must be at least 1"),
         ("--temperature -1", "--temperature -1.0 must be at least 0"),
@@ -97,6 +101,20 @@ def test_refusals(words, message, folders, monkeypatch, capsys):
     status, _, err = chat(monkeypatch, capsys, folders["plain"], *words.split())
     assert status == 2
     assert message in err
+
+
+def test_what_is_no_text_is_answered_all_the_same(folders, monkeypatch, capsys):
+    """As a terminal or a pipe hands it over: bytes that are no UTF-8 come as lone surrogates."""
+    line = b"Hi \xff there".decode(errors="surrogateescape")
+    status, out, err = chat(monkeypatch, capsys, folders["plain"], "--new-tokens", "3", lines=[line])
+    assert status == 0, err
+    assert "> Hi \ufffd there" in out
+
+
+def test_a_folder_without_a_model(tmp_path, monkeypatch, capsys):
+    status, _, err = chat(monkeypatch, capsys, tmp_path)
+    assert status == 2
+    assert "is no folder with a model in it: it has no config.json" in err
 
 
 def test_the_model_is_left_as_it_was(folders):

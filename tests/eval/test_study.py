@@ -39,7 +39,7 @@ def lines(out: Path) -> list[dict]:
 
 def test_a_study_goes_on_where_it_stopped(reproduce, words, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LCPATCH_CACHE", str(tmp_path / "cache"))
-    out = ["--out", str(tmp_path), "--arms", "full,sf,shift-rolled"]
+    out = ["--out", str(tmp_path), "--arms", "untuned,full,sf,shift-rolled"]
     with monkeypatch.context() as patch:  # the second arm dies
         one, done = study._one, []
 
@@ -80,7 +80,7 @@ def test_a_study_goes_on_where_it_stopped(reproduce, words, tmp_path, monkeypatc
     assert rows["spaco"]["settings"] == {"attention": "full", "chunk_size": 16, "keep_chunks": 0.25}
     with pytest.raises(ValueError, match="holds a run with training="):
         reproduce.main([*words, *out, "--steps", "3"])
-    with pytest.raises(ValueError, match=r"--arms: 'nothing' is not one of full, short, shift"):
+    with pytest.raises(ValueError, match=r"--arms: 'nothing' is not one of untuned, full, short, shift"):
         reproduce.main([*words, "--out", str(tmp_path), "--arms", "nothing"])
 
 
@@ -88,7 +88,7 @@ def test_half_precision_weights(words, tmp_path, monkeypatch):
     """As on a GPU: bf16 weights, trained and untrained, are evaluated without autocast."""
     monkeypatch.setenv("LCPATCH_CACHE", str(tmp_path / "cache"))
     config = training_cases.config(Path(words[1]), tmp_path, dtype="bfloat16", documents="joined", steps=1)
-    arms = {"sf": {"attention": "sf", "options": {"group_size": 32}}}
+    arms = {"untuned": {}, "sf": {"attention": "sf", "options": {"group_size": 32}}}
     found = study.run(study.Study(config, arms, (0,), None, (48,), 2, 0), tmp_path / "out")
     losses = found.rows["sf/0"]["perplexity"]
     assert losses["dense"] != losses["patched"]

@@ -24,7 +24,7 @@ def test_kernels_fit(arch):
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout)
     assert {(r["kernel"], r["dtype"]) for r in rows} == {
-        (k, d) for k in ("match", "merge", "bounds", "scores", "decode") for d in DTYPES
+        (k, d) for k in ("match", "merge", "bounds", "scores", "decode", "gather") for d in DTYPES
     }
     assert not [r for r in rows if r["shared"] > SHARED[arch]]
 
@@ -32,11 +32,13 @@ def test_kernels_fit(arch):
 def main(arch: int) -> None:
     from lcpatch_kernels.cluster_merge import TRITON_MAX_BYTES
     from lcpatch_kernels.cluster_merge import triton as merging
+    from lcpatch_kernels.gather_records import triton as gathering
     from lcpatch_kernels.page_scores import triton as paging
     from lcpatch_kernels.sparse_decode import triton as decoding
 
     rows = []
     for dtype in DTYPES:
+        rows.append(build("gather", gathering._gather_kernel, {"BLOCK": gathering.BLOCK}, dtype, arch, 4))
         for head_dim in (64, 256):
             shape = {"D": head_dim, "BLOCK_D": head_dim, "UPCAST": False}
             for chunk in (64, min(256, TRITON_MAX_BYTES // head_dim // (2 if dtype == "bf16" else 4))):
@@ -66,6 +68,8 @@ def build(kernel: str, function, constants: dict, dtype: str, arch: int, num_war
     from triton.compiler import ASTSource
 
     kinds = {"p_size": "fp32", "p_size_out": "fp32", "p_target": "i32", "p_bounds": "i32"}
+    if kernel == "gather":  # words, whatever they stand for
+        kinds = dict.fromkeys(("p_table", "p_numbers", "p_out"), "i64")
     if kernel == "scores":
         kinds["p_out"] = "fp32"
     if kernel == "decode":

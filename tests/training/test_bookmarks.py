@@ -121,16 +121,30 @@ def test_bookmarks_that_are_no_numbers_are_not_returned():
 
 @pytest.mark.slow
 def test_the_recipe(base, tmp_path):
-    """As a program: trained on text files, measured on rows it has not seen, saved where it was asked to."""
+    """As a program: trained on text files, measured on rows it has not seen, saved where it was asked to; and on from
+    there with one stage alone."""
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat and the dog ran to the man " * 200)
-    out = tmp_path / "bookmarks.safetensors"
-    words = ["--model", base, "--data", text, "--out", out, "--length", 96, "--page", 4, "--recent", 4, "--steps", 3]
+    out, second = tmp_path / "bookmarks.safetensors", tmp_path / "second.safetensors"
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels" / "torch-ext")))
-    command = [sys.executable, ROOT / "recipes" / "retrieval.py", *words, "--held-out", 2]
-    done = subprocess.run(
-        list(map(str, command)), env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert "held out" in done.stdout
-    assert Bookmarks.load(out).query.shape[0] == 2
+
+    def run(*words):
+        words = [*words, "--model", base, "--data", text, "--length", 120, "--page", 4, "--recent", 4, "--budget", 16]
+        command = [sys.executable, ROOT / "recipes" / "retrieval.py", *words, "--steps", 3, "--held-out", 2]
+        done = subprocess.run(
+            list(map(str, command)),
+            env={**os.environ, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    said = run("--out", out, "--stage", "both")
+    assert [said.count(x) for x in ("held out", "lm loss", "stage contrastive", "stage lm")] == [3, 3, 1, 1]
+    said = run("--out", second, "--bookmarks", out, "--stage", "lm")
+    assert [said.count(x) for x in ("held out", str(out), "stage contrastive", "stage lm")] == [3, 1, 0, 1]
+    first, then = Bookmarks.load(out), Bookmarks.load(second)
+    assert first.query.shape[0] == 2
+    assert not torch.equal(first.query, then.query)

@@ -83,7 +83,7 @@ def test_what_follows_the_last_label_is_not_run(monkeypatch: pytest.MonkeyPatch)
     labels = ids.clone()
     labels[:, 33:] = -100  # token 31 predicts the last label, token 32
     chunked(model, ids, labels, 16)
-    assert runs == [(0, 16), (16, 32), (16, 32), (0, 16)]
+    assert runs == [(0, 16), (16, 32), (0, 16)]  # and what is run last in the first pass is run once
 
 
 def test_num_items_in_batch_divides_and_grad_scale_multiplies():
@@ -223,7 +223,7 @@ def test_dropout_is_the_same_in_both_passes(checkpoint: bool, monkeypatch: pytes
     got = chunked(model, ids, ids, 16)
     assert torch.equal(torch.rand(1), after)  # as many numbers are gone as one forward takes
     assert all(equal)
-    assert len(equal) >= 2 * 5
+    assert len(equal) >= 2 * 4
     assert_same(got, want, rounding(lora(build())))
     monkeypatch.setattr(support.RandomState, "restore", lambda self: None)
     equal.clear()
@@ -238,7 +238,7 @@ def watch_passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     def compare(self, keys, values, *args, **kwargs):
         result = update(self, keys, values, *args, **kwargs)
-        if not self.now.recording:
+        if not self.now.new or self.now.backward:
             here = slice(self.now.start, self.now.end)
             kept = (x[:, :, here] for x in result)
             equal.append(all(torch.equal(a, b) for a, b in zip((keys, values), kept, strict=True)))

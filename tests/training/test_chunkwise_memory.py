@@ -151,19 +151,19 @@ def test_units_arrive_ahead(deep: nn.Module, monkeypatch: pytest.MonkeyPatch):
 
     def note(self, unit, now):
         held = any(slot.unit == unit and slot.end >= now.end for slot in self._slots)
-        late.append((now.recording, now.backward, now.start, held))
+        late.append((now.new, now.backward, now.start, held))
         return read(self, unit, now)
 
     monkeypatch.setattr(offload.HostStore, "read", note)
     chunked(deep, tokens(1, 129), tokens(1, 129), 32, offload=True)
     assert load is offload.HostStore._load
-    after_one = [held for recording, _, start, held in late if not recording and start < 96]
+    after_one = [held for new, _, start, held in late if not new and start < 96]
     assert len(after_one) == 3 * 2 * 16  # three chunks, forward and backward, 16 units
     assert sum(after_one) >= len(after_one) - 3  # but for the first unit of a chunk
     monkeypatch.setattr(offload.HostStore, "_predict", lambda self, unit, now: None)
     late.clear()
     chunked(deep, tokens(1, 129), tokens(1, 129), 32, offload=True)
-    assert sum(held for recording, _, start, held in late if not recording and start < 96) < 15
+    assert sum(held for new, _, start, held in late if not new and start < 96) < 15
 
 
 def test_pool():
@@ -216,7 +216,7 @@ def test_rehearsal(deep: nn.Module, stores: list, monkeypatch: pytest.MonkeyPatc
     for name, p in deep.named_parameters():
         p.grad = before[name]
     chunkwise.rehearse(deep, length=160, chunk_size=32, offload=offloaded)
-    assert runs == [(0, 32), (96, 128), (128, 160), (128, 160), (96, 128)]
+    assert runs == [(0, 32), (96, 128), (128, 160), (96, 128)]
     assert all(p.grad is before[name] for name, p in deep.named_parameters())
     host = pool.memory()
     chunked(deep, tokens(1, 161), tokens(1, 161), 32, offload=offloaded)
@@ -225,3 +225,18 @@ def test_rehearsal(deep: nn.Module, stores: list, monkeypatch: pytest.MonkeyPatc
     assert host == (KAPPA * (32 * 3 + 32) if offloaded else 0)  # three chunks, and what the last leaves the one before
     assert pool.memory() == (KAPPA * (160 + 128) if offloaded else 0)
     chunkwise.rehearse(deep, length=20, chunk_size=32, offload=offloaded)  # one chunk
+
+
+def test_first_pass(deep: nn.Module, monkeypatch: pytest.MonkeyPatch):
+    """What `backward` runs before its second pass, and no more."""
+    runs = []
+    decode = chunkwise._Run._decode
+    monkeypatch.setattr(chunkwise._Run, "_decode", lambda run, m, *at: runs.append(at) or decode(run, m, *at))
+    deep.zero_grad()
+    chunkwise.first_pass(deep, length=90, chunk_size=32)
+    alone = list(runs)
+    assert alone == [(0, 32), (32, 64)]
+    assert not any(p.grad is not None for p in deep.parameters())
+    runs.clear()
+    chunked(deep, tokens(1, 91), tokens(1, 91), 32)
+    assert runs == [*alone, (64, 90), (32, 64), (0, 32)]

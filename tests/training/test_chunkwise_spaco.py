@@ -88,10 +88,16 @@ def test_chunks_that_are_not_kept_are_not_run(model, ids, monkeypatch):
     monkeypatch.setattr(chunkwise._Run, "_decode", lambda run, m, *at: runs.append(at[0]) or decode(run, m, *at))
     plan = spaco.bernoulli((False, True, False, False, True), 0.5)
     chunked(model, ids, ids, SIZE, estimator=lambda count: plan)
-    assert runs == [0, 16, 32, 48, 64, 64, 16]
+    assert runs == [0, 16, 32, 48, 64, 16]
+    runs.clear()
+    plan = spaco.bernoulli((True, False, True, False, False), 0.5)
+    chunked(model, ids, ids, SIZE, estimator=lambda count: plan)
+    assert runs == [0, 16, 32, 0]  # what follows would be read by none
+    runs.clear()
     model.zero_grad(set_to_none=True)
     nothing = spaco.bernoulli((False,) * 5, 0.5)
     assert chunked(model, ids, ids, SIZE, estimator=lambda count: nothing) == (0.0, {})
+    assert not runs
 
 
 def test_parts_of_the_gradient_by_chain_length(model, ids):

@@ -97,6 +97,26 @@ def test_trainer_passes_options_on(tmp_path: Path):
     assert seen == [4] * 3  # 49 tokens that have a next one
 
 
+def test_trainer_draws_by_seed_step_backward_and_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Never twice the same; and the same again in another run, whatever else takes random numbers there."""
+    plans = []
+    draw = spaco.draw
+    monkeypatch.setattr(spaco, "draw", lambda *args: plans.append(draw(*args)) or plans[-1])
+    options = {"chunk_size": 4, "estimator": "bernoulli", "keep": 0.5}
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    trained(tmp_path, options, **settings)
+    first, plans[:] = plans[:], []
+    assert len({plan.kept for plan in first}) == len(first) == 6
+    torch.manual_seed(3)
+    trained(tmp_path, options, **settings)
+    assert plans == first
+    plans.clear()
+    trained(tmp_path, options, seed=1, **settings)
+    monkeypatch.setattr(TrainingArguments, "process_index", 1)
+    trained(tmp_path, options, **settings)
+    assert len({plan.kept for plan in first + plans}) == 18
+
+
 def test_trainer_scales_what_a_grad_scaler_will_unscale(tmp_path: Path):
     """fp16's loss scale: on the gradients, not on the loss that is returned."""
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])

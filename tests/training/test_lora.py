@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lcpatch
 from lcpatch.core.errors import UnsupportedModelError
+from lcpatch.hf.models import unwrap
 from lcpatch.hf.state import SINK_LOGIT
 from lcpatch.training import lora
 
@@ -71,14 +72,43 @@ def test_what_is_trained_is_fp32_and_the_stream_is_not():
     assert {p.dtype for p in lora.trainable(wrapped)} == {torch.float32}
     assert {p.dtype for p in wrapped.parameters() if not p.requires_grad} == {torch.bfloat16}
     ids = tokens()
-    for dtype in (torch.float32, torch.bfloat16):
-        hooks = lora.keep_dtype(wrapped) if dtype == torch.bfloat16 else []
+
+    seen = []
+    for name, module in wrapped.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+
+    def dtypes() -> tuple[set[torch.dtype], set[torch.dtype]]:
+        """Of the residual stream, and of what adapters get from the norms."""
+        seen.clear()
         with torch.autocast("cpu", torch.bfloat16):
             hidden = wrapped(ids, output_hidden_states=True, use_cache=False).hidden_states
-        assert {h.dtype for h in hidden[:-1]} == {dtype}
-        for hook in hooks:
-            hook.remove()
-    assert lora.keep_dtype(lora.prepare(build())) == []
+        return {h.dtype for h in hidden[:-1]}, set(seen)
+
+    wide = {torch.float32}, {torch.float32}
+    assert dtypes() == wide
+    with lora.keep_dtype(wrapped):
+        assert dtypes() == ({torch.bfloat16}, {torch.bfloat16})
+    assert dtypes() == wide
+    lone = lora.prepare(build())
+    with lora.keep_dtype(lone):  # nothing is frozen in half precision
+        assert not any(module._forward_hooks for module in lone.modules())
+
+
+def test_a_kept_dtype_changes_no_value_of_a_forward():
+    """Each projection rounds its input in any case; here the residual stream is bf16 on both sides."""
+    wrapped = lora.prepare(build().to(torch.bfloat16))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:  # zero at first, which would hide what LoRA is given
+            torch.nn.init.normal_(parameter, std=0.5)
+    ids, embeddings = tokens(), unwrap(wrapped).get_input_embeddings()
+    with torch.autocast("cpu", torch.bfloat16), lora.keep_dtype(wrapped):
+        kept = wrapped(ids, use_cache=False).logits
+    hook = embeddings.register_forward_hook(lambda module, args, out: out.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = wrapped(ids, use_cache=False).logits
+    hook.remove()
+    assert torch.equal(kept, stock)
 
 
 def test_sink_logits_train_beside_an_adapter():

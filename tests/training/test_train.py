@@ -240,10 +240,15 @@ def interrupt(monkeypatch):
     return at
 
 
-@pytest.mark.parametrize("name", ["sinklora", "s2"])
+@pytest.mark.parametrize("name", ["sinklora", "s2", "spaco"])
 def test_a_stopped_run_goes_on_exactly(trained, base, tmp_path: Path, interrupt, monkeypatch, name: str):
     """Also in the middle of gradient accumulation, with dropout: the same losses and the same weights."""
-    settings = SETTINGS[name] | {"steps": 10, "accumulate": 2, "lora_dropout": 0.2}
+    spaco = {"spaco": {**SETTINGS["chunkwise"], "keep_chunks": 0.5}}
+    settings = {**SETTINGS, **spaco}[name] | {
+        "steps": 10,
+        "accumulate": 2,
+        "lora_dropout": 0.2,
+    }
     whole = run(base, tmp_path / "whole", **settings)
     with monkeypatch.context():
         interrupt(3)

@@ -6,6 +6,7 @@ Needs torch, and triton where a kernel runs; imports nothing of lcpatch.
 from .attn_mass import attn_mass
 from .block_sparse import DENSE, UNBOUNDED, BlockSparseSpec, Rule, block_sparse, block_sparse_backward
 from .cluster_merge import cluster_merge
+from .gather_records import block_table, gather_records
 from .page_scores import page_bounds, page_scores
 from .sparse_decode import sparse_decode
 from .transformers_attention import flash_attn_forward, supports_flash_attn
@@ -18,8 +19,10 @@ __all__ = [
     "attn_mass",
     "block_sparse",
     "block_sparse_backward",
+    "block_table",
     "cluster_merge",
     "flash_attn_forward",
+    "gather_records",
     "page_bounds",
     "page_scores",
     "sparse_decode",

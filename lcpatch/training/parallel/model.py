@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lcpatch_kernels import DENSE
 
 from ...core.errors import ParallelError
+from ...hf.head import decoder_of
 from ...hf.layers import state_of
 from ...hf.models import attention_modules, unwrap
 from ...hf.registration import NAME
@@ -97,7 +98,7 @@ class Parallel:
         self._modules = route(model) if self._routed else attention_modules(base)
         for module in self._modules.values():
             state_of(module).parallel = self
-        self._hook = base.base_model.register_forward_pre_hook(_refuse_mask, with_kwargs=True)
+        self._hook = decoder_of(base).register_forward_pre_hook(_refuse_mask, with_kwargs=True)
         self._checked: Shard | None = None
         setattr(base, ON_REMOVE, self.close)
         self.link.pulse = pulse_of(self.link.group)

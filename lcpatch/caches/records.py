@@ -1,0 +1,45 @@
+"""A page as it lies outside of the device: keys and values in what a codec makes of them, as bytes in one piece."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .codec import Plain
+
+ALIGNMENT = 8  # of a part and of the record: a part is read as it lies, whatever its type
+
+
+class Record:
+    """How pages become bytes, and bytes pages.
+
+    Args:
+        codec: how they are stored.
+        page: tokens.
+        like: an empty tensor [1, K, 0, D] as the keys are.
+    """
+
+    def __init__(self, codec: Plain, page: int, like: Tensor) -> None:
+        self.codec, self.like = codec, like
+        example = codec.encode(like.new_zeros(1, 2, page, like.shape[3]))
+        self.parts = {name: (x.dtype, x.shape[1:], x.numel() * x.element_size()) for name, x in example.items()}
+        self.nbytes = sum(_aligned(size) for _, _, size in self.parts.values())
+
+    def pack(self, pages: Tensor) -> Tensor:
+        """[n, 2, page, D], keys and values -> uint8 [n, bytes]."""
+        encoded = self.codec.encode(pages)
+        parts = [encoded[name].contiguous().flatten(1).view(torch.uint8) for name in self.parts]
+        return torch.cat([pad(x, (0, _aligned(x.shape[1]) - x.shape[1])) for x in parts], 1)
+
+    def unpack(self, records: Tensor) -> Tensor:
+        """The inverse, in the dtype of the keys."""
+        parts, start = {}, 0
+        for name, (dtype, shape, size) in self.parts.items():
+            parts[name] = records[:, start : start + size].view(dtype).unflatten(1, shape)
+            start += _aligned(size)
+        return self.codec.decode(parts, self.like)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

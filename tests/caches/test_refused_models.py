@@ -1,0 +1,44 @@
+"""Models that no cache here serves: what the message says is so, and it says what to do instead."""
+
+import pytest
+import torch
+import transformers
+from cache_cases import ALL
+from models import build, tokens
+
+import lcpatch
+from lcpatch.caches import caches
+
+SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "eos_token_id": None, "pad_token_id": 0}
+MAMBA = {"mamba_n_heads": 4, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 16}
+
+
+@pytest.mark.filterwarnings("ignore:.* keep transformers' own cache")
+@pytest.mark.filterwarnings("ignore:.* mamba")
+def test_attention_beside_a_state_space_model_in_one_layer():
+    config = transformers.FalconH1Config(**SIZES, **MAMBA, num_hidden_layers=2, mamba_d_ssm=32, mamba_d_head=8)
+    model, ids = transformers.FalconH1ForCausalLM(config).eval(), tokens(1, 30)
+    with pytest.raises(lcpatch.UnsupportedModelError, match="state-space model side by side") as refused:
+        lcpatch.H2OCache(model)
+    with pytest.raises(lcpatch.UnsupportedModelError, match="state-space model side by side"):
+        lcpatch.apply(model, "sink")
+    # What it says to do works: without a cache of ours, and a model that it names.
+    assert model.generate(ids, max_new_tokens=3).shape == (1, 33)
+    assert "bamba" in str(refused.value)
+    config = transformers.BambaConfig(
+        **SIZES, **MAMBA, num_hidden_layers=3, attn_layer_indices=[1], mamba_d_head=16, num_logits_to_keep=1
+    )
+    model = transformers.BambaForCausalLM(config).eval()
+    want, got = (
+        model.generate(ids, max_new_tokens=5, do_sample=False, past_key_values=cache)
+        for cache in (None, lcpatch.H2OCache(model, 4096))
+    )
+    assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "s2"])
+def test_the_meta_device(name):
+    model = build().to("meta")
+    with pytest.raises(lcpatch.UnsupportedModelError, match=r"a model on the meta device has no .*; load its weights"):
+        model(torch.zeros(1, 9, dtype=torch.long, device="meta"), past_key_values=caches.get(name)(model))

@@ -1,0 +1,29 @@
+"""Tiny random models with ways of their own, which what works for `models.FAMILIES` does not suit."""
+
+import torch
+import transformers
+from models import VOCAB
+from torch import nn
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+SETTINGS = {
+    "DiffLlama": {},  # attends twice, to either half of its values
+    "JetMoe": {"kv_channels": 16, "num_experts_per_tok": 2, "num_local_experts": 4},  # repeats keys for its experts
+    # Calls the decoder inside its base model. A bias of the keys has no gradient but rounding.
+    "OPT": {"ffn_dim": 40, "word_embed_proj_dim": 32, "dropout": 0.0, "enable_bias": False, "pad_token_id": 0},
+}
+
+
+def make(prefix: str, **changes) -> nn.Module:
+    config = getattr(transformers, f"{prefix}Config")(**SIZES, **SETTINGS[prefix], **changes)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{prefix}ForCausalLM")(config).train()

@@ -1,0 +1,131 @@
+"""Models with ways of their own around their cache: the exact gradient by chunks, or a refusal; never another."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from chunkwise_cases import assert_same, chunked, far, plain, rounding, taken
+from models import SHORT, VOCAB, build, tokens
+from odd_models import SIZES, make
+from schedules import documents, pad
+from torch import nn
+
+import lcpatch
+from lcpatch.core.errors import UnsupportedModelError
+from lcpatch.eval.perplexity import token_nll
+from lcpatch.hf.state import ATTRIBUTE
+from lcpatch.training import chunkwise, support
+from lcpatch.training.fused import fused_loss
+
+
+@pytest.mark.parametrize("prefix", ["DiffLlama", "JetMoe"])
+def test_a_model_that_does_more_than_attend_to_what_its_cache_returns(prefix: str, monkeypatch: pytest.MonkeyPatch):
+    """Our attention would be given something else: refused where it was asked for, left alone where it was not."""
+    model, ids = make(prefix), tokens(2)
+    want = plain(copy.deepcopy(model).double(), ids, ids)
+    allowed = 2 * far(plain(model, ids, ids)[1], want[1])  # DiffLlama sums its lambdas in fp32 whatever its dtype
+    assert 0 < allowed < 1e-3
+    for options in ({"attention": "lcpatch"}, {"attention": "cudnn"}, {"offload": True}):
+        with pytest.raises(UnsupportedModelError, match="use attention='own'"):
+            chunked(model, ids, ids, 16, **options)
+    monkeypatch.setattr(support, "_has_kernel", lambda base: True)  # "auto" as on a GPU
+    for size in (16, 75):
+        assert_same(chunked(model, ids, ids, size), want, allowed)
+    chunkwise.rehearse(model, length=40, chunk_size=16)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_patched_model_that_does_more_than_attend(monkeypatch: pytest.MonkeyPatch):
+    """Its patch stays on, by chunks too, and nothing of the attempt is left on it."""
+    model, ids = lcpatch.apply(make("DiffLlama"), "s2", **SHORT["s2"]), tokens(2)
+    want, budget = plain(copy.deepcopy(model).double(), ids, ids), plain(model, ids, ids)
+    monkeypatch.setattr(support, "_has_kernel", lambda base: True)
+    assert_same(chunked(model, ids, ids, 16), want, 2 * far(budget[1], want[1]))
+    assert all(m.__dict__[ATTRIBUTE].layer is None for m in model.modules() if ATTRIBUTE in m.__dict__)
+
+
+def test_a_model_that_attends_to_other_keys_than_its_cache_returned(monkeypatch: pytest.MonkeyPatch):
+    model, ids = build().double().train(), tokens(2)
+    update = chunkwise.ChunkCache.update
+    seen = []
+
+    def another_layers(self, *args, **kwargs):
+        seen.append(update(self, *args, **kwargs))
+        return seen[0]
+
+    monkeypatch.setattr(chunkwise.ChunkCache, "update", another_layers)
+    with pytest.raises(UnsupportedModelError, match="layer 1 attends to other keys or values than its cache returned"):
+        chunked(model, ids, ids, 16, attention="lcpatch")
+
+
+@pytest.mark.parametrize("attention", ["own", "lcpatch"])
+def test_a_model_that_calls_the_decoder_inside_its_base(attention: str):
+    model, ids = make("OPT").double(), tokens(2)
+    want, allowed = plain(model, ids, ids), rounding(model)
+    assert_same(chunked(model, ids, ids, 16, attention=attention), want, allowed)
+    (padded, mask), inner = pad(documents(), "left"), model.model.decoder
+    labels = padded.masked_fill(mask == 0, -100)
+    want = plain(model, padded, labels, attention_mask=mask)
+    assert_same(chunked(model, padded, labels, 16, attention=attention, attention_mask=mask), want, allowed)
+    assert "forward" not in inner.__dict__
+
+
+def test_the_loss_of_such_a_model_a_few_rows_at_a_time():
+    """What the trainer and the measure of perplexity compute, of whole rows."""
+    model, ids = make("OPT").double(), tokens(2)
+    want = plain(model, ids, ids)
+    model.zero_grad()
+    loss = fused_loss(model, {"input_ids": ids, "labels": ids, "use_cache": False})
+    loss.backward()
+    assert_same((loss.item(), taken(model)), want, rounding(model))
+    assert token_nll(model.eval(), ids).mean().item() == pytest.approx(want[0], rel=1e-6)  # in fp32
+
+
+def test_a_model_that_does_not_call_its_decoder(monkeypatch: pytest.MonkeyPatch):
+    model, ids = build(), tokens(2)
+    monkeypatch.setattr(model.model, "decoder", nn.Linear(1, 1), raising=False)
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM does not call its Linear"):
+        chunked(model, ids, ids, 16)
+
+
+def gemma4(**changes) -> nn.Module:
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("this transformers has no Gemma 4")
+    sizes = {**SIZES, "num_hidden_layers": 4, "head_dim": 16, "global_head_dim": 32, "sliding_window": 20}
+    inputs = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "pad_token_id": 0}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = transformers.Gemma4TextConfig(**sizes, **inputs, layer_types=kinds, **changes)
+    torch.manual_seed(0)
+    return transformers.Gemma4ForCausalLM(config).double().train()
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_k_eq_v": True, "num_global_key_value_heads": 1}])
+def test_gemma4(changes: dict):
+    """Heads of two sizes, embeddings for every layer; keys that are the values."""
+    model, ids = gemma4(**changes), tokens(2)
+    want, allowed = plain(model, ids, ids), rounding(model)
+    for options in ({"attention": "own"}, {"attention": "lcpatch"}, {"offload": True}):
+        assert_same(chunked(model, ids, ids, 16, **options), want, allowed)
+
+
+def test_gemma4_whose_layers_share_keys():
+    with pytest.raises(UnsupportedModelError, match="last 2 layers read other layers' keys"):
+        chunked(gemma4(num_kv_shared_layers=2), tokens(2), tokens(2), 16)
+
+
+def test_an_encoder_with_a_head():
+    """It sees what follows, unless its config says that it is a decoder: then it is like any other."""
+    sizes = {**SIZES, "type_vocab_size": 1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+    def bert(is_decoder: bool) -> nn.Module:
+        torch.manual_seed(0)
+        return transformers.BertLMHeadModel(transformers.BertConfig(**sizes, is_decoder=is_decoder)).double().train()
+
+    ids = tokens(2)
+    with pytest.raises(UnsupportedModelError, match="not causal"):
+        chunked(bert(False), ids, ids, 16)
+    decoder = bert(True)
+    for name, p in decoder.named_parameters():
+        p.requires_grad_(not name.endswith("key.bias"))  # which has no gradient but rounding
+    assert_same(chunked(decoder, ids, ids, 16), plain(decoder, ids, ids), rounding(decoder))
