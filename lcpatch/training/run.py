@@ -85,8 +85,7 @@ def train(config: TrainConfig, save: Save | None) -> Result:
     model = load_model(config)
     stop = StopOnSignal()
     with ExitStack() as stack:
-        for hook in enable_inputs(model):
-            stack.callback(hook.remove)
+        stack.callback(enable_inputs(model).remove)
         stack.enter_context(lora.keep_dtype(model))
         stack.enter_context(stop.listening())
         trainer = LongTrainer(
