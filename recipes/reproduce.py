@@ -68,6 +68,8 @@ def study(args: argparse.Namespace) -> Study:
     wanted = [name.strip() for name in args.arms.split(",")] if args.arms else list(every)
     if unknown := [name for name in wanted if name not in every]:
         raise ValueError(f"--arms: {unknown[0]!r} is not one of {', '.join(every)}")
+    if args.seeds < 1:
+        raise ValueError(f"--seeds {args.seeds} must be at least 1")
     config = TrainConfig(
         model=args.model,
         data=tuple(args.data),

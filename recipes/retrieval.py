@@ -50,6 +50,9 @@ def parse(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> int:
     args = parse(argv)
+    if args.steps < 1:
+        raise ValueError(f"--steps {args.steps} must be at least 1")
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # better now than after the training
     name = resolve(args.model)
     tokenizer = AutoTokenizer.from_pretrained(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,7 +92,6 @@ def main(argv=None) -> int:
         else:
             train_bookmarks(model, learnt, bookmarks=bookmarks, lr=args.learning_rate, say=say, **pages)
         measure(f"after stage {stage}", bookmarks)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         bookmarks.save(args.out)
         print(f"bookmarks: {args.out}")
     return 0

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
     from ..training.model import resolve
-    from ..training.plan import plan
+    from ..training.plan import plan, window_of
 
     config = AutoConfig.from_pretrained(resolve(args.model))
     rows = plan(config, args.length, gib, attentions=args.attention.split(","), tune=args.tune)
@@ -49,6 +49,11 @@ def run(args: argparse.Namespace) -> None:
         "One row a step, bf16, checkpointing. Times are an H100's; measured there within 10 % for dense and S2 without "
         "chunks, the formula's word for the rest."
     )
+    if window := window_of(config):
+        print(
+            f"Layers with a window take the time of its {window} tokens, as --dense flash_attention_2 does; sdpa "
+            "computes them as dense ones."
+        )
     if args.ranks:
         _over_ranks(args, config)
 

@@ -10,6 +10,7 @@ Stage 2, the language-model loss over retrieved pages, is `bookmarks_lm`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ..caches.layer import AttendingLayer, LongCache, routed_layers
 from ..caches.scattered import is_dense
 from ..caches.scorers import Bookmarks
+from ..core.errors import TrainingError
 from ..hf.models import unwrap
 from ..hf.route import is_routed, unroute
 from ..hf.watch import Call, attend
@@ -56,11 +58,14 @@ def train_bookmarks(
         UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.
         ValueError: a text too short for a page to choose, a model whose layers all follow a pattern, or bookmarks of
             another shape than its heads.
+        TrainingError: the loss was not a number.
     """
     bookmarks = placed(Bookmarks.of(model) if bookmarks is None else bookmarks, model)
     optimiser = torch.optim.Adam(bookmarks.parameters(), lr)
     lesson = Lesson(bookmarks, page, num_sinks, recent, num_queries, seed)
     for step, (loss, recall) in enumerate(_lessons(model, texts, lesson)):
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss became {loss} at step {step}; take a lower learning rate than {lr}")
         optimiser.step()
         optimiser.zero_grad()
         if say is not None:
@@ -136,6 +141,9 @@ class Lesson:
     def __init__(
         self, bookmarks: Bookmarks, page: int, num_sinks: int, recent: int, num_queries: int, seed: int
     ) -> None:
+        for name, value, least in (("page", page, 1), ("recent", recent, 0), ("num_sinks", num_sinks, 0)):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
         self.bookmarks, self.page, self.sink_pages, self.recent = bookmarks, page, -(-num_sinks // page), recent
         self.num_queries, self.rng = num_queries, torch.Generator().manual_seed(seed)
         self.least = (self.sink_pages + 2) * page + recent  # then the last token has two pages to choose from

@@ -8,25 +8,29 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..core.disk import why_unwritten
 from ..core.errors import TrainingError
 from ..hf.models import attention_modules, unwrap
 from ..hf.sinks import sink_parameters
 from .sharded import put_tensor, whole_tensor
 
 RUN_FILE = "run.json"
+TRAINER_STATE_NAME = "trainer_state.json"  # as transformers calls it
 SINKS_FILE = "sinks.safetensors"
 STAGING = ".incomplete"
 MAY_CHANGE = ("save_every", "keep", "resume", "evaluate_every", "log_every", "report_to", "workers", "merged", "output")
 """Settings that change no weight, so that a resumed run may have others."""
 
 
-def claim(folder: Path, run: dict[str, Any], resume: str) -> Path | None:
-    """Make `folder` the place of this run, and return the checkpoint to go on from, if there is one.
+def resumed_from(folder: Path, run: dict[str, Any], resume: str) -> Path | None:
+    """The checkpoint in `folder` that a run goes on from; None: it begins.
 
     Args:
         folder: of the run.
@@ -36,41 +40,65 @@ def claim(folder: Path, run: dict[str, Any], resume: str) -> Path | None:
     Raises:
         ValueError: the folder holds another run; the message says in what they differ.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
     file = folder / RUN_FILE
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.glob("checkpoint-*")):
             raise ValueError(f"{folder} holds checkpoints of another program; take another --output")
-        with arriving(file) as new:
-            new.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
         return None
     if resume == "never":
         raise ValueError(f"{folder} holds a run already; take another --output, delete it, or leave --resume out")
-    known = json.loads(file.read_text(encoding="utf-8"))
+    known = _known_run(file)
     for name in sorted(known.keys() | run.keys()):
         if name not in MAY_CHANGE and known.get(name) != run.get(name):
+            empty = [p.name for p in folder.iterdir()] == [RUN_FILE]
+            instead = "delete it, as nothing was saved there," if empty else "take another --output,"
             raise ValueError(
-                f"{folder} holds a run with {name}={known.get(name)!r}, this one has {run.get(name)!r}: take another "
-                "--output, or the same settings to go on with that run"
+                f"{folder} holds a run with {name}={known.get(name)!r}, this one has {run.get(name)!r}: {instead} "
+                "or take the same settings to go on with that run"
             )
-    last = get_last_checkpoint(str(folder))
-    return None if last is None else Path(last)
+    discard(folder / STAGING)  # left by a kill in the middle of a write
+    last = last_checkpoint(folder)
+    if last is not None:
+        with reading(last):
+            json.loads((last / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # the first that is wanted of it
+    return last
+
+
+def claim(folder: Path, run: dict[str, Any]) -> None:
+    """Make `folder` the place of a run that begins or goes on now."""
+    if not (folder / RUN_FILE).is_file():
+        with arriving(folder / RUN_FILE) as new:
+            new.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+
+
+def _known_run(file: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        known = None
+    if not isinstance(known, dict):
+        raise ValueError(f"{file} does not say which run the folder holds: take another --output, or delete the folder")
+    return known
 
 
 @contextmanager
 def arriving(target: Path) -> Iterator[Path]:
-    """A path beside `target` that becomes it in one step when the block ends well, and vanishes when it does not."""
+    """A path beside `target` that becomes it in one step when the block ends well, and vanishes when it does not.
+
+    Raises:
+        TrainingError: it could not be written.
+    """
     staging = target.parent / STAGING
     new = staging / target.name
     discard(staging)
-    staging.mkdir(parents=True)
     try:
-        yield new
-        if target.is_dir():
-            os.replace(target, staging / ".old")
-        os.replace(new, target)
+        with writing(str(target), target.parent):
+            staging.mkdir(parents=True)
+            yield new
+            if target.is_dir():
+                os.replace(target, staging / ".old")
+            os.replace(new, target)
     finally:
         discard(staging)
 
@@ -85,14 +113,51 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def disk_full(error: OSError, folder: Path, step: int) -> TrainingError:
-    """What to tell a user whose checkpoint could not be written."""
-    kept = sorted(folder.glob("checkpoint-*"), key=step_of)
-    has = f"the last whole one is {kept[-1]}" if kept else "there is none yet"
-    return TrainingError(
-        f"the checkpoint of step {step} could not be written ({error.strerror or error}); nothing half-written was "
-        f"left, {has}. Make room, and run the same command to go on"
-    )
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest one of the run in `folder`."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last = get_last_checkpoint(str(folder))
+    return None if last is None else Path(last)
+
+
+@contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Say of a write that fails what is missing now, and how the run in `folder` goes on.
+
+    Raises:
+        TrainingError: `what` could not be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = why_unwritten(error, folder)
+        if reason is None:
+            raise
+        last = last_checkpoint(folder)
+        kept = "there is no checkpoint yet" if last is None else f"the last whole checkpoint is {last}"
+        raise TrainingError(
+            f"{what} could not be written ({reason}); nothing half-written was left, {kept}. Make room, and run the "
+            "same command to go on"
+        ) from error
+
+
+@contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Say of a checkpoint that cannot be read how to go on without it.
+
+    Raises:
+        TrainingError: a file of it is missing or damaged.
+    """
+    try:
+        yield
+    except (OSError, EOFError, ValueError, UnpicklingError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise  # of the device, or of shapes: the files are well
+        raise TrainingError(
+            f"{checkpoint} cannot be read ({type(error).__name__}: {error}); delete it to go on from the checkpoint "
+            "before it, or from the beginning if there is none"
+        ) from error
 
 
 def sinks_of(model: nn.Module) -> dict[str, Tensor]:

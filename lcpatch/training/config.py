@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import types
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -36,7 +38,11 @@ class TrainConfig:
     eval_data: tuple[str, ...] = option((), "what to evaluate on; none: the last --eval-rows rows of the data")
     eval_rows: int = option(2, "rows to evaluate on; 0: do not evaluate")
 
-    attention: str = option("sf", "full, short (groups only), shift, sf, s2 or another method")
+    attention: str = option(
+        "sf",
+        "full, short (groups only), shift, sf, s2 or another method; another arm than the file's or the recipe's goes "
+        "without their layers and options",
+    )
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "of the method", "choices": None})
     layers: tuple[int, ...] | str | None = option(None, "sparse layers: every_2 or 0,2,4; none: all")
     sinks: str | None = option(None, "tokens:N; or learnable: logit[:START], prefix[:N[:START]]")
@@ -64,7 +70,10 @@ class TrainConfig:
         ["full", "selective", "none"],
     )
     offload: bool = option(False, "keep what waits for the backward pass in the host's memory")
-    chunk_size: int = option(0, "SeCO: exact gradients with so many tokens' activations at a time; 0: the whole row")
+    chunk_size: int = option(
+        0,
+        "SeCO: exact gradients with so many tokens' activations at a time; 0: the whole row, whatever keep_chunks was",
+    )
     keep_chunks: float = option(1.0, "SpaCO: how likely a chunk's gradient is computed; 1: SeCO, exact")
     context_parallel: int = option(1, "processes that share each row, or each chunk of it; a step has as many rows")
     parallel: str = option("auto", "how they share it: auto, halo, ring, lightseq, tokenring, ulysses")
@@ -75,7 +84,9 @@ class TrainConfig:
     resume: str = option("auto", "auto: go on where this run stopped; never: refuse a used folder", ["auto", "never"])
     evaluate_every: int = option(0, "steps from one evaluation to the next; 0: once, at the end")
     log_every: int = option(1, "steps from one line to the next")
-    report_to: str = option("none", "tensorboard, wandb, … or none")
+    report_to: str = option(
+        "none", "tensorboard, wandb, …, with commas between several; all that are installed; or none"
+    )
     workers: int = option(0, "processes that read data")
     merged: bool = option(False, "also write the model with the adapter merged into it")
 
@@ -89,6 +100,11 @@ class TrainConfig:
         self._at_least("context_parallel", 1)
         for name in ("eval_rows", "warmup", "save_every", "evaluate_every", "workers", "weight_decay", "chunk_size"):
             self._at_least(name, 0)
+        for name in ("beta2", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0, and below 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be a whole number from 0 to 2**32 - 1")
         if not 0 < self.keep_chunks <= 1:
             raise ValueError(f"keep_chunks={self.keep_chunks} must be above 0, and at most 1")
         if self.keep_chunks < 1 and not self.chunk_size:
@@ -103,6 +119,8 @@ class TrainConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        if math.isinf(self.learning_rate):
+            raise ValueError(f"learning_rate={self.learning_rate} must be a finite number")
 
     def _at_least(self, name: str, least: int) -> None:
         if not getattr(self, name) >= least:
@@ -119,11 +137,7 @@ class TrainConfig:
         Raises:
             ValueError: an unknown key or a value of the wrong kind; the message names it and the choices.
         """
-        hints = get_type_hints(cls)
-        known = {f.name for f in fields(cls)}
-        if unknown := [str(key) for key in data if key not in known]:
-            raise ValueError(f"{source}: unknown key {unknown[0]!r}; keys: {', '.join(sorted(known))}")
-        return cls(**{name: _typed(source, name, value, hints[name]) for name, value in data.items()})
+        return cls(**_typed(data, source))
 
 
 def load(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None, says: str = "") -> TrainConfig:
@@ -149,14 +163,27 @@ def load(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None =
             names = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))
             parser.add_argument(*names, dest=f.name, **_argument(f))
     args, rest = parser.parse_known_args(argv)
-    given = {k: v for k, v in vars(args).items() if v is not None and k != "config"}
+    words = {k: v for k, v in vars(args).items() if v is not None and k != "config"}
+    given = _typed(words, "the command line")
     from_file = {} if args.config is None else read_yaml(args.config)
-    settings = {**(defaults or {}), **from_file, **given}
-    if "attention" in {**from_file, **given} and "options" not in from_file:
-        settings.pop("options", None)  # a recipe's options are its own method's
+    settings = _over(_over(defaults or {}, from_file), given)
+    if left_out := [f"{name}={value!r}" for name, value in from_file.items() if name not in settings]:
+        warnings.warn(
+            f"{args.config}: {', '.join(left_out)} left out, because the command line says another attention, or no "
+            "chunks; repeat there what should stay",
+            stacklevel=2,
+        )
     if more := parse_options(rest):
         settings["options"] = {**settings.get("options", {}), **more}
     return TrainConfig.from_dict(settings)
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` before `below`, without what in `below` belongs to an arm or to chunks that `above` replaces."""
+    arm = below.get("attention", TrainConfig.attention)
+    gone = ["layers", "options"] if above.get("attention", arm) != arm else []
+    gone += ["keep_chunks"] if above.get("chunk_size") == 0 else []
+    return {name: value for name, value in below.items() if name not in gone} | dict(above)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -174,8 +201,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold `key: value` lines, not {type(data).__name__}")
-    TrainConfig.from_dict(data, str(path))
-    return data
+    return _typed(data, str(path))
 
 
 def _argument(f: Field) -> dict[str, Any]:
@@ -189,8 +215,16 @@ def _argument(f: Field) -> dict[str, Any]:
     return about
 
 
-def _typed(source: str, name: str, value: Any, hint: Any) -> Any:
-    """`value` as the field's type: a YAML reader gives `2e-5` as text, and lists for tuples."""
+def _typed(data: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Values as their fields' types: a YAML reader gives `2e-5` as text, and lists for tuples."""
+    hints = get_type_hints(TrainConfig)
+    known = {f.name for f in fields(TrainConfig)}
+    if unknown := [str(key) for key in data if key not in known]:
+        raise ValueError(f"{source}: unknown key {unknown[0]!r}; keys: {', '.join(sorted(known))}")
+    return {name: _as(hints[name], source, name, value) for name, value in data.items()}
+
+
+def _as(hint: Any, source: str, name: str, value: Any) -> Any:
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for kind in sorted(kinds, key=lambda kind: kind is not type(None)):
         try:

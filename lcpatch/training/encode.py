@@ -55,7 +55,11 @@ def chats(tokenizer: Any, length: int) -> Encoder:
 
 def _text(record: Record, field: str) -> str:
     value = record.get(field)
-    if not isinstance(value, str):
+    if field in record and not isinstance(value, str):
+        raise ValueError(
+            f"a record has {field}={value!r:.60}, which is not text; mend it, or name another --text-field"
+        )
+    if field not in record:
         have = ", ".join(map(str, record)) or "none"
         raise ValueError(f"a record has no text in {field!r}; its fields: {have}. Name the right one with --text-field")
     return value

@@ -24,19 +24,29 @@ def resolve(name: str) -> str:
     """
     if name == "demo":
         return str(demo_model())
-    if name.startswith((".", "/", "~")):
-        path = Path(name).expanduser()
-        if not path.is_dir():
-            raise FileNotFoundError(f"{name} is no folder with a model in it")
-        return str(path)
-    return name
+    path = Path(name).expanduser()
+    if not path.is_dir() and not name.startswith((".", "/", "~")):
+        return name
+    if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"{name} holds an adapter: name a model with it merged, as --merged writes one")
+        raise FileNotFoundError(f"{name} is no folder with a model in it: it has no config.json")
+    return str(path)
 
 
 def load_tokenizer(config: TrainConfig) -> Any:
-    """The model's tokenizer."""
+    """The model's tokenizer.
+
+    Raises:
+        ValueError: it has none that can be loaded.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(resolve(config.model))
+    name = resolve(config.model)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except ValueError as error:
+        raise ValueError(f"{name}: its tokenizer cannot be loaded; save one in the model's folder ({error})") from error
 
 
 def load_model(config: TrainConfig) -> nn.Module:

@@ -8,6 +8,10 @@
 on three rows of kernels/results/model-nvidia-h100-80gb-hbm3.json (`FITTED`); the other rows of its prefills and
 training steps come out within 6 %, and the tests check that they stay within 10. Chunks, offloading and other patterns
 than S2 are the formula's word alone.
+
+Of experts a token's time is that of those it is routed to, while all of them are weights. A layer with a window of its
+own takes the window's time; by chunks it still holds the whole row's keys and values, as the second pass begins at the
+row's end.
 """
 
 from __future__ import annotations
@@ -18,8 +22,10 @@ from typing import Any
 
 import torch
 
+from ..core.errors import UnsupportedModelError
 from ..hf.layers import shape_of
 from ..hf.models import attention_modules, full_attention_layers
+from ..hf.state import own_spec
 from ..patching.resolve import pattern_of, sparse_layers
 from . import arms, lora
 
@@ -56,10 +62,11 @@ class Sizes:
 
     Args:
         weights: bytes of the frozen weights.
-        linear: parameters of the layers' matrix products.
+        linear: parameters of the layers' matrix products, as far as one token goes through them.
         head: parameters of the head.
         trained: parameters that are trained.
-        layers, hidden, intermediate: as in its config.
+        layers, hidden: as in its config.
+        intermediate: of a gated MLP with as many parameters as a token goes through in the widest layer's.
         attention: query heads x head dim.
         kv: bytes of a token's keys and values, all layers.
     """
@@ -113,13 +120,14 @@ def sizes_of(config: Any, tune: str = "lora+") -> Sizes:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    modules = attention_modules(model)
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     behind = {id(p) for m in (head, embeddings) for p in m.parameters()}
-    linear = sum(p.numel() for p in model.parameters() if id(p) not in behind)
+    linear = sum(_active(config, n, p) for n, p in model.named_parameters() if id(p) not in behind)
     shape = shape_of(config, 0, 1)
-    modules = attention_modules(model)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // shape.num_heads
+    intermediate = max(_active_in_mlp(config, model, module) for module in modules.values()) // (3 * config.hidden_size)
     with torch.device("meta"):
         trained = sum(p.numel() for p in lora.trainable(lora.prepare(model, tune)))
     return Sizes(
@@ -129,22 +137,47 @@ def sizes_of(config: Any, tune: str = "lora+") -> Sizes:
         trained=trained,
         layers=len(modules),
         hidden=config.hidden_size,
-        intermediate=getattr(config, "intermediate_size", 4 * config.hidden_size),
+        intermediate=intermediate,
         attention=shape.num_heads * head_dim,
         kv=2 * 2 * len(modules) * shape.num_kv_heads * head_dim,
     )
 
 
+def _active(config: Any, name: str, parameter: torch.Tensor) -> int:
+    """How many of a parameter's numbers one token goes through: of experts [E, …], those that it is routed to."""
+    if ".experts." not in name:
+        return parameter.numel()
+    routed = getattr(config, "num_experts_per_tok", None)
+    if routed is None:
+        raise UnsupportedModelError(f"{config.model_type}: its config has no num_experts_per_tok, which a plan needs")
+    return parameter.numel() // len(parameter) * routed
+
+
+def _active_in_mlp(config: Any, model: torch.nn.Module, attention: torch.nn.Module) -> int:
+    """The same of the matrices beside `attention` in its layer."""
+    layer = next(m for m in model.modules() if attention in m.children())
+    own = {id(p) for p in attention.parameters()}
+    return sum(_active(config, n, p) for n, p in layer.named_parameters() if p.dim() > 1 and id(p) not in own)
+
+
 def density(config: Any, attention: str, options: Mapping[str, Any], layers: Any, length: int) -> float:
-    """Pairs that an arm attends to over the causal ones, mean over the layers."""
+    """Pairs that an arm attends to over the causal ones, mean over the layers; a layer's own window counts as well."""
     patch = arms.patch_for(attention, dict(options), layers)
-    if patch.mode == "never":
-        return 1.0
     every = list(range(config.num_hidden_layers))
-    chosen = sparse_layers(patch.layers, config, full_attention_layers(config, every))
-    pattern = pattern_of(patch)
-    shares = [pattern.spec(shape_of(config, rank, len(chosen))).density(length) for rank in range(len(chosen))]
-    return (sum(shares) + len(every) - len(chosen)) / len(every)
+    full = full_attention_layers(config, every)
+    shares = dict.fromkeys(every, own_spec(1, window_of(config)).density(length)) | dict.fromkeys(full, 1.0)
+    if patch.mode != "never":
+        chosen, pattern = sparse_layers(patch.layers, config, every), pattern_of(patch)
+        for rank, layer in enumerate(chosen):
+            shares[layer] = pattern.spec(shape_of(config, rank, len(chosen))).density(length)
+    return sum(shares.values()) / len(shares)
+
+
+def window_of(config: Any) -> int | None:
+    """The tokens that those layers attend within that do not attend to their whole past; None: there are none."""
+    if len(full_attention_layers(config, range(config.num_hidden_layers))) == config.num_hidden_layers:
+        return None
+    return getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
 
 
 def forward_seconds(
@@ -200,16 +233,23 @@ def _ways(config: Any, attention: str, length: int) -> Iterator[tuple[str, str, 
     """(name, flags, density, chunk, offload) of each way to train under one arm."""
     grouped = attention in ("sf", "shift", "short")
     chunk = 4096
-    layerings = [None, "every_2"] if attention == "s2" else [None]
-    for layers in layerings:
+    for layers in [None, *_every_2nd(config)] if attention == "s2" else [None]:
         share = density(config, attention, {}, layers, length)
-        base = f"--attention {attention}" + (f" --layers {layers}" if layers else "")
+        words = layers if isinstance(layers, str) else ",".join(map(str, layers or ()))
+        base = f"--attention {attention}" + (f" --layers {words}" if layers else "")
         name = attention + (", every 2nd layer" if layers else "")
         yield name, base, share, 0, False
         yield f"{name}, offloaded", f"{base} --offload", share, 0, True
         fixed = f" --group-size {-(-length // 4)}" if grouped else ""
         yield f"{name}, SeCO", f"{base}{fixed} --chunk-size {chunk}", share, chunk, False
         yield f"{name}, SeCO, offloaded", f"{base}{fixed} --chunk-size {chunk} --offload", share, chunk, True
+
+
+def _every_2nd(config: Any) -> list[Any]:
+    """Every second layer that a pattern can govern, as `--layers` takes it; nothing where there is but one."""
+    every = list(range(config.num_hidden_layers))
+    full = full_attention_layers(config, every)
+    return [] if len(full) < 2 else ["every_2" if full == every else full[::2]]
 
 
 def fit(rows: Mapping[tuple[str, str, int], tuple[float, float]], sizes: Sizes, head_tokens: int) -> Constants:

@@ -32,12 +32,14 @@ class TextRows(Dataset):
         masked: whether documents are kept apart; else each row is one text, with an end-of-text token between.
 
     Raises:
-        ValueError: less than one row.
+        ValueError: less than one row, or a row without anything to predict.
     """
 
     def __init__(self, store: TokenStore, length: int, masked: bool = True) -> None:
         self._store, self._length, self._masked = store, length, masked
         self.key = store.key
+        if length < 2:
+            raise ValueError(f"length={length} must be at least 2 tokens")
         if len(store) < length:
             raise ValueError(
                 f"the data has {len(store)} tokens, and a row {length}: give more data, or a shorter --length"

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..hf.demo_model import cache_folder
-from . import encode, lora, rows, tokens
-from .checkpoints import arriving, claim, step_of
+from . import arms, encode, lora, rows, tokens
+from .checkpoints import arriving, claim, resumed_from, step_of
 from .config import TrainConfig
 from .model import checkpointing_settings, dtype_of, enable_inputs, load_model, load_tokenizer
 from .sources import sources
@@ -63,24 +63,29 @@ def train(config: TrainConfig, save: Save | None) -> Result:
     from transformers import set_seed
 
     from .parallel import parallelize
+    from .parallel.strategy import strategies
     from .parallel.trainer import group_of
     from .trainer import LongTrainer, StopOnSignal
 
     _accelerate_is_there()
+    arms.patch_for(config.attention, config.options, config.layers, config.sinks)
+    if config.parallel != "auto":
+        strategies.get(config.parallel)
+    loggers = loggers_of(config.report_to)
     state = PartialState(cpu=not torch.cuda.is_available())
     group = group_of(config.context_parallel) if config.context_parallel > 1 else None
     tokenizer = load_tokenizer(config)
     with state.main_process_first():
         train_rows, eval_rows = datasets(config, tokenizer)
     output = Path(config.output).expanduser()
+    record = _record(config, train_rows)
     with state.main_process_first():
-        checkpoint = claim(output, _record(config, train_rows), config.resume if state.is_main_process else "auto")
+        checkpoint = resumed_from(output, record, config.resume if state.is_main_process else "auto")
     set_seed(config.seed)
     model = load_model(config)
     stop = StopOnSignal()
     with ExitStack() as stack:
-        for hook in enable_inputs(model):
-            stack.callback(hook.remove)
+        stack.callback(enable_inputs(model).remove)
         stack.enter_context(lora.keep_dtype(model))
         stack.enter_context(stop.listening())
         trainer = LongTrainer(
@@ -90,12 +95,14 @@ def train(config: TrainConfig, save: Save | None) -> Result:
             eval_dataset=eval_rows,
             data_collator=rows.stack,
             processing_class=tokenizer,
-            callbacks=[stop],
+            callbacks=[stop, *loggers],
             offload=config.offload and not config.chunk_size,  # by chunks it is keys, values and their gradients
             chunkwise=chunks(config),
         )
         if config.context_parallel > 1:
             trainer.ranks = stack.enter_context(parallelize(model, group, config.parallel))
+        if state.is_main_process:
+            claim(output, record)  # only now: what does not fit the model has been told
         if checkpoint is not None and step_of(checkpoint) >= config.steps:
             trainer.take(checkpoint)  # all steps were taken: the model is evaluated and written as it is
         else:
@@ -165,11 +172,35 @@ def arguments(config: TrainConfig, output: Path) -> Any:
         prediction_loss_only=True,
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
-        report_to=config.report_to,
+        report_to="none",  # `loggers_of` has made them
         dataloader_num_workers=config.workers,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
     )
+
+
+def loggers_of(report_to: str) -> list[Any]:
+    """The Trainer's callbacks that report to tensorboard and the like, of names with commas between.
+
+    Raises:
+        ValueError: an unknown name.
+        ImportError: one that is not installed, or not set up.
+    """
+    from transformers.integrations import integration_utils
+
+    if report_to == "none":
+        return []
+    known, installed = integration_utils.INTEGRATION_TO_CALLBACK, integration_utils.get_available_reporting_integrations
+    made = []
+    for name in installed() if report_to == "all" else [name.strip() for name in report_to.split(",")]:
+        if name not in known:
+            raise ValueError(f"report_to={name!r} is not one of none, all, {', '.join(sorted(known))}")
+        try:
+            made.append(known[name]())
+        except (RuntimeError, ImportError) as error:  # of some kinds because of how they are set up
+            how = "pip install tensorboard" if name == "tensorboard" else error
+            raise ImportError(f"report_to={name!r} cannot begin: {how}; or leave --report-to out") from error
+    return made
 
 
 def chunks(config: TrainConfig) -> dict[str, Any] | None:

@@ -16,7 +16,10 @@ from typing import Any
 from ..core.text import read_text, read_texts
 
 TEXT = (".txt", ".md", ".rst")
-SUFFIXES = (*TEXT, ".jsonl", ".parquet")
+RECORDS = (".jsonl", ".parquet")
+SUFFIXES = (*TEXT, *RECORDS)
+TABLES = (".json", ".csv", ".tsv")
+"""Records that are not read, and would make a strange text."""
 HUB = "hub:"
 
 Record = dict[str, Any]
@@ -32,18 +35,27 @@ class Source:
 
     name: str | None
 
-    def key(self) -> str:
-        """Tells contents apart."""
+    @property
+    def form(self) -> str:
+        """How it is read: "hub", "jsonl", "parquet", or as one "text"."""
         if self.name is None:
-            return hashlib.sha256("".join(read_texts(None)[0]).encode()).hexdigest()
+            return "text"
         if self.name.startswith(HUB):
+            return "hub"
+        suffix = Path(self.name).suffix.lower()
+        return suffix.removeprefix(".") if suffix in RECORDS else "text"
+
+    def key(self) -> str:
+        """Tells records apart: by what is read, and how. The same bytes are one text in .txt, and many in .jsonl."""
+        if self.name is None:
+            content = hashlib.sha256("".join(read_texts(None)[0]).encode()).hexdigest()
+        elif self.form == "hub":
             repository, _, split = self.name.removeprefix(HUB).partition("@")
-            return f"{repository}@{split}@{_revision(repository)}"
-        digest = hashlib.sha256()
-        with Path(self.name).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+            content = f"{repository}@{split}@{_revision(repository)}"
+        else:
+            with Path(self.name).open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+        return f"{self.form}:{content}"
 
     def records(self, text_field: str = "text") -> Iterator[Record]:
         """Its records, one after another.
@@ -54,11 +66,11 @@ class Source:
         """
         if self.name is None:
             yield from ({text_field: text} for text in read_texts(None)[0])
-        elif self.name.startswith(HUB):
+        elif self.form == "hub":
             yield from _from_hub(self.name)
-        elif self.name.endswith(".jsonl"):
+        elif self.form == "jsonl":
             yield from _from_jsonl(Path(self.name))
-        elif self.name.endswith(".parquet"):
+        elif self.form == "parquet":
             yield from _from_parquet(Path(self.name))
         else:
             yield {text_field: read_text(Path(self.name))}
@@ -69,7 +81,7 @@ def sources(names: Sequence[str]) -> list[Source]:
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: a folder without data.
+        ValueError: a folder without data, or records in a form that is not read.
     """
     if not names:
         return [Source(None)]
@@ -80,10 +92,15 @@ def sources(names: Sequence[str]) -> list[Source]:
             continue
         path = Path(name).expanduser()
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
             if not files:
                 raise ValueError(f"{path} has no {', '.join(SUFFIXES)} file in it; name the files themselves")
             found += [Source(str(file)) for file in files]
+        elif path.suffix.lower() in TABLES and path.is_file():
+            raise ValueError(
+                f"{path}: records are read from .jsonl, one JSON object a line, or .parquet; write them so, or name "
+                "the file .txt to read it as one text"
+            )
         elif path.is_file():
             found.append(Source(str(path)))
         else:
@@ -93,12 +110,14 @@ def sources(names: Sequence[str]) -> list[Source]:
 
 def _from_jsonl(path: Path) -> Iterator[Record]:
     empty = True
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} line {number} is not UTF-8 text; convert the file") from error
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path} line {number} is not JSON: {error}; mend or delete that line") from error
             if not isinstance(record, dict):

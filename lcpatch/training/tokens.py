@@ -20,6 +20,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from ..core.disk import why_unwritten
+from ..core.errors import TrainingError
 from .sources import Record, Source
 
 FORMAT = 1
@@ -107,7 +109,7 @@ def build(
 
     Raises:
         ValueError: a source that is empty or broken.
-        OSError: a full disk; what was finished stays.
+        TrainingError: a full disk; what was finished stays.
     """
     parts = [FORMAT, encoder.key, [source.key() for source in sources]]
     folder = cache / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
@@ -176,6 +178,14 @@ def _atomically(file: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(partial)
         os.replace(partial, file)
+    except Exception as error:
+        reason = why_unwritten(error, file.parent)
+        if reason is None:
+            raise
+        raise TrainingError(
+            f"the tokens of the data could not be written ({reason}); what is finished stays. Make room, or name "
+            "another folder in LCPATCH_CACHE, and run the same command to go on"
+        ) from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             partial.unlink()

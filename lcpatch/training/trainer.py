@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..core.errors import TrainingError
 from ..hf.models import unwrap
 from . import arms
-from .checkpoints import STAGING, discard, disk_full, load_sinks, save_sinks, sinks_of
+from .checkpoints import STAGING, TRAINER_STATE_NAME, discard, load_sinks, reading, save_sinks, sinks_of, writing
 from .chunkwise_trainer import ChunkwiseMixin
 from .fused import can_fuse, fused_loss
 from .parallel.trainer import ParallelMixin
@@ -85,6 +84,20 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
         self._speed.add(inputs["input_ids"].numel() * self.args.world_size)
         return loss
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor | int | None]:
+        """The batches of a step.
+
+        Raises:
+            TrainingError: none of their tokens predicts a label, so that the mean loss would be 0 / 0.
+        """
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if batches and num_items is not None and not int(num_items):
+            raise TrainingError(
+                f"none of the tokens of step {self.state.global_step + 1} predicts a label, as where every document in "
+                "its rows is one token long: take a longer --length, or data with longer texts"
+            )
+        return batches, num_items
+
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
         self._finite("gradient's norm", float(norm))
@@ -133,19 +146,28 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
             discard(staging)
         self.accelerator.wait_for_everyone()
         try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                discard(folder / name)
-                os.replace(staging / name, folder / name)
-                rotate_checkpoints(str(folder), self.args.save_total_limit)
-        except OSError as error:
-            discard(staging)
-            raise disk_full(error, folder, self.state.global_step) from error
+            with writing(f"the checkpoint of step {self.state.global_step}", folder):
+                self._write_checkpoint(model, trial)
+                if self.is_world_process_zero():
+                    discard(folder / name)
+                    os.replace(staging / name, folder / name)
         finally:
             if self.is_world_process_zero():
                 discard(staging)
-            self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            rotate_checkpoints(str(folder), self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Every process's part; if one fails, all do, so that no checkpoint lacks a part."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception:
+            if not self.in_pieces:  # else the others may wait in a collective of the weights, and end with this process
+                anywhere(True, self.args)
+            raise
+        if anywhere(False, self.args):
+            raise OSError("another process could not write its part, and says why")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -154,8 +176,17 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
             save_sinks(sinks, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_sinks(self.model, Path(resume_from_checkpoint))
+        with reading(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_sinks(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with nullcontext() if checkpoint is None else reading(Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with nullcontext() if checkpoint is None else reading(Path(checkpoint)):
+            super()._load_rng_state(checkpoint)
 
     def take(self, checkpoint: Path) -> None:
         """Stand where a finished run stood, without the one more step that `train` takes.
@@ -170,6 +201,15 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
             )
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+
+def anywhere(here: bool, args: Any) -> bool:
+    """Whether something is so on any of the processes; a collective."""
+    if args.world_size == 1:
+        return here
+    flag = torch.tensor(float(here), device=args.device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
 
 
 class StopOnSignal(TrainerCallback):
@@ -195,10 +235,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Look at what was asked of any process."""
-        if args.world_size > 1:
-            flag = torch.tensor(float(self.asked), device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.asked = bool(flag)
+        self.asked = anywhere(self.asked, args)
         if self.asked and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 

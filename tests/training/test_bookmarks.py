@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import lcpatch
 from lcpatch.caches.scorers import Bookmarks
+from lcpatch.core.errors import TrainingError
 from lcpatch.training.bookmarks import Lesson, measure_bookmarks, train_bookmarks
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +105,18 @@ def test_a_text_without_pages_to_choose():
     with pytest.raises(ValueError, match="a text of 15 tokens has no page to choose; give 16"):
         train_bookmarks(model, texts(1, 15), **PAGES)
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("wrong", [{"page": 0}, {"recent": -1}, {"num_sinks": -1}])
+def test_pages_that_are_none(wrong):
+    (name, value), model = *wrong.items(), build()
+    with pytest.raises(ValueError, match=f"{name}={value} must be at least"):
+        train_bookmarks(model, texts(1), **PAGES | wrong)
+
+
+def test_bookmarks_that_are_no_numbers_are_not_returned():
+    with pytest.raises(TrainingError, match=r"the loss became nan at step 1; take a lower learning rate than 1e\+30"):
+        train_bookmarks(build(), texts(3), **PAGES, lr=1e30)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from models import build
 from noise import distance, model_budget
 
 import lcpatch
+from lcpatch.core.errors import TrainingError
 from lcpatch.training import encode, rows, tokens
 from lcpatch.training.sources import Source, sources
 
@@ -83,6 +84,24 @@ def test_the_cache_follows_content_and_tokenizer(tmp_path):
     assert folders == {1, 2, 3}
 
 
+def test_the_cache_follows_how_a_file_is_read(tmp_path):
+    """The same bytes are one text or many records, and records have more than one field."""
+    records = [{"text": "One.", "body": "Two or three."}, {"text": "Three.", "body": "Four."}]
+    for name in ("x.txt", "x.jsonl", "X.JSONL"):
+        jsonl(tmp_path / name, records)
+
+    def read(name: str, field: str = "text") -> list[int]:
+        encoder = encode.texts(TOKENIZER, field)
+        data = sources([str(tmp_path / name)])
+        made = tokens.build(data, encoder, tmp_path / "cache", text_field=field, progress=False)
+        return made.tokens(0, len(made)).tolist()
+
+    whole = (tmp_path / "x.txt").read_text()
+    assert read("x.txt") == list(chain(*expected([whole])))
+    assert read("x.jsonl") == read("X.JSONL") == list(chain(*expected(["One.", "Three."])))
+    assert read("x.jsonl", "body") == list(chain(*expected(["Two or three.", "Four."])))
+
+
 @pytest.mark.parametrize("stop", [0, 1, 2])
 def test_a_killed_tokenization_goes_on(tmp_path, monkeypatch, stop: int):
     """Finished shards are kept, and no half one is ever seen; the result is that of one go."""
@@ -98,7 +117,7 @@ def test_a_killed_tokenization_goes_on(tmp_path, monkeypatch, stop: int):
         save(arrays, path, metadata=metadata)
 
     monkeypatch.setattr(tokens, "save_file", fail_at)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(TrainingError, match=r"could not be written \(No space left.* MiB are free in .*LCPATCH_CACHE"):
         texts(tmp_path)
     (folder,) = (tmp_path / "cache").iterdir()
     assert sorted(p.name for p in folder.iterdir()) == [f"{n:05d}.safetensors" for n in range(stop)]
@@ -136,7 +155,7 @@ def test_a_data_set_on_the_hub_is_read_at_one_commit(monkeypatch):
     source = Source("hub:me/data@validation")
     assert [record["text"] for record in source.records()] == ["one", "two"]
     assert asked == [("me/data", {"split": "validation", "streaming": True, "revision": "me/data-1"})]
-    assert source.key() == "me/data@validation@me/data-1"
+    assert source.key() == "hub:me/data@validation@me/data-1"
 
 
 def test_readers_that_are_not_installed_are_named(tmp_path, monkeypatch):
@@ -273,23 +292,35 @@ def test_first_fit(sizes):
         ('{"text": "a"}\n{"text"', "line 2 is not JSON"),
         ("[1]\n", "line 1 is list, not an object"),
         ('{"body": "a"}\n', "a record has no text in 'text'; its fields: body. Name the right one with --text-field"),
-        ('{"text": 3}\n', "a record has no text in 'text'"),
+        ('{"text": 3}\n', "a record has text=3, which is not text; mend it, or name another --text-field"),
+        ('{"text": "a"}\n{"text": "\udcff"}\n', "x.jsonl line 2 is not UTF-8 text; convert the file"),
     ],
 )
 def test_broken_records(tmp_path, content: str, says: str):
-    (tmp_path / "x.jsonl").write_text(content)
+    (tmp_path / "x.jsonl").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=says):
         tokens.build(sources([str(tmp_path / "x.jsonl")]), encode.texts(TOKENIZER), tmp_path / "cache")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_record(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\r\n{"text": "b"}\r\n')
+    assert list(Source(str(tmp_path / "x.jsonl")).records()) == [{"text": "a"}, {"text": "b"}]
 
 
 def test_too_little_data(tmp_path):
     with pytest.raises(ValueError, match=r"the data has \d+ tokens, and a row 1000: give more data, or a shorter"):
         rows.TextRows(texts(tmp_path, ["One line."]), 1000)
+    for length in (-1, 0, 1):
+        with pytest.raises(ValueError, match=rf"length={length} must be at least 2 tokens"):
+            rows.TextRows(texts(tmp_path), length)
     few = rows.TextRows(texts(tmp_path), 10)
     with pytest.raises(ValueError, match=rf"makes {len(few)} rows, and {len(few)} of them are to be evaluated on"):
         rows.split(few, len(few))
     with pytest.raises(FileNotFoundError, match=r"nothing is no file or folder; a data set on the Hub is written hub:"):
         sources(["nothing"])
+    (tmp_path / "x.json").write_text('[{"text": "a"}]')
+    with pytest.raises(ValueError, match=r"x.json: records are read from .jsonl, one JSON object a line, or .parquet"):
+        sources([str(tmp_path / "x.json")])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"has no .txt, .md, .rst, .jsonl, .parquet file in it"):
         sources([str(tmp_path / "empty")])

@@ -1,8 +1,6 @@
 """Whole training runs of a tiny model: the loss falls, what was trained comes back, a stopped run goes on exactly."""
 
-import errno
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +11,8 @@ import training_cases
 from noise import FACTOR, distance, model_budget
 from safetensors.torch import load_file
 from training_cases import SETTINGS, STEPS, Interrupt, ids, run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.integrations import integration_utils
 
 import lcpatch
 from lcpatch.cli import main
@@ -191,6 +190,38 @@ def test_the_verb_trains(base, tmp_path: Path, capsys):
     assert "holds a run with steps=2, this one has 3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("tensorboard", "report_to='tensorboard' cannot begin: pip install tensorboard; or leave --report-to out"),
+        ("all, wandb", "report_to='all' is not one of none, all, azure_ml"),
+        ("wandb", "report_to='wandb' cannot begin: .*pip install wandb"),
+    ],
+)
+def test_loggers_that_are_not_there_are_told_before_anything(base, tmp_path: Path, monkeypatch, name: str, says: str):
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: False)
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    monkeypatch.setattr(sources, "read_texts", lambda names: pytest.fail("data was read"))
+    with pytest.raises((ImportError, ValueError), match=says):
+        run(base, tmp_path / "run", report_to=name)
+    assert not (tmp_path / "run").exists()
+
+
+def test_loggers_are_told_what_is_logged(base, tmp_path: Path, monkeypatch):
+    """Two at once, and no third that nobody asked for."""
+    told = []
+
+    class Logger(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs) -> None:
+            told.append(sorted(logs))
+
+    kinds = {"one": Logger, "two": Logger, "three": lambda: pytest.fail("nobody asked for it")}
+    monkeypatch.setattr(integration_utils, "INTEGRATION_TO_CALLBACK", kinds)
+    run(base, tmp_path, steps=1, eval_rows=0, report_to="one, two")
+    assert len(told) == 2 * 2  # the step, and the summary of the run
+    assert "tokens_per_second" in told[0]
+
+
 # Stopping, and going on
 
 
@@ -265,25 +296,6 @@ def test_a_loss_that_is_no_number_stops_the_run(base, tmp_path: Path):
     with pytest.raises(TrainingError, match=r"became (nan|inf) at step 2; .* Lower --learning-rate"):
         run(base, tmp_path, attention="full", learning_rate=1e30, save_every=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "run.json"]
-
-
-def test_a_full_disk_leaves_whole_checkpoints(base, tmp_path: Path, monkeypatch):
-    save = trainer.LongTrainer._save_rng_state
-
-    def full(self, folder: str) -> None:
-        if self.state.global_step == 4:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
-        save(self, folder)
-
-    monkeypatch.setattr(trainer.LongTrainer, "_save_rng_state", full)
-    with pytest.raises(
-        TrainingError, match=r"step 4 could not be written \(No space left.*whole one is .*checkpoint-2"
-    ):
-        run(base, tmp_path, attention="full", save_every=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "run.json"]
-    monkeypatch.undo()
-    monkeypatch.setenv("LCPATCH_CACHE", str(tmp_path / "cache"))
-    assert run(base, tmp_path, attention="full", save_every=2).finished
 
 
 # Longer contexts, and memory

@@ -32,10 +32,41 @@ def test_command_line_before_yaml_before_recipe_before_default(tmp_path):
     assert TrainConfig.from_dict(made.to_dict()) == made
 
 
-def test_a_recipes_options_do_not_follow_to_another_arm():
-    defaults = {"attention": "s2", "options": {"stride": 8}}
-    assert load([], defaults).options == {"stride": 8}
-    assert load(["--attention", "sf"], defaults).options == {}
+def test_another_arm_goes_without_what_is_the_others(tmp_path):
+    """Whoever names it: a file over a recipe, or the command line over both. What is repeated there stays."""
+    recipe_ = {"attention": "s2", "layers": "every_2", "options": {"stride": 8}}
+    for words, want in [
+        ([], ({"stride": 8}, "every_2")),
+        (["--attention", "s2"], ({"stride": 8}, "every_2")),
+        (["--attention", "full"], ({}, None)),
+        (["--attention", "sf", "--group-size", "64", "--layers", "1"], ({"group_size": 64}, (1,))),
+    ]:
+        made = load(words, recipe_)
+        assert (made.options, made.layers) == want, words
+        patch_for(made.attention, made.options, made.layers)
+    file = tmp_path / "c.yaml"
+    file.write_text("attention: shift\noptions: {wrap: true}\nseed: 3\n")
+    made = load(["--config", str(file)], recipe_)
+    assert (made.attention, made.options, made.layers) == ("shift", {"wrap": True}, None)
+    with pytest.warns(UserWarning, match=r"c.yaml: options={'wrap': True} left out, because the command line says"):
+        made = load(["--config", str(file), "--attention", "s2"], recipe_)
+    assert (made.attention, made.options, made.layers, made.seed) == ("s2", {}, None, 3)
+    patch_for(made.attention, made.options, made.layers)
+    file.write_text("options: {num_sinks: 2}\n")  # of the arm that no one named, sf
+    with pytest.warns(UserWarning, match="left out"):
+        assert load(["--config", str(file), "--attention", "full"]).options == {}
+
+
+def test_no_chunks_go_without_how_many_are_kept(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("chunk_size: 64\nkeep_chunks: 0.25\n")
+    with pytest.warns(UserWarning, match=r"keep_chunks=0.25 left out"):
+        assert load(["--config", str(file), "--chunk-size", "0"]).keep_chunks == 1
+    with pytest.raises(ValueError, match=r"keep_chunks=0.5 needs chunks"):
+        load(["--config", str(file), "--chunk-size", "0", "--keep-chunks", "0.5"])
+    file.write_text("keep_chunks: 0.25\n")  # whose chunks the command line or a recipe makes
+    assert load(["--config", str(file), "--chunk-size", "32"]).chunk_size == 32
+    assert load(["--config", str(file)], {"chunk_size": 16}).keep_chunks == 0.25
 
 
 @pytest.mark.parametrize(
@@ -45,6 +76,10 @@ def test_a_recipes_options_do_not_follow_to_another_arm():
         (["--steps", "many"], "steps='many' must be a whole number"),
         (["--steps", "1.5"], "steps='1.5' must be a whole number"),
         (["--learning-rate", "-1"], "learning_rate=-1.0 must be above 0"),
+        (["--learning-rate", "inf"], "learning_rate=inf must be a finite number"),
+        (["--beta2", "1"], "beta2=1.0 must be at least 0, and below 1"),
+        (["--lora-dropout", "1.5"], "lora_dropout=1.5 must be at least 0, and below 1"),
+        (["--seed", "-1"], "seed=-1 must be a whole number from 0"),
         (["--tune", "qlora"], r"tune='qlora' is not one of lora\+, lora, full"),
         (["--keep-chunks", "0.5"], "keep_chunks=0.5 needs chunks: say chunk_size"),
         (["--config", "nothing.yaml"], "nothing.yaml"),
@@ -133,7 +168,7 @@ def test_the_verb_knows_recipes_and_files(tmp_path, capsys):
     assert main(["train", str(tmp_path / "c.yaml")]) == 2
     assert "unknown key 'stepps'" in capsys.readouterr().err
     assert main(["train", "sinklora", "--steps", "x"]) == 2
-    assert "lcpatch train: the config: steps='x' must be a whole number" in capsys.readouterr().err
+    assert "lcpatch train: the command line: steps='x' must be a whole number" in capsys.readouterr().err
 
 
 def test_a_recipe_tells_a_users_error_in_a_sentence(monkeypatch, capsys):
