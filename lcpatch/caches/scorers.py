@@ -4,6 +4,7 @@
 class Mine:
     def summarise(self, keys, page): …   # keys [B, K, pages * page, D] -> tensors [B, K, pages, …]
     def score(self, query, summary): …   # query [B, H, 1, D] -> fp32 [B, H, pages], the higher the better
+    page = 16                            # optional: tokens of the pages that it is for
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ class Bookmark:
     adds a bookmark token to every page, which moves all positions; here the page's mean key stands for it, so that any
     model runs unchanged.
     """
+
+    page = 128
 
     def __init__(self, query: Tensor | None = None, key: Tensor | None = None) -> None:
         self.query, self.key = query, key

@@ -265,7 +265,7 @@ def test_the_scorers_are_registered():
         ({"page": True}, ValueError, "page=True must be a power of two"),
         ({"dense_layers": -1}, ValueError, "dense_layers=-1 must be an integer >= 0"),
         ({"recent": 0}, ValueError, "recent=0 must be"),
-        ({"budget": 256}, ValueError, "at least 512 with page=128"),
+        ({"budget": 170}, ValueError, "at least 176 with page=16"),
         ({"group": "mean"}, ValueError, "group='mean' is not one of"),
         ({"scorer": "quset"}, lcpatch.UnknownNameError, "Did you mean 'quest'"),
         ({"scorer": 3}, ValueError, "scorer=3 must be one of"),
