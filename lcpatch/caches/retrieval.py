@@ -39,9 +39,9 @@ class RetrievalCache(LongCache):
         model: a causal language model of transformers, patched or not.
         budget: tokens that a generated token attends to per KV head, in whole pages; a float is a share of the row's.
         scorer: "quest", "mean", "bookmark", a scorer's class, or `caches.scorers.Bookmarks` that were trained.
-        page: tokens a page, a power of two; None: what the scorer asks for, 128 for bookmarks as in RetroLM, else 16 as in
-            Quest. On 4K tokens with a fifth read, of 12 hidden needles SmolLM2 found none by "quest" in pages of 128, 5
-            in pages of 32 and 8 of 16; by "mean" 11 of 16.
+        page: tokens a page, a power of two; None: what the scorer asks for, 128 for bookmarks as in RetroLM, else 16 as
+            in Quest. On 4K tokens with a fifth read, of 12 hidden needles SmolLM2 found none by "quest" in pages of
+            128, 5 in pages of 32 and 8 of 16; by "mean" 11 of 16.
         num_sinks, recent: tokens at the row's begin and end whose pages are always read.
         group: how the scores of a KV head's query heads are put together: "max", or "softmax" (their sum).
         dense_layers: so many of the first layers read everything (Quest's choice is 2).
