@@ -59,8 +59,8 @@ class Steps:
 
     A tensor that a step reads costs it a guard and an input, one that it changes a kernel too.
 
-    `most` is what the host knows without asking the device: it has seen no more tokens than that. A step is announced at
-    least once, so the announcements bound the steps.
+    `most` is what the host knows without asking the device: no more tokens than that were seen. Every step is
+    announced, some twice, so announcements bound them.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -99,8 +99,8 @@ class Steps:
 def get_ready(layers: Iterable[Any], steps: dict[torch.device, Steps]) -> None:
     """Let layers that can be compiled take a single token next; outside of the compiled step.
 
-    All or none of them enter: one that went alone would count apart from the others. The device is waited for only where
-    there may be no room for another token.
+    All or none of them enter: one that went alone would count apart from the others. The device is waited for only
+    where there may be no room for another token.
 
     Args:
         layers: of a cache.

@@ -281,7 +281,7 @@ class LongCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """What a mask is made of; asked before a step, so layers that generate in fixed buffers get ready here.
 
-        Where they do, no key is masked, (0, 0), and nobody waits for the device; every single token must be announced so.
+        Where they do, it is (0, 0): no mask is read. They wait for the device only where there may be no room left.
         """
         if query_length == 1 and not torch.compiler.is_compiling():
             self._check_whole(1)

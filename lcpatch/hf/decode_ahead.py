@@ -1,9 +1,9 @@
-"""A decoding loop for `generate` that keeps the device busy: the next forward is queued before the last token is looked at.
+"""A decoding loop for `generate` that keeps the device busy: it queues the next forward, then looks at the last token.
 
 transformers' own loop asks the device after every token whether to stop, and only then prepares and launches the next
 forward: the device idles for as long as the host works. Here the host looks while the next forward runs. Nothing but
-that forward happens too early: no token is sampled, no processor, criterion or streamer is called, before it is known
-that the text goes on. So tokens are those of `generate`, and so is the state of the random generator.
+that forward happens too early: no token is chosen, no processor, criterion or streamer is called, before it is known
+that the text goes on. So the tokens are those of `generate`, and the random generator is left as it leaves it.
 """
 
 from __future__ import annotations
