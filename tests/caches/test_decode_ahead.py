@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import lcpatch
+from lcpatch.caches import layer
 from lcpatch.hf import decode_ahead as module
 
 NEW = 20
@@ -25,23 +26,40 @@ MASK = left_padding([0, 7], 50)
 COMPILED = {"h2o": lcpatch.H2OCache, "sink": lcpatch.SinkCache, "cluster": lcpatch.ClusterCache}
 
 
-class Witness(LogitsProcessor, StoppingCriteria):
-    """Notes every call as processor, criterion and streamer; stops row r after `ends[r]` tokens."""
+class Processor(LogitsProcessor):
+    """Notes what it is called with, and changes scores by all that came before."""
 
-    def __init__(self, ends=(NEW, NEW), prompt=50):
-        self.ends, self.prompt, self.seen = torch.tensor(ends), prompt, []
+    def __init__(self, seen):
+        self.seen = seen
+
+    def __call__(self, input_ids, scores):
+        self.seen.append(("scores", input_ids.clone()))
+        return scores - input_ids.sum(-1, keepdim=True) % 7 * (torch.arange(VOCAB) % 3 == 0)
+
+
+class Stop(StoppingCriteria):
+    """Notes what it is called with, and stops row r after `ends[r]` tokens."""
+
+    def __init__(self, seen, prompt, ends):
+        self.seen, self.ends = seen, prompt + torch.tensor(ends)
 
     def __call__(self, input_ids, scores, **kwargs):
-        self.seen.append(("asked", input_ids.clone(), None if scores is None else scores.shape))
-        if scores is not None:
-            return scores - input_ids.sum(-1, keepdim=True) % 7 * (torch.arange(VOCAB) % 3 == 0)
-        return input_ids.shape[1] - self.prompt >= self.ends[: len(input_ids)]
+        assert scores is None
+        self.seen.append(("stop", input_ids.clone()))
+        return input_ids.shape[1] >= self.ends
+
+
+class Streamer:
+    """Notes what it is given."""
+
+    def __init__(self, seen):
+        self.seen = seen
 
     def put(self, value):
-        self.seen.append(("put", value.clone(), None))
+        self.seen.append(("put", value.clone()))
 
     def end(self):
-        self.seen.append(("end", torch.zeros(0), None))
+        self.seen.append(("end", torch.zeros(0)))
 
 
 def new_cache(name, model, **options):
@@ -49,31 +67,25 @@ def new_cache(name, model, **options):
 
 
 def both(model, ids, cache, **settings):
-    """(Tokens, the next random number, what a witness saw) of plain `generate` and of ours, each with its own cache."""
-    results = []
-    ends = settings.pop("ends", (NEW, NEW))
+    """Plain `generate` and ours, each with its own cache: tokens, the next random number, who was called with what."""
+    results, ends = [], settings.pop("ends", (NEW, NEW))
     for ahead in (False, True):
         torch.manual_seed(0)
-        witness = Witness(ends, ids.shape[1])
-        how = {"custom_generate": lcpatch.decode_ahead, "stream_to": witness} if ahead else {"streamer": witness}
+        seen, how = [], {"custom_generate": lcpatch.decode_ahead} if ahead else {}
+        how["stream_to" if ahead else "streamer"] = Streamer(seen)
         given = {"do_sample": False, "max_new_tokens": NEW, "past_key_values": cache(), **settings, **how}
-        given["logits_processor"] = LogitsProcessorList([witness])
-        given["stopping_criteria"] = StoppingCriteriaList([witness])
-        results.append((model.generate(ids, **given), torch.rand(1), witness.seen))
+        given["logits_processor"] = LogitsProcessorList([Processor(seen)])
+        given["stopping_criteria"] = StoppingCriteriaList([Stop(seen, ids.shape[1], ends)])
+        results.append((model.generate(ids, **given), torch.rand(1), seen))
     return results
 
 
 def check_equal(plain, ahead):
     assert torch.equal(plain[0], ahead[0])
     assert torch.equal(plain[1], ahead[1])
-    # Of one token they see the same in the same order; only the streamer's turn comes a forward later.
-    for kind in ("asked", "put", "end"):
-        theirs, ours = ([entry for entry in result[2] if entry[0] == kind] for result in (plain, ahead))
-        assert len(theirs) == len(ours)
-        for (_, *one), (_, *other) in zip(theirs, ours, strict=True):
-            assert torch.equal(one[0], other[0])
-            assert one[1] == other[1]
-    assert [entry[0] for entry in plain[2]] == [entry[0] for entry in ahead[2]]
+    for (kind, one), (other_kind, other) in zip(plain[2], ahead[2], strict=True):
+        assert kind == other_kind
+        assert torch.equal(one, other)
 
 
 WAYS = {
@@ -206,6 +218,8 @@ def test_one_graph_serves_both_loops_every_turn_and_every_cache(name, padded):
     turn = torch.cat([out, tokens(2, 13, seed=3)], 1)
     if padded:
         mask = {"attention_mask": torch.cat([MASK, torch.ones(2, turn.shape[1] - 50, dtype=torch.long)], 1)}
+    else:
+        mask = {"attention_mask": torch.ones_like(turn)}  # or a 0 that was generated would be taken for a pad
     model.generate(turn, past_key_values=mine, custom_generate=lcpatch.decode_ahead, **given, **mask)
     assert len(graphs) == 1
 
@@ -235,7 +249,7 @@ def log(monkeypatch):
     for name in ("item", "cpu", "__bool__", "__int__", "__float__", "__index__"):
         note(torch.Tensor, name, "wait")
     note(module._News, "read", "read")
-    note(lcpatch.H2OCache, "get_mask_sizes", "announced")
+    note(layer, "get_ready", "announced")
     return entries
 
 
@@ -245,12 +259,12 @@ def test_no_wait_but_one_that_looks_back(log):
     given = {"do_sample": False, "compile_config": compiling([])}
     for name, how in (("plain", {}), ("ahead", {"custom_generate": lcpatch.decode_ahead})):
         counts = []
-        for new in (10, 30):
-            cache = lcpatch.H2OCache(model, 45, evict_every=40, compiled=True)
+        for new in (3, 10, 30):  # the first compiles
+            cache = lcpatch.H2OCache(model, 200, compiled=True)  # nothing goes, so nothing is counted again
             log.clear()
             model.generate(ids, past_key_values=cache, max_new_tokens=new, **given, **how)
             counts.append({entry: log.count(entry) for entry in ("wait", "read")})
-        waits[name] = {entry: (counts[1][entry] - counts[0][entry]) / 20 for entry in counts[0]}
+        waits[name] = {entry: (counts[2][entry] - counts[1][entry]) / 20 for entry in counts[0]}
     assert waits == {"plain": {"wait": 2, "read": 0}, "ahead": {"wait": 0, "read": 1}}
     assert [entry for entry in log if entry != "wait"][-7:] == [*["announced", "read"] * 3, "read"]
 
@@ -269,7 +283,7 @@ def test_inputs_are_prepared_once_where_only_token_and_position_change(name, mon
     name = name.split(", ")[0]
     given = {"do_sample": False, "max_new_tokens": NEW, "custom_generate": lcpatch.decode_ahead}
     model.generate(ids, past_key_values=new_cache(name, model, **options), **given)
-    assert calls == [None, 1]  # of the prompt, and of the first token
+    assert calls == [50, 1]  # the prompt, and the first token
     calls.clear()
     model.generate(ids, attention_mask=MASK, past_key_values=new_cache(name, model, **options), **given)
     assert len(calls) == (2 if options else NEW)  # a mask grows, unless the cache reads none
@@ -323,7 +337,7 @@ def test_encoders_and_shards_are_refused(monkeypatch):
 def test_a_text_without_anything_new(name):
     """Plain `generate` would read it all once more."""
     model, ids = build(), tokens(1, 50)
-    settings = ending(model, ids, name)
+    settings = ending(model, ids, "dynamic")
     cache = new_cache(name, model)
     out = model.generate(ids, past_key_values=cache, custom_generate=lcpatch.decode_ahead, **settings)
     given = {"past_key_values": cache, "do_sample": False, "max_new_tokens": 5, "custom_generate": lcpatch.decode_ahead}
