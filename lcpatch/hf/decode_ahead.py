@@ -49,6 +49,7 @@ def decode_ahead(
     Raises:
         ValueError: beams, assisted decoding and all else that plain `generate` is needed for, or a cache that has read
             the whole text.
+        RuntimeError: scores to sample from that are no numbers.
     """
     _check(model, generation_config, input_ids, model_kwargs)
     if stream_to is not None:
@@ -59,7 +60,7 @@ def decode_ahead(
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad = pad.to(input_ids.device) if ends else None
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    most, news = stopping_criteria.max_length, _News(unfinished)
+    most, news, always = stopping_criteria.max_length, _News(unfinished), unfinished
 
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     inputs = _Inputs(model, model_kwargs)
@@ -70,15 +71,12 @@ def decode_ahead(
             inputs.follow(outputs)
             del outputs
             scores = logits_processor(input_ids, logits)
-            if generation_config.do_sample:
-                tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
-            else:
-                tokens = scores.argmax(-1)
+            tokens, sound = _drawn(scores) if generation_config.do_sample else (scores.argmax(-1), always)
             if ends:
                 tokens = torch.where(unfinished, tokens, pad)
             input_ids = torch.cat([input_ids, tokens[:, None]], -1)
             unfinished = unfinished & ~stopping_criteria(input_ids, None)
-            news.send(tokens, unfinished)
+            news.send(tokens, unfinished, sound)
             full = most is not None and input_ids.shape[1] >= most  # known without the device: no forward in vain
             if not full:
                 outputs = forward(**inputs.next(input_ids), return_dict=True)
@@ -92,28 +90,48 @@ def decode_ahead(
     return input_ids
 
 
+def _drawn(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """A token a row [B], and whether there was one to draw [B].
+
+    As `torch.multinomial` draws one, on CPU and CUDA from the same random numbers; that checks what it is given, which
+    not every torch does without waiting for the device.
+    """
+    probs = scores.softmax(-1)
+    tokens = (probs / torch.empty_like(probs).exponential_()).argmax(-1)
+    return tokens, ~probs[:, 0].isnan()  # a score that is none leaves none in its row
+
+
 class _News:
     """What the host wants to know of the newest tokens, copied while the device goes on."""
 
     def __init__(self, unfinished: Tensor) -> None:
         self.device = unfinished.device
         pinned = self.device.type == "cuda"
-        self.host = torch.empty(2, len(unfinished), dtype=torch.long, pin_memory=pinned)
+        self.host = torch.empty(3, len(unfinished), dtype=torch.long, pin_memory=pinned)
         # Asleep until it is there: a host that spins takes time from the threads that feed other devices.
         self.copied = None if self.device.type == "cpu" else torch.Event(device=self.device, blocking=True)
 
-    def send(self, tokens: Tensor, unfinished: Tensor) -> None:
-        """Queue the copy of both [B]; waits for nothing."""
-        self.host.copy_(torch.stack([tokens, unfinished.long()]), non_blocking=True)
+    def send(self, *news: Tensor) -> None:
+        """Queue the copy of tokens, whether their rows go on, and whether they are sound, [B] each."""
+        self.host.copy_(torch.stack([x.long() for x in news]), non_blocking=True)
         if self.copied is not None:
             self.copied.record(torch.accelerator.current_stream(self.device))
 
     def read(self) -> tuple[Tensor, bool]:
-        """What was sent last, once it is here: the tokens, and whether any row goes on."""
+        """What was sent last, once it is here: the tokens, and whether any row goes on.
+
+        Raises:
+            RuntimeError: a row whose token is not sound.
+        """
         if self.copied is not None:
             self.copied.synchronize()
-        tokens, unfinished = self.host
-        return tokens.clone(), any(unfinished.tolist())
+        tokens, unfinished, sound = self.host.tolist()
+        if not all(sound):
+            raise RuntimeError(
+                f"row {sound.index(0)}: its scores hold nan or inf, or nothing but -inf, so no token can be drawn; "
+                "look at the logits processors and the model's dtype"
+            )
+        return torch.tensor(tokens), any(unfinished)
 
 
 class _Inputs:

@@ -333,6 +333,18 @@ def test_encoders_and_shards_are_refused(monkeypatch):
         model.generate(ids, max_new_tokens=3, synced_gpus=False, custom_generate=lcpatch.decode_ahead)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_scores_that_are_no_numbers(bad):
+    def spoil(input_ids, scores):
+        if input_ids.shape[1] > 53:
+            scores[1] = bad
+        return scores
+
+    given = {"do_sample": True, "max_new_tokens": 9, "logits_processor": LogitsProcessorList([spoil])}
+    with pytest.raises(RuntimeError, match="row 1: its scores hold nan or inf"):
+        build().generate(tokens(2, 50), custom_generate=lcpatch.decode_ahead, **given)
+
+
 @pytest.mark.parametrize("name", ["dynamic", "h2o"])
 def test_a_text_without_anything_new(name):
     """Plain `generate` would read it all once more."""
