@@ -113,7 +113,7 @@ class _News:
 
     def send(self, *news: Tensor) -> None:
         """Queue the copy of tokens, whether their rows go on, and whether they are sound, [B] each."""
-        self.host.copy_(torch.stack([x.long() for x in news]), non_blocking=True)
+        self.host.copy_(torch.stack(news), non_blocking=True)
         if self.copied is not None:
             self.copied.record(torch.accelerator.current_stream(self.device))
 
