@@ -269,8 +269,8 @@ def test_no_wait_but_one_that_looks_back(log):
     assert [entry for entry in log if entry != "wait"][-7:] == [*["announced", "read"] * 3, "read"]
 
 
-@pytest.mark.parametrize("name", ["dynamic", "h2o", "h2o, compiled"])
-def test_inputs_are_prepared_once_where_only_token_and_position_change(name, monkeypatch):
+@pytest.mark.parametrize("mask", [None, MASK], ids=["", "padded"])
+def test_inputs_are_prepared_once_where_only_token_and_position_change(mask, monkeypatch):
     model, ids, calls = build(), tokens(2, 50), []
     real = model.prepare_inputs_for_generation.__func__
 
@@ -278,19 +278,18 @@ def test_inputs_are_prepared_once_where_only_token_and_position_change(name, mon
         calls.append(kwargs.get("next_sequence_length"))
         return real(self, *args, **kwargs)
 
+    def calls_of(cache):
+        calls.clear()
+        given = {"do_sample": False, "max_new_tokens": NEW, "attention_mask": mask}
+        model.generate(ids, past_key_values=cache, custom_generate=lcpatch.decode_ahead, **given)
+        return len(calls)
+
     monkeypatch.setattr(module.GenerationMixin, "prepare_inputs_for_generation", counted)
-    options = {"compiled": True} if name.endswith("compiled") else {}
-    name = name.split(", ")[0]
-    given = {"do_sample": False, "max_new_tokens": NEW, "custom_generate": lcpatch.decode_ahead}
-    model.generate(ids, past_key_values=new_cache(name, model, **options), **given)
-    assert calls == [50, 1]  # the prompt, and the first token
-    calls.clear()
-    model.generate(ids, attention_mask=MASK, past_key_values=new_cache(name, model, **options), **given)
-    assert len(calls) == (2 if options else NEW)  # a mask grows, unless the cache reads none
-    calls.clear()
+    assert calls_of(lcpatch.H2OCache(model, 24, compiled=True)) == 2  # the prompt, and the first token
+    if mask is not None:
+        assert calls_of(DynamicCache(config=model.config)) == NEW  # its mask grows
     model.prepare_inputs_for_generation = lambda *args, **kwargs: counted(model, *args, **kwargs)  # as PEFT does
-    model.generate(ids, past_key_values=new_cache(name, model, **options), **given)
-    assert len(calls) == NEW
+    assert calls_of(lcpatch.H2OCache(model, 24, compiled=True)) == NEW
 
 
 def test_a_mask_that_is_needed_again_is_as_long_as_the_text(monkeypatch):
