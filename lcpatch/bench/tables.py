@@ -130,6 +130,25 @@ def multi(result: Result) -> Table:
     return header, rows
 
 
+def quality(result: Result) -> Table:
+    """A report of `lcpatch eval --score both`, a line per arm: what its cache held, and answers by task and length."""
+    cells = {(cell["task"], cell["length"], cell["metric"], cell["arm"]): cell for cell in result["cells"]}
+    columns = list(dict.fromkeys((task, length) for task, length, *_ in cells))
+    longest = max(length for _, length in columns)
+
+    def held(arm: str) -> str:
+        rows = [row["cache_bytes"] for row in result["rows"] if (row["arm"], row["length"]) == (arm, longest)]
+        return f"{sum(rows) / len(rows) / 2**20:.0f}"
+
+    def answers(arm: str, column: tuple[str, int]) -> str:
+        written, ranked = (cells[*column, metric, arm] for metric in ("generate", "rank"))
+        low, high = written["mean_low"], written["mean_high"]
+        return f"{written['mean']:.0%} ({low:.0%} to {high:.0%}) / {ranked['mean']:.0%}"
+
+    header = ("Cache", f"MiB at {_tokens(longest)}", *(f"{task}, {_tokens(length)}" for task, length in columns))
+    return header, [(arm, held(arm), *(answers(arm, column) for column in columns)) for arm in result["arms"]]
+
+
 KINDS: dict[str, Callable[[Result], Table]] = {
     "attention": attention,
     "shapes": shapes,
@@ -139,6 +158,7 @@ KINDS: dict[str, Callable[[Result], Table]] = {
     "multi": multi,
     "cache": cache,
     "training": training,
+    "quality": quality,
 }
 """Kind of result -> its table. A result file's name starts with its kind."""
 
@@ -147,6 +167,11 @@ def provenance(result: Result) -> str:
     """One line: where and with what a result was measured, or that it was not."""
     if result.get("counted"):
         return f"Counted, not timed: {result['counted']}; commit {result['commit']}"
+    if "cells" in result:  # a report of `lcpatch eval`
+        made = result["versions"]
+        versions = [f"{name} {made[name]}" for name in ("torch", "transformers", "lcpatch")]
+        samples = max(cell["samples"] for cell in result["cells"])
+        return ", ".join([result["run"]["model"], f"{samples} samples a cell", made["device"], *versions])
     parts = [result["gpu"], f"torch {result['torch']}", f"triton {result['triton']}", f"commit {result['commit']}"]
     if "ranks" in result:
         parts[0] = f"{result['ranks']} × {parts[0]}"

@@ -164,7 +164,7 @@ class AttendingLayer(DynamicLayer):
         self.seen = 0  # tokens, pads included
         self.pads: list[int] = []  # per row: pads before its first token
         self._new: tuple[Tensor, Tensor] | None = None  # keys and values of a step whose attention has not come yet
-        self.attending = False
+        self.midway = False
         self.keys = self.values = None
         self.is_initialized = False
 
@@ -175,7 +175,7 @@ class AttendingLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new keys and values [B, K, T, D]; they are stored when their queries attend."""
-        if self._new is not None or self.attending:
+        if self._new is not None or self.midway:
             raise RuntimeError(f"{self.owner}: {HALF_WAY}")
         if not self.expected:
             raise RuntimeError(
@@ -233,7 +233,7 @@ class AttendingLayer(DynamicLayer):
                 "kept; use transformers' DynamicCache for it"
             )
         self._read_pads(call.bounds, call.query.shape[2])
-        self.attending = True  # until `hf.watch.ask` has the answer
+        self.midway = True  # until `hf.watch.ask` has the answer
         return new
 
     def _read_pads(self, bounds: Tensor | None, num_queries: int) -> None:

@@ -73,5 +73,5 @@ def why_no_full_attention(config: Any) -> str:
         )
     return (
         f"{config.model_type} has no layer that attends to its whole past: its windows or chunks are short already, "
-        "and transformers' own cache keeps no more than they need"
+        "and transformers' own cache keeps no more than they need; ours is for full-attention layers, as llama's are"
     )

@@ -49,11 +49,11 @@ class AttendingLayer(Protocol):
 
     `expected` is set before the module runs if its attention will ask the layer; one that keeps less than every token
     refuses an update that nobody announced, since other attention would take what it returns for all there is.
-    `attending` is set while it changes what it keeps: one that finds it set was left half-way by an error.
+    `midway` is set while it changes what it keeps: one that finds it set was left half-way by an error.
     """
 
     expected: bool
-    attending: bool
+    midway: bool
 
     def wants_dense(self, query: Tensor) -> bool:
         """Whether it also attends for calls that no pattern is active in, instead of the dense implementation."""
@@ -86,7 +86,7 @@ def take_layer(state: LayerState) -> AttendingLayer | None:
 def ask(layer: AttendingLayer, call: Call) -> tuple[Tensor, Tensor]:
     """What the layer answers, which it now keeps the step of."""
     answer = layer.attend(call)
-    layer.attending = False
+    layer.midway = False
     return answer
 
 

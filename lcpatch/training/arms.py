@@ -1,6 +1,7 @@
 """The attention a model is trained with, by one flag: every arm of a comparison runs the same code.
 
-full    dense everywhere; patched all the same, so that packed documents never need a T x T mask
+full    dense everywhere, by the model's own implementation (under SDPA packed documents take a T x T mask); patched
+        all the same, so that one code runs every arm
 short   plain groups: SF with every head returned and no sinks
 other   a registered method: shift, sf, s2, …
 """

@@ -36,14 +36,17 @@ def main(arch: int) -> None:
     from lcpatch_kernels.page_scores import triton as paging
     from lcpatch_kernels.sparse_decode import triton as decoding
 
+    # What remains behind whole chunks has any size, and no size may be compiled for.
+    constants = {p.name for f in (merging._match_kernel, merging._merge_kernel) for p in f.params if p.is_constexpr}
+    assert constants == {"HALF", "D", "BLOCK_D", "UPCAST", "BLOCK_N", "BLOCK_O", "WEIGHTED"}, constants
     rows = []
     for dtype in DTYPES:
         rows.append(build("gather", gathering._gather_kernel, {"BLOCK": gathering.BLOCK}, dtype, arch, 4))
         for head_dim in (64, 256):
             shape = {"D": head_dim, "BLOCK_D": head_dim, "UPCAST": False}
             for chunk in (64, min(256, TRITON_MAX_BYTES // head_dim // (2 if dtype == "bf16" else 4))):
-                merge = {"CHUNK": chunk, "BLOCK_N": merging.BLOCK_N, "BLOCK_O": merging.BLOCK_O, "WEIGHTED": True}
-                match = {"CHUNK": chunk, "HALF": max(16, chunk // 2)}
+                merge = {"BLOCK_N": merging.BLOCK_N, "BLOCK_O": merging.BLOCK_O, "WEIGHTED": True}
+                match = {"HALF": max(16, chunk // 2)}
                 warps = 8 if chunk > 128 else 4
                 rows.append(build("match", merging._match_kernel, shape | match, dtype, arch, warps))
                 rows.append(build("merge", merging._merge_kernel, shape | merge, dtype, arch, 4, merging.MERGE_STAGES))

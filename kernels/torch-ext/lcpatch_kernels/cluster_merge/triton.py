@@ -30,8 +30,8 @@ def match(k: Tensor, size: Tensor, chunk: int, merges: int) -> Tensor:
         return target
     with torch.cuda.device_of(k):
         _match_kernel[(triton.cdiv(slots, chunk), heads, batch)](
-            k, size, target, *k.stride()[:3], slots, heads, merges,
-            CHUNK=chunk, HALF=half, D=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            k, size, target, *k.stride()[:3], slots, heads, merges, chunk,
+            HALF=half, D=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
             UPCAST=INTERPRETED and k.dtype != torch.float32, num_warps=8 if half > 64 else 4,
         )  # fmt: skip
     return target
@@ -51,7 +51,7 @@ def merge(
     with torch.cuda.device_of(k):
         _merge_kernel[(triton.cdiv(slots, chunk) * tiles, heads, batch)](
             k, v, size, target, k_out, v_out, size_out, *k.stride()[:3], *v.stride()[:3], slots, heads, merges, num_out,
-            tiles, CHUNK=chunk, D=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            tiles, chunk, D=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
             BLOCK_N=BLOCK_N, BLOCK_O=BLOCK_O, WEIGHTED=weighted, num_warps=4, num_stages=MERGE_STAGES,
         )  # fmt: skip
     return k_out, v_out, size_out
@@ -65,7 +65,8 @@ def _counts(left, right):
     return before, before + left.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["S", "K", "merges"])
+# `chunk` is no constant: behind whole chunks comes one of any size, and each would be compiled anew.
+@triton.jit(do_not_specialize=["S", "K", "merges", "chunk"])
 def _match_kernel(
     p_k,
     p_size,
@@ -76,16 +77,16 @@ def _match_kernel(
     S,
     K,
     merges,
-    CHUNK: tl.constexpr,
+    chunk,
     HALF: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     i_chunk, i_head, i_batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    first = i_chunk * CHUNK
-    length = tl.minimum(S - first, CHUNK)
-    gives = merges * length // CHUNK
+    first = i_chunk * chunk
+    length = tl.minimum(S - first, chunk)
+    gives = merges * length // chunk
     o = tl.arange(0, HALF)
     in_a, in_b = 2 * o < length, 2 * o + 1 < length
     p_k += i_batch * stride_kb + i_head * stride_kh + first.to(tl.int64) * stride_ks
@@ -115,14 +116,14 @@ def _match_kernel(
     stays_a, stays_b = in_a & (gone_a == 0) & (joins == 0), in_b & (gone_b == 0)
     place_a, place_b = _counts(stays_a, stays_b)
     joined = tl.sum(tl.where(partner[:, None] == o[None, :], place_b[None, :], 0), 1)
-    base = i_chunk * (CHUNK - merges)
+    base = i_chunk * (chunk - merges)
     to_a = tl.where(joins, base + joined, tl.where(stays_a, base + place_a, -1))
     to_b = tl.where(stays_b, base + place_b, -1)
     tl.store(p_target + row + 2 * o, to_a, in_a)
     tl.store(p_target + row + 2 * o + 1, to_b, in_b)
 
 
-@triton.jit(do_not_specialize=["S", "K", "merges", "num_out", "tiles"])
+@triton.jit(do_not_specialize=["S", "K", "merges", "num_out", "tiles", "chunk"])
 def _merge_kernel(
     p_k,
     p_v,
@@ -142,7 +143,7 @@ def _merge_kernel(
     merges,
     num_out,
     tiles,
-    CHUNK: tl.constexpr,
+    chunk,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -151,11 +152,11 @@ def _merge_kernel(
 ):
     i_head, i_batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     i_chunk, i_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    first = i_chunk * CHUNK
-    end = tl.minimum(first + CHUNK, S)
+    first = i_chunk * chunk
+    end = tl.minimum(first + chunk, S)
     o_o = i_tile * BLOCK_O + tl.arange(0, BLOCK_O)
-    out = i_chunk * (CHUNK - merges) + o_o
-    inside = (o_o < CHUNK - merges) & (out < num_out)
+    out = i_chunk * (chunk - merges) + o_o
+    inside = (o_o < chunk - merges) & (out < num_out)
     p_k += i_batch * stride_kb + i_head * stride_kh
     p_v += i_batch * stride_vb + i_head * stride_vh
     row = (i_batch * K + i_head) * S
@@ -163,9 +164,9 @@ def _merge_kernel(
     v = tl.zeros([BLOCK_O, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_O], tl.float32)
     size = tl.zeros([BLOCK_O], tl.float32)
-    for start in range(0, CHUNK, BLOCK_N):
+    for start in range(0, chunk, BLOCK_N):
         s = first + start + tl.arange(0, BLOCK_N)
-        within = (s < end) & (start + tl.arange(0, BLOCK_N) < CHUNK)
+        within = (s < end) & (start + tl.arange(0, BLOCK_N) < chunk)
         n = tl.load(p_size + row + s, within, 0.0)
         to = tl.load(p_target + row + s, within, -1)
         n = tl.where(to[None, :] == out[:, None], n[None, :], 0.0)
