@@ -50,15 +50,15 @@ def test_tokens_are_those_of_generate_and_nothing_is_compiled_anew(name):
     model, ids = build(**SIZES).cuda(), tokens(2, 90).cuda()
     torch._dynamo.reset()
     counters.clear()
-    outs = []
+    outs, graphs = [], set()
     for how in ({}, {"custom_generate": lcpatch.decode_ahead}):
         for sampled in ({"do_sample": False}, {"do_sample": True, "top_k": 20}):
             torch.manual_seed(0)
             given = {"past_key_values": CACHES[name](model, 40, evict_every=7, compiled=True), "max_new_tokens": 60}
             outs.append(model.generate(ids, **given, **sampled, **how))
-            graphs = counters["stats"]["unique_graphs"]
+            graphs.add(counters["stats"]["unique_graphs"])
             outs.append(torch.rand(1, device="cuda").cpu())
-        assert graphs == 1
+    assert len(graphs) == 1
     # The same graph on the same numbers: to the bit, unlike another kernel.
     for plain, ahead in zip(outs[:4], outs[4:], strict=True):
         assert torch.equal(plain, ahead)
