@@ -20,6 +20,7 @@ _HOME = {
     "patched": "patching",
     "report": "patching",
     "register": "hf",
+    "decode_ahead": "hf.decode_ahead",
     "load_cache": "hub",
     "save_pretrained": "hub",
     "from_pretrained": "hub",

@@ -26,6 +26,7 @@ from ..caches.layer import LongCache, bytes_held
 from ..caches.retrieval import RetrievalCache
 from ..caches.tiered import TieredCache
 from ..core.errors import BenchmarkError
+from ..hf.decode_ahead import decode_ahead
 from ..patching import remove
 from . import measure, peers
 from .geometry import LLAMA_8B, random_llama
@@ -49,7 +50,8 @@ class Arm:
 
     `all_rows`: every row of a batch is read, as rows of this cache are not copied. `partial`: a step reads less than
     the cache holds, so that reading all of it is no floor. `new`: tokens generated in a run (a few on a CPU, where
-    times say nothing). `read`: takes a part of the prompt. `needs`: the package that brings the cache.
+    times say nothing). `read`: takes a part of the prompt. `needs`: the package that brings the cache. `loop`: the
+    decoding loop, `generate(custom_generate=…)`; None: transformers' own, as for all peers.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Arm:
     new: int = NEW_TOKENS
     read: Callable[[nn.Module, torch.Tensor, Any], None] = _read
     needs: str | None = None
+    loop: Callable[..., torch.Tensor] | None = None
 
 
 def _dynamic(model: nn.Module, *_: int) -> DynamicCache:
@@ -70,15 +73,25 @@ def _static(model: nn.Module, batch: int, most: int) -> StaticCache:
     return StaticCache(model.config, max_cache_len=most)
 
 
+def _h2o_compiled(model: nn.Module, *_: int) -> H2OCache:
+    return H2OCache(model, 0.2, compiled=True)
+
+
+def _cluster_compiled(model: nn.Module, *_: int) -> ClusterCache:
+    return ClusterCache(model, 0.2, compiled=True)
+
+
 ARMS = (
     Arm("DynamicCache", _dynamic),
     Arm("StaticCache, compiled", _static, CHUNK, all_rows=True, new=COMPILED_TOKENS),
     Arm("H2O 0.2", lambda model, batch, most: H2OCache(model, budget=0.2), CHUNK),
     Arm("H2O 0.2, at once", lambda model, batch, most: H2OCache(model, budget=0.2)),
-    Arm("H2O 0.2, compiled", lambda model, *_: H2OCache(model, 0.2, compiled=True), CHUNK, new=COMPILED_TOKENS),
+    Arm("H2O 0.2, compiled", _h2o_compiled, CHUNK, new=COMPILED_TOKENS),
+    Arm("H2O 0.2, compiled, decode_ahead", _h2o_compiled, CHUNK, new=COMPILED_TOKENS, loop=decode_ahead),
     Arm("H2O 0.2, int8", lambda model, batch, most: H2OCache(model, budget=0.2, codec="int8"), CHUNK),
     Arm("Cluster 0.2", lambda model, batch, most: ClusterCache(model, budget=0.2), CHUNK),
-    Arm("Cluster 0.2, compiled", lambda model, *_: ClusterCache(model, 0.2, compiled=True), CHUNK, new=COMPILED_TOKENS),
+    Arm("Cluster 0.2, compiled", _cluster_compiled, CHUNK, new=COMPILED_TOKENS),
+    Arm("Cluster 0.2, compiled, decode_ahead", _cluster_compiled, CHUNK, new=COMPILED_TOKENS, loop=decode_ahead),
     Arm("Retrieval 4K", lambda model, batch, most: RetrievalCache(model, budget=4096), CHUNK, partial=True),
     Arm("Tiered, 2 GB", lambda model, batch, most: TieredCache(model, gpu_bytes=GPU_BYTES), CHUNK, partial=True),
     Arm("DynamicCache, offloaded", lambda model, *_: _offloaded(model), CHUNK, partial=True, new=SLOW_TOKENS),
@@ -172,7 +185,7 @@ def run(
 
 def format_row(row: Row) -> str:
     """One line of the table."""
-    start = f"{row.arm:22s} batch {row.batch:2d} {row.length:7d} "
+    start = f"{row.arm:35s} batch {row.batch:2d} {row.length:7d} "
     if row.why is not None:
         return start + row.why
     peak = "" if row.peak_gib is None else f"  peak {row.peak_gib:5.1f} GiB"
@@ -277,7 +290,7 @@ def _measured(
         if batch > 1 and not arm.all_rows:
             cache.batch_repeat_interleave(batch)
         held = bytes_held(cache.layers)["device"]
-        token_s, fetched, hits = _decode(model, cache, batch, new, clock)
+        token_s, fetched, hits = _decode(model, cache, arm.loop, batch, new, clock)
     except torch.OutOfMemoryError:
         return Row(arm.name, batch, length, why="out of memory")
     except _TooSlow as late:
@@ -308,7 +321,7 @@ def _prefill(model: nn.Module, arm: Arm, cache: Any, length: int, chunk: int, ba
 
 
 def _decode(
-    model: nn.Module, cache: Any, batch: int, new: int, clock: _Clock
+    model: nn.Module, cache: Any, loop: Callable[..., torch.Tensor] | None, batch: int, new: int, clock: _Clock
 ) -> tuple[float, float | None, float | None]:
     """Seconds a token of `generate`, which goes on with the cache: of `new` tokens after the first, which transformers
     computes as the end of the prompt, never compiled. Median of two runs after one that compiles. And what a token
@@ -318,11 +331,10 @@ def _decode(
     ids = _ids(model, 1, int(cache.get_seq_length()) + 1).expand(batch, -1)
     times: dict[int, list[float]] = {}
     runs, before = (new + 1, 1, new + 1, 1, new + 1), _traffic(cache)
+    given = {"past_key_values": cache, "do_sample": False, "stopping_criteria": [clock], "custom_generate": loop}
     for tokens in runs:
         start = _now(model)
-        ids = model.generate(
-            ids, past_key_values=cache, max_new_tokens=tokens, do_sample=False, stopping_criteria=[clock]
-        )
+        ids = model.generate(ids, max_new_tokens=tokens, **given)
         times.setdefault(tokens, []).append(_now(model) - start)
     token_s = (statistics.median(times[new + 1][1:]) - statistics.median(times[1])) / new
     after = _traffic(cache)

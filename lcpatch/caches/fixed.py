@@ -58,6 +58,9 @@ class Steps:
     The first layer counts on the one, the last on the other, so that a step which failed between them shows.
 
     A tensor that a step reads costs it a guard and an input, one that it changes a kernel too.
+
+    `most` is what the host knows without asking the device: no more tokens than that were seen. Every step is
+    announced, some twice, so announcements bound them.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -71,6 +74,11 @@ class Steps:
         length = max(counts)
         self.span.copy_(torch.tensor([[length - count, length] for count in counts]))
         self.seen.fill_(seen)
+        self.most = seen
+
+    def recount(self) -> None:
+        """Let `most` be what was really seen; waits for the device."""
+        self.most = int(self.seen)
 
     def taken(self, seen: int, counts: list[int]) -> int:
         """Tokens since `begin` was told this; waits for the device.
@@ -88,21 +96,28 @@ class Steps:
         return self.span[:1, 1] - 1
 
 
-def get_ready(layers: Iterable[Any], steps: dict[torch.device, Steps], seen: int) -> None:
+def get_ready(layers: Iterable[Any], steps: dict[torch.device, Steps]) -> None:
     """Let layers that can be compiled take a single token next; outside of the compiled step.
 
-    All or none of them enter: one that went alone would count apart from the others.
+    All or none of them enter: one that went alone would count apart from the others. The device is waited for only
+    where there may be no room for another token.
 
     Args:
         layers: of a cache.
         steps: of their devices, kept for the next time.
-        seen: tokens so far, which while it generates only the device knows.
 
     Raises:
         ValueError: layers that keep different numbers of tokens, from a file that no cache wrote.
     """
     fixed = [layer for layer in layers if isinstance(layer, FixedDecoding) and layer.is_compileable]
-    if all(layer.has_room(seen) for layer in fixed):
+    running = {id(layer.steps): layer.steps for layer in fixed if layer.steps is not None}.values()
+    for each in running:
+        each.most += 1
+    if all(layer.has_room() for layer in fixed):
+        return
+    for each in running:
+        each.recount()
+    if all(layer.has_room() for layer in fixed):
         return
     for layer in fixed:
         layer.leave_fixed()
@@ -136,9 +151,9 @@ class FixedDecoding:
         self.steps = None
         self._home: dict[str, Tensor] | None = None
 
-    def has_room(self, seen: int) -> bool:
-        """Whether it generates, and may append another token to the `seen` ones before it evicts."""
-        return self.steps is not None and seen < self._until
+    def has_room(self) -> bool:
+        """Whether it generates, and may surely append another token before it evicts."""
+        return self.steps is not None and self.steps.most < self._until
 
     def can_enter(self) -> bool:
         """Whether every row has begun, and what is kept can be read as it lies."""

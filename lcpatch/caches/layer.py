@@ -279,10 +279,13 @@ class LongCache(Cache):
         return self
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """What a mask is made of; asked before a step, so layers that generate in fixed buffers get ready here."""
+        """What a mask is made of; asked before a step, so layers that generate in fixed buffers get ready here.
+
+        Where they do, it is (0, 0): no mask is read. They wait for the device only where there may be no room left.
+        """
         if query_length == 1 and not torch.compiler.is_compiling():
             self._check_whole(1)
-            get_ready(self.layers, self._steps, self.get_seq_length())
+            get_ready(self.layers, self._steps)
         return super().get_mask_sizes(query_length, layer_idx)
 
     def update(

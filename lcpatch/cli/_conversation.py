@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hf.decode_ahead import decode_ahead
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -46,11 +48,13 @@ class Conversation:
         if self.chunk and hasattr(self.cache, "read"):
             self.cache.read(self.ids, chunk=self.chunk)
         clock = _Clock(streamer)
+        # Only a compiled step leaves the host time to be ahead; elsewhere an answer's end would cost a forward.
+        ahead = {"custom_generate": decode_ahead, "stream_to": clock}
         out = self.model.generate(
             self.ids,
             attention_mask=torch.ones_like(self.ids),
             past_key_values=self.cache,
-            streamer=clock,
+            **(ahead if self.cache.is_compileable else {"streamer": clock}),
             **self.options,
         )
         end = time.perf_counter()

@@ -14,6 +14,7 @@ from lcpatch.caches.h2o import H2OLayer
 from lcpatch.caches.layer import bytes_held
 from lcpatch.cli import main
 from lcpatch.core.errors import BenchmarkError
+from lcpatch.hf.decode_ahead import decode_ahead
 
 
 def test_every_arm_runs_and_makes_a_table(tmp_path, capsys):
@@ -129,6 +130,27 @@ def test_bytes_of_tuples_and_of_tensors_made_of_others():
         keys=(codes, {"scale": scale, "zero": zero, "axis": 1}), values=TwoTensor(a, b), again=codes
     )
     assert bytes_held([layer]) == {"device": 4 * (16 + 2 + 4 + 8 + 8)}
+
+
+def test_peers_run_in_the_loop_of_transformers_and_a_row_says_whose_it_is():
+    arms = {arm.name: arm for arm in cache.ARMS}
+    own = [arm for arm in cache.ARMS if arm.loop is not None]
+    assert own
+    assert own == [arm for arm in cache.ARMS if arm.name.endswith("decode_ahead")]
+    assert all(arm.make is arms[arm.name.removesuffix(", decode_ahead")].make for arm in own)
+
+
+def test_an_arm_generates_in_its_loop(monkeypatch):
+    lengths = []
+
+    def loop(model, input_ids, *args, stopping_criteria, **kwargs):
+        lengths.append(stopping_criteria.max_length - input_ids.shape[1])
+        return decode_ahead(model, input_ids, *args, stopping_criteria=stopping_criteria, **kwargs)
+
+    monkeypatch.setattr(cache, "ARMS", (cache.Arm("ours", cache._h2o_compiled, 64, loop=loop),))
+    row = cache.run(((1, 200),), TINY, "cpu", chunk=64)["rows"][0]
+    assert row["why"] is None
+    assert lengths == [9, 1, 9, 1, 9]
 
 
 def test_a_wrong_cache_is_not_timed(monkeypatch):

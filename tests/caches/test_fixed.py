@@ -215,3 +215,18 @@ def test_the_decode_step_compiles_once(name):
     again = model.generate(ids, past_key_values=other, compile_config=how, **options)
     assert torch.equal(again, want)
     assert len(graphs) == 1
+
+
+def test_the_device_is_waited_for_only_where_there_may_be_no_room(monkeypatch):
+    """The host counts announcements instead: one a forward, or several, never fewer than tokens."""
+    model, ids, waits = build(), tokens(1, 160), []
+    real = fixed_slots.Steps.recount
+    monkeypatch.setattr(fixed_slots.Steps, "recount", lambda self: (waits.append(self.most), real(self)))
+    cache = lcpatch.H2OCache(model, 100, evict_every=40, compiled=True)
+    with torch.no_grad():
+        feed(model, ids[:, :101], cache, [60, *[1] * 41])
+        assert waits == []
+        for _ in range(500):
+            cache.get_mask_sizes(1, 0)
+    assert len(waits) < 25, "each count buys as many announcements as there is room for tokens"
+    assert cache.get_seq_length() == 101

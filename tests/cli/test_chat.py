@@ -8,7 +8,7 @@ import torch
 from cache_cases import ALL
 from eval_cases import model, tokenizer
 
-from lcpatch.cli import main
+from lcpatch.cli import _conversation, main
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -73,6 +73,24 @@ def test_answers_are_those_of_generate_and_turns_are_read_once(folders, monkeypa
             assert answer.strip()[:20] in out
     seen = [int(n) for n in re.findall(r"\[(\d+) tokens seen", out)]
     assert seen[0] < seen[1] < 2 * seen[0] + 60
+
+
+def test_a_compiled_cache_is_decoded_ahead_with_the_same_answers(folders, monkeypatch, capsys):
+    calls, real = [], _conversation.decode_ahead
+
+    def spy(*args, stream_to, **kwargs):
+        calls.append(stream_to)
+        return real(*args, stream_to=stream_to, **kwargs)
+
+    monkeypatch.setattr(_conversation, "decode_ahead", spy)
+    texts = []
+    for compiled in ("false", "true"):
+        words = ("--cache", "h2o", "--budget", "40", "--compiled", compiled, "--new-tokens", "8")
+        status, out, err = chat(monkeypatch, capsys, folders["chat"], *words)
+        assert status == 0, err
+        assert len(calls) == (2 if compiled == "true" else 0)
+        texts.append([line for line in out.splitlines() if not line.startswith("[")])
+    assert texts[0] == texts[1]
 
 
 def test_a_budget_that_is_too_small_for_a_prompt_still_answers(folders, monkeypatch, capsys):
