@@ -143,9 +143,10 @@ def quality(result: Result) -> Table:
     def answers(arm: str, column: tuple[str, int]) -> str:
         written, ranked = (cells[*column, metric, arm] for metric in ("generate", "rank"))
         low, high = written["mean_low"], written["mean_high"]
-        return f"{written['mean']:.0%} ({low:.0%} to {high:.0%}) / {ranked['mean']:.0%}"
+        return f"{written['mean']:.0%} ({low:.0%} to {high:.0%}); {ranked['mean']:.0%}"
 
-    header = ("Cache", f"MiB at {_tokens(longest)}", *(f"{task}, {_tokens(length)}" for task, length in columns))
+    asked = (f"{task}, {_tokens(length)}: written; ranked" for task, length in columns)
+    header = ("Cache", f"MiB at {_tokens(longest)}", *asked)
     return header, [(arm, held(arm), *(answers(arm, column) for column in columns)) for arm in result["arms"]]
 
 

@@ -20,10 +20,11 @@ def test_a_report_becomes_a_table(tmp_path):
     for row in result["rows"]:
         row["cache_bytes"] = {"dense": 3 << 20}.get(row["arm"], 1 << 20) if row["length"] == 500 else 1 << 40
     header, lines = tables.quality(result)
-    assert header == ("Cache", "MiB at 500", "passkey, 400", "passkey, 500", "needle, 400", "needle, 500")
+    asked = [f"{task}, {length}: written; ranked" for task in ("passkey", "needle") for length in (400, 500)]
+    assert header == ("Cache", "MiB at 500", *asked)
     assert [line[0] for line in lines] == ["dense", "sink cache(budget=64)"]
     assert [line[1] for line in lines] == ["3", "1"]
     order = [(cell["task"], cell["length"], cell["metric"], cell["arm"]) for cell in result["cells"]]
     place = {metric: order.index(("needle", 500, metric, "dense")) for metric in ("generate", "rank")}
-    assert lines[0][5] == f"{place['generate']}% (25% to 50%) / {place['rank']}%"
+    assert lines[0][5] == f"{place['generate']}% (25% to 50%); {place['rank']}%"
     assert tables.provenance(result).startswith("tiny, 4 samples a cell, ")
