@@ -7,7 +7,7 @@ Several tokens at a time (a prompt, its chunks, a later turn) attend to everythi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -120,15 +120,20 @@ class PagedLayer(AttendingLayer):
         skip = [min(max(pads - self.seen, 0), num) for pads in self.pads]
         self._count(num, skip)
         self.pages.allow(self.budgets)
-        for rows, begin, end in self.pages.append(keys, values, skip):
-            self.index.append(self.pages.tokens(rows, begin, end), rows, begin, self.pages.room)
+        self._index(self.pages.append(keys, values, skip))
         self.seen += num
         if num == 1 and is_dense(call.spec) and (self.pages.apart or self._over()):
             out, lse = self._retrieve(call)
+            self._index(self.pages.close())
         else:
+            self._index(self.pages.close())
             out, lse = self._read_all(call)
         self._asked = (call._replace(key=None, value=None, bounds=None, sinks=None), lse) if num == 1 else None
         return out, lse
+
+    def _index(self, filled: Iterable[tuple[list[int], int, int]]) -> None:
+        for rows, begin, end in filled:
+            self.index.append(self.pages.tokens(rows, begin, end), rows, begin, self.pages.room)
 
     def _count(self, num: int, skip: list[int]) -> None:
         """Set the budgets for a step of `num` tokens, of which each row skips some."""
@@ -183,7 +188,7 @@ class PagedLayer(AttendingLayer):
 
     def _retrieve(self, call: Call) -> tuple[Tensor, Tensor]:
         marks = self._mark()
-        keys, values, slots = self.pages.fetch(self.choose(call.query, marks, call.scale))
+        keys, values, slots = self.pages.fetch(self.choose(call.query, marks, call.scale), marks.newest)
         if self.next is not None and (layer := self.next()) is not None:
             layer.look_ahead(call.query)
         self.read = min(self.reads.page * slots.shape[2], max(self.pages.lengths))
