@@ -130,12 +130,33 @@ class TieredPages:
             yield rows, end - 1, end
             self._fresh = None
 
+    def stand_still(self, pages: int) -> None:
+        """Have all slots that rows may have, and room for so many pages: then nothing moves for as long as they fit."""
+        self._land()
+        self._reserve(pages)
+        self._widen(max(self.room, *self.limits))
+
+    def put(self, keys: Tensor, values: Tensor, length: Tensor) -> None:
+        """Write a token [B, K, 1, D] of every row, of `length` [B] with it, to the open page; counts nothing."""
+        row = torch.arange(len(length), device=length.device)
+        place = self.data.shape[3] - self.page + (length - 1) % self.page
+        # By index: what else could be said so (a slice, `scatter_`), inductor does to a copy of the whole buffer.
+        self.data[row, :, :, place] = torch.stack([keys, values], 2)[:, :, :, 0]
+
+    def filled(self, tokens: int) -> None:
+        """Count what `put` has written to every row; `close` then sends home what is full."""
+        self.lengths = [n + tokens for n in self.lengths]
+        self._full = [row for row, n in enumerate(self.lengths) if n % self.page == 0]
+
     def fetch(self, pages: Tensor, newest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(keys, values, slots)`: brings the pages [B, K, M] (-1: none) to the device and says where they are; each
         row's `newest` [B, 1, 1] is open."""
         self._land()
-        slots = self._bring(pages, newest, self.counts)
-        return self.keys, self.values, slots
+        return self.keys, self.values, self.bring(pages, newest)
+
+    def bring(self, pages: Tensor, newest: Tensor) -> Tensor:
+        """The same where nothing is fetched ahead: the slots."""
+        return self._bring(pages, newest, self.counts)
 
     def prefetch(self, pages: Tensor) -> None:
         """Begin to fetch the pages [B, K, M], which may be asked for soon."""
@@ -266,8 +287,13 @@ class TieredPages:
         """Bytes per tier."""
         if self.data is None:
             return {"device": 0}
-        held = (self.data, self.table, self.address, self.counts, self.ahead, *self.residents.tables)
+        held = (*self.tensors, self.table, self.ahead)
         return {"device": sum(x.untyped_storage().nbytes() for x in held), **self.home.nbytes()}
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that a token reads and writes."""
+        return self.data, self.address, self.counts, *self.residents.tables
 
     def traffic(self) -> dict[str, int]:
         """What was asked for, what was not on the device, and what was read from where; waits for the device."""
