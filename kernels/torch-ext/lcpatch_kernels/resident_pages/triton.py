@@ -92,14 +92,14 @@ def _take_kernel(
     slot = tl.load(p_slot_of + page, wanted, -1).to(tl.int32)
     missing = wanted & (slot < 0)
     clock = tl.load(p_clock + group) + 1
-    tl.store(p_clock + group, clock)
     tl.store(p_used + slot, tl.zeros([BLOCK_M], tl.int64) + clock, slot >= 0)
     num = tl.sum(missing.to(tl.int32), 0)
     if p_counts is not None:
         tl.atomic_add(p_counts, tl.sum(wanted.to(tl.int64), 0))
         tl.atomic_add(p_counts + 1, num.to(tl.int64))
+    tl.debug_barrier()  # all threads have read the clock, and what was found is seen as used
+    tl.store(p_clock + group, clock)
     if num > 0:
-        tl.debug_barrier()  # what was found must be seen as used
         o_s = tl.arange(0, BLOCK_S)
         real = o_s < num_slots
         used = tl.minimum(tl.load(p_used + o_s, real, 1 << 40), 1 << 40)  # later than any clock: such never leave
