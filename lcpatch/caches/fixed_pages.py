@@ -91,10 +91,11 @@ class FixedPages(FixedLayer):
         self.index.tree.reserve(self.pages.room, self.pages.keys[:, :, :0])
         self._found = torch.zeros((), dtype=torch.int64, device=self.device) if self._found is None else self._found
         still(*self.pages.tensors, *self.index.tree.levels[0], self.index.tree.largest, self._found)
-        limits = self._limits([n + 1 for n in lengths])
-        tops, fixed = self.index.top_pages(limits), steps.shared.get(page)
-        if fixed is None or fixed.state != (limits, tops, self.pages.room):
-            fixed = steps.shared[page] = FixedMarks(limits, tops, self.pages.room, self.device)
+        room, limits = self.pages.room, self._limits([n + 1 for n in lengths])
+        tops = [min(n, room) for n in self.index.top_pages(limits)]
+        limits, fixed = [min(n, room + 1) for n in limits], steps.shared.get(page)  # more there is not to be read
+        if fixed is None or fixed.state != (limits, tops, room):
+            fixed = steps.shared[page] = FixedMarks(limits, tops, room, self.device)
         self.fixed, self._marks, self._asked = fixed, None, None
         self._until = self.seen + min(page - n % page for n in lengths)
         self.steps, self.leads, self.ends = steps, leads, ends

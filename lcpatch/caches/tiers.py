@@ -131,10 +131,10 @@ class TieredPages:
             self._fresh = None
 
     def stand_still(self, pages: int) -> None:
-        """Have all slots that rows may have, and room for so many pages: then nothing moves for as long as they fit."""
+        """Have room for so many pages, and the slots that those may have: nothing moves for as long as they fit."""
         self._land()
         self._reserve(pages)
-        self._widen(max(self.room, *self.limits))
+        self._widen(self.room)
 
     def put(self, keys: Tensor, values: Tensor, length: Tensor) -> None:
         """Write a token [B, K, 1, D] of every row, of `length` [B] with it, to the open page; counts nothing."""
