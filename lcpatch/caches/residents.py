@@ -63,7 +63,7 @@ class Residents:
 
     def select(self, groups: Tensor) -> None:
         """Keep these groups, in that order; one may come several times."""
-        self.page_in, self.used, self.slot_of, self.clock = (x[groups] for x in self.tables)
+        self.page_in, self.used, self.slot_of, self.clock = (rearranged(x, groups) for x in self.tables)
 
     def grow(self, slots: int, limits: Tensor) -> None:
         """Have this many slots in each group, of which a group uses `limits` [G]: no fewer than before."""
@@ -85,3 +85,9 @@ class Residents:
         """Room for pages 0 … pages - 1."""
         if (missing := 1 + pages - self.slot_of.shape[1]) > 0:
             self.slot_of = pad(self.slot_of, (0, -(-missing // GRAIN) * GRAIN), value=-1)
+
+
+def rearranged(x: Tensor, rows: Tensor | list[int]) -> Tensor:
+    """x[rows]; where that is as large, as with beams, in the same place, whose address a graph may know."""
+    new = x[rows]
+    return x.copy_(new) if new.shape == x.shape else new

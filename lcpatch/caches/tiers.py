@@ -26,7 +26,7 @@ from lcpatch_kernels import bring_pages
 from .codec import Plain
 from .pages import alike
 from .records import Record
-from .residents import GRAIN, NEVER, Residents
+from .residents import GRAIN, NEVER, Residents, rearranged
 from .spill import Home
 from .state import fitting, whole, wholes
 
@@ -227,7 +227,8 @@ class TieredPages:
             return
         self._land()
         self.residents.select(self._groups()[rows].flatten())
-        self.table, self.address, self.data = self.table[rows], self.address[rows], self.data[rows]
+        for name in ("table", "address", "data"):
+            setattr(self, name, rearranged(getattr(self, name), rows))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `load` takes, or, where a page that comes back is not what it was, `restore`."""

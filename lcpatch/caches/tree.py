@@ -20,6 +20,8 @@ from torch.nn.functional import pad
 
 from lcpatch_kernels import page_bounds, page_scores
 
+from .residents import rearranged
+
 if TYPE_CHECKING:
     from .fixed_pages import FixedMarks, Now
     from .paged import Marks, Reads
@@ -82,8 +84,8 @@ class BoundTree:
     def select_rows(self, rows: list[int]) -> None:
         """Keep the batch rows `rows`, in that order; a row may come several times."""
         self.leaves = [self.leaves[r] for r in rows]
-        self.levels = [tuple(x[rows] for x in level) for level in self.levels]
-        self.largest = None if self.largest is None else self.largest[rows]
+        self.levels = [tuple(rearranged(x, rows) for x in level) for level in self.levels]
+        self.largest = None if self.largest is None else rearranged(self.largest, rows)
 
     @property
     def nbytes(self) -> int:
