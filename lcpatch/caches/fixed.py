@@ -71,24 +71,28 @@ class Steps:
         self.span = torch.zeros(rows, 2, dtype=torch.int32, device=device)  # each row's slots; all end together
         self.seen = torch.zeros((), dtype=torch.int64, device=device)
         self.shared: dict[Any, Any] = {}  # what else layers have in common
+        self._taken: int | None = None  # tokens since `begin`, once asked for
         still(self.span, self.seen)
 
     def begin(self, seen: int, counts: list[int]) -> None:
         """`seen` tokens so far, of which the rows keep `counts`."""
+        self._taken = None
         length = max(counts)
         self.span.copy_(torch.tensor([[length - count, length] for count in counts]))
         self.seen.fill_(seen)
 
     def taken(self, seen: int, counts: list[int]) -> int:
-        """Tokens since `begin` was told this; waits for the device.
+        """Tokens since `begin` was told this; waits for the device, once for all layers: who goes on begins again.
 
         Raises:
             RuntimeError: not all layers have the newest one.
         """
-        filled, now = torch.stack([self.span[0, 1].long(), self.seen]).tolist()
-        if filled - max(counts) != now - seen:
-            raise RuntimeError(HALF_WAY)
-        return now - seen
+        if self._taken is None:
+            filled, now = torch.stack([self.span[0, 1].long(), self.seen]).tolist()
+            if filled - max(counts) != now - seen:
+                raise RuntimeError(HALF_WAY)
+            self._taken = now - seen
+        return self._taken
 
     def last(self) -> Tensor:
         """[1], the slot of the newest token."""

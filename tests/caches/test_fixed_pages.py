@@ -23,7 +23,7 @@ CACHES = {
     "fp8, a few best": {"codec": "fp8", "top": 3},
     "a share": {"codec": "int4", "budget": 0.4},
     "all of it": {"codec": "int8", "budget": 1 << 20, "attend": None},
-    "more best keys than there are": {"codec": None, "top": 1 << 20},
+    "more best keys than there are": {"codec": None, "top": 2000},
     "pages of two sizes": {"codec": "int8", "page": [4, 2], "budget": 32, "attend": 24},
 }
 PADS = {"a share": [0, 1, 0]}  # a share needs a prompt in every row
