@@ -94,6 +94,7 @@ ARMS = (
     Arm("Cluster 0.2, compiled, decode_ahead", _cluster_compiled, CHUNK, new=COMPILED_TOKENS, loop=decode_ahead),
     Arm("Retrieval 4K", lambda model, batch, most: RetrievalCache(model, budget=4096), CHUNK, partial=True),
     Arm("Tiered, 2 GB", lambda model, batch, most: TieredCache(model, gpu_bytes=GPU_BYTES), CHUNK, partial=True),
+    Arm("Tiered, 2 GB, compiled", lambda model, *_: _tiered(model), CHUNK, partial=True, new=COMPILED_TOKENS),
     Arm("DynamicCache, offloaded", lambda model, *_: _offloaded(model), CHUNK, partial=True, new=SLOW_TOKENS),
     Arm("QuantizedCache, hqq", peers.quantized("hqq"), all_rows=True, needs="hqq"),
     Arm("QuantizedCache, quanto", peers.quantized("optimum-quanto"), all_rows=True, needs="optimum-quanto"),
@@ -235,6 +236,10 @@ def score_cost(length: int, geometry: dict[str, Any]) -> dict[str, Any]:
 
     fa2, ms = measure.device_ms(forward), measure.device_ms(lambda: attn_mass(q, k, lse))
     return {"length": length, "fa2_ms": fa2, "ms": ms, "share": ms / fa2}
+
+
+def _tiered(model: nn.Module) -> TieredCache:
+    return TieredCache(model, gpu_bytes=GPU_BYTES, compiled=True)
 
 
 def _offloaded(model: nn.Module) -> DynamicCache:

@@ -31,6 +31,13 @@ def room(most: int) -> int:
     return -(-(most + 1) // ALIGNED) * ALIGNED
 
 
+def still(*tensors: Tensor) -> None:
+    """Say of tensors that they stay where they are, and as large, so that a graph need not copy what it reads there."""
+    for x in tensors:
+        torch._dynamo.mark_static_address(x)
+        torch._dynamo.mark_static(x)
+
+
 def check_codec(codec: str | None) -> None:
     """Refuse a codec whose slots no kernel reads as they lie.
 
@@ -66,11 +73,13 @@ class Steps:
     def __init__(self, rows: int, device: torch.device) -> None:
         self.span = torch.zeros(rows, 2, dtype=torch.int32, device=device)  # each row's slots; all end together
         self.seen = torch.zeros((), dtype=torch.int64, device=device)
-        for x in (self.span, self.seen):
-            torch._dynamo.mark_static_address(x)
+        self.shared: dict[Any, Any] = {}  # what else layers have in common
+        self._taken: int | None = None  # tokens since `begin`, once asked for
+        still(self.span, self.seen)
 
     def begin(self, seen: int, counts: list[int]) -> None:
         """`seen` tokens so far, of which the rows keep `counts`."""
+        self._taken = None
         length = max(counts)
         self.span.copy_(torch.tensor([[length - count, length] for count in counts]))
         self.seen.fill_(seen)
@@ -81,15 +90,17 @@ class Steps:
         self.most = int(self.seen)
 
     def taken(self, seen: int, counts: list[int]) -> int:
-        """Tokens since `begin` was told this; waits for the device.
+        """Tokens since `begin` was told this; waits for the device, once for all layers: who goes on begins again.
 
         Raises:
             RuntimeError: not all layers have the newest one.
         """
-        filled, now = torch.stack([self.span[0, 1].long(), self.seen]).tolist()
-        if filled - max(counts) != now - seen:
-            raise RuntimeError(HALF_WAY)
-        return now - seen
+        if self._taken is None:
+            filled, now = torch.stack([self.span[0, 1].long(), self.seen]).tolist()
+            if filled - max(counts) != now - seen:
+                raise RuntimeError(HALF_WAY)
+            self._taken = now - seen
+        return self._taken
 
     def last(self) -> Tensor:
         """[1], the slot of the newest token."""
@@ -109,7 +120,7 @@ def get_ready(layers: Iterable[Any], steps: dict[torch.device, Steps]) -> None:
     Raises:
         ValueError: layers that keep different numbers of tokens, from a file that no cache wrote.
     """
-    fixed = [layer for layer in layers if isinstance(layer, FixedDecoding) and layer.is_compileable]
+    fixed = [layer for layer in layers if isinstance(layer, FixedLayer) and layer.is_compileable]
     running = {id(layer.steps): layer.steps for layer in fixed if layer.steps is not None}.values()
     for each in running:
         each.most += 1
@@ -123,7 +134,7 @@ def get_ready(layers: Iterable[Any], steps: dict[torch.device, Steps]) -> None:
         layer.leave_fixed()
     if not all(layer.can_enter() for layer in fixed):
         return
-    first: dict[torch.device, FixedDecoding] = {}
+    first: dict[torch.device, FixedLayer] = {}
     last = {layer.device: layer for layer in fixed}
     for layer in fixed:
         leader = first.setdefault(layer.device, layer)
@@ -136,24 +147,78 @@ def get_ready(layers: Iterable[Any], steps: dict[torch.device, Steps]) -> None:
         layer.enter_fixed(steps[layer.device], leader is layer, last[layer.device] is layer)
 
 
-class FixedDecoding:
+class FixedLayer:
+    """A layer that may generate in tensors which never move: what `get_ready` asks of it.
+
+    It has `seen`, `pads`, `counts` (tokens kept, per row), `budgets` and `online`.
+    """
+
+    steps: Steps | None = None  # while it generates: its `counts` and `seen` are of when that began
+    leads = ends = False  # whether it counts the tokens that begin, for the others too; those that all layers have
+    unit = "tokens"  # of its budgets
+    _until = 0  # tokens seen when it must leave
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.steps = None
+
+    def has_room(self) -> bool:
+        """Whether it generates, and may surely append another token."""
+        return self.steps is not None and self.steps.most < self._until
+
+    def can_enter(self) -> bool:
+        """Whether it may generate so."""
+        raise NotImplementedError
+
+    def enter_fixed(self, steps: Steps, leads: bool, ends: bool) -> None:
+        """Lay out what the next tokens need, so that a step only writes keys and values.
+
+        Args:
+            steps: begun at what is kept now.
+            leads, ends: whether this layer is their first, their last.
+        """
+        raise NotImplementedError
+
+    def leave_fixed(self) -> None:
+        """Know again on the host what is kept.
+
+        Raises:
+            RuntimeError: a step failed half-way.
+        """
+        raise NotImplementedError
+
+    def _stand_still(self) -> None:
+        """Buffers of one size take no budget that grows with the text."""
+        if any(self.online):
+            rows = {row: self.budgets[row] for row, on in enumerate(self.online) if on}
+            warnings.warn(
+                f"{self.owner}, compiled=True: without a prompt of several tokens a share stays what it is after the "
+                f"first (row: {self.unit} kept {rows}); give an integer budget, or a prompt",
+                stacklevel=2,
+            )
+            self.online = [False] * len(self.online)
+
+    def get_seq_length(self) -> int:
+        if self.steps is None:
+            return self.seen
+        return self.steps.seen if torch.compiler.is_compiling() else int(self.steps.seen)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.steps is not None and query_length == 1:
+            return 0, 0  # nothing to mask: what is filled, the step knows
+        return self.get_seq_length() + query_length, 0
+
+
+class FixedDecoding(FixedLayer):
     """The part of an `EvictingLayer` that generates in buffers which outlive that time.
 
     Who enters again finds the same tensors, so what was compiled or recorded for their addresses holds. What a layer
     keeps lies in them in between too, or they are let go of.
     """
 
-    steps: Steps | None = None  # while it generates: its `counts` and `seen` are of when that began, `slots` are all
-    leads = ends = False  # whether it counts the tokens that begin, for the others too; those that all layers have
-
     def _clear(self) -> None:
         super()._clear()
-        self.steps = None
         self._home: dict[str, Tensor] | None = None
-
-    def has_room(self) -> bool:
-        """Whether it generates, and may surely append another token before it evicts."""
-        return self.steps is not None and self.steps.most < self._until
 
     def can_enter(self) -> bool:
         """Whether every row has begun, and what is kept can be read as it lies."""
@@ -162,20 +227,14 @@ class FixedDecoding:
         return all(self.seen > pads for pads in self.pads) and self.codec.in_kernel(self.device)
 
     def enter_fixed(self, steps: Steps, leads: bool, ends: bool) -> None:
-        """Lay out the slots of the next tokens, so that a step only writes keys and values.
-
-        Args:
-            steps: begun at what is kept now.
-            leads, ends: whether this layer is their first, their last.
-        """
+        """Lay out the slots of the next tokens; until it leaves, `slots` are all of them."""
         self._stand_still()
         self._return()
         if self._home is None:
             if self.slots.borrowed or self.slots.capacity != self._size():
                 self.slots = self.slots.owned(self._size())
             self._home = self.slots.tensors
-            for x in self._home.values():
-                torch._dynamo.mark_static_address(x)
+            still(*self._home.values())
         filled, size = self.slots.length, self.slots.capacity
         self._home["position"][:, :, filled:] = torch.arange(self.seen, self.seen + size - filled, device=self.device)
         for name in self.fields:
@@ -203,17 +262,6 @@ class FixedDecoding:
         self._buffers = None
         self._return()
 
-    def _stand_still(self) -> None:
-        """Buffers of one size take no budget that grows with the text."""
-        if any(self.online):
-            rows = {row: self.budgets[row] for row, on in enumerate(self.online) if on}
-            warnings.warn(
-                f"{self.owner}, compiled=True: without a prompt of several tokens a share stays what it is after the "
-                f"first (row: tokens kept {rows}); give an integer budget, or a prompt",
-                stacklevel=2,
-            )
-            self.online = [False] * len(self.online)
-
     def _return(self) -> None:
         """Where what is kept has moved elsewhere, take it back or let the old tensors go: nothing is held twice."""
         if self._home is None:
@@ -230,13 +278,3 @@ class FixedDecoding:
 
     def _size(self) -> int:
         return room(max(self.budgets))
-
-    def get_seq_length(self) -> int:
-        if self.steps is None:
-            return self.seen
-        return self.steps.seen if torch.compiler.is_compiling() else int(self.steps.seen)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.steps is not None and query_length == 1:
-            return 0, 0  # nothing to mask: what is filled, the step knows
-        return self.get_seq_length() + query_length, 0

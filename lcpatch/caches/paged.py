@@ -7,8 +7,8 @@ Several tokens at a time (a prompt, its chunks, a later turn) attend to everythi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from .pages import Pages, alike
 from .scattered import is_dense
 from .state import fitting, whole, wholes
 from .tiers import TieredPages
+
+if TYPE_CHECKING:
+    from .fixed_pages import Now
 
 
 class Index(Protocol):
@@ -120,15 +123,20 @@ class PagedLayer(AttendingLayer):
         skip = [min(max(pads - self.seen, 0), num) for pads in self.pads]
         self._count(num, skip)
         self.pages.allow(self.budgets)
-        for rows, begin, end in self.pages.append(keys, values, skip):
-            self.index.append(self.pages.tokens(rows, begin, end), rows, begin, self.pages.room)
+        self._fill_index(self.pages.append(keys, values, skip))
         self.seen += num
         if num == 1 and is_dense(call.spec) and (self.pages.apart or self._over()):
             out, lse = self._retrieve(call)
+            self._fill_index(self.pages.close())
         else:
+            self._fill_index(self.pages.close())
             out, lse = self._read_all(call)
         self._asked = (call._replace(key=None, value=None, bounds=None, sinks=None), lse) if num == 1 else None
         return out, lse
+
+    def _fill_index(self, filled: Iterable[tuple[list[int], int, int]]) -> None:
+        for rows, begin, end in filled:
+            self.index.append(self.pages.tokens(rows, begin, end), rows, begin, self.pages.room)
 
     def _count(self, num: int, skip: list[int]) -> None:
         """Set the budgets for a step of `num` tokens, of which each row skips some."""
@@ -166,24 +174,28 @@ class PagedLayer(AttendingLayer):
                 scores = scores.masked_fill(marks.newest < marks.budgets, 0)
         else:
             scores = torch.zeros(len(self.pads), self.pages.num_heads, marks.most, device=self.device)
+        return self._best(scores, marks)
+
+    def _best(self, scores: Tensor, marks: Marks | Now) -> Tensor:
+        """The pages with the highest scores [B, K, pages], beside those that are always read; as `choose`."""
         scores, pages = (
             scores.masked_fill(marks.always, torch.inf).masked_fill(~marks.real, -torch.inf).topk(marks.chosen)
         )
         pages = pages.masked_fill((scores == -torch.inf) | marks.beyond, -1)
         return torch.cat([pages, marks.newest.expand(*pages.shape[:2], 1)], -1)
 
-    def _limits(self) -> list[int]:
-        """How many pages a token of each row reads at most."""
+    def _limits(self, lengths: list[int]) -> list[int]:
+        """How many pages the newest token of rows of so many reads at most."""
         return self.budgets
 
     def _over(self) -> bool:
         """Whether a row has more pages than it may read."""
-        page = self.reads.page
-        return any(-(-n // page) > most for n, most in zip(self.pages.lengths, self._limits(), strict=True))
+        page, lengths = self.reads.page, self.pages.lengths
+        return any(-(-n // page) > most for n, most in zip(lengths, self._limits(lengths), strict=True))
 
     def _retrieve(self, call: Call) -> tuple[Tensor, Tensor]:
         marks = self._mark()
-        keys, values, slots = self.pages.fetch(self.choose(call.query, marks, call.scale))
+        keys, values, slots = self.pages.fetch(self.choose(call.query, marks, call.scale), marks.newest)
         if self.next is not None and (layer := self.next()) is not None:
             layer.look_ahead(call.query)
         self.read = min(self.reads.page * slots.shape[2], max(self.pages.lengths))
@@ -199,7 +211,7 @@ class PagedLayer(AttendingLayer):
             marks.num_keys.add_(1)
             marks.lengths = list(lengths)
             return marks
-        self._marks = Marks(lengths, state, self._limits(), self.reads, self.pages.num_heads, self.device)
+        self._marks = Marks(lengths, state, self._limits(lengths), self.reads, self.pages.num_heads, self.device)
         return self._marks
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -76,7 +76,11 @@ class Pages:
         most = max(self.lengths)
         return self.keys[:, :, :most], self.values[:, :, :most]
 
-    def fetch(self, pages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def close(self) -> Iterable[tuple[list[int], int, int]]:
+        """Pages that single tokens have filled since `append`, which yields them at once."""
+        return ()
+
+    def fetch(self, pages: Tensor, newest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(keys, values, slots)`: where `sparse_decode` finds the pages [B, K, M], -1 for none; their newest page is
         the one that tokens are being added to."""
         return self.keys, self.values, pages.int()

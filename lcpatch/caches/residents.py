@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lcpatch_kernels import take_slots
+
 NEVER = 1 << 62  # when a slot was used that its group may not have: it never leaves first
 
 GRAIN = 256  # pages by which a table of them grows
@@ -29,34 +31,28 @@ class Residents:
         self.page_in = torch.full((groups, 1 + slots), -1, device=device)
         self.used = torch.zeros(groups, 1 + slots, dtype=torch.int64, device=device)  # when; 0: free
         self.slot_of = torch.full((groups, 1), -1, device=device)
-        self.clock = 0
+        self.clock = torch.zeros(groups, dtype=torch.int64, device=device)
 
     @property
     def num_slots(self) -> int:
         return self.page_in.shape[1] - 1
+
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        """All that is held."""
+        return self.page_in, self.used, self.slot_of, self.clock
 
     def find(self, page: Tensor) -> Tensor:
         """The slots [G, n] of the pages [G, n] of every group, -1 for those without, and for page -1; what is found
         counts as used now."""
         self.clock += 1
         slot = self.slot_of.gather(1, page + 1)
-        self.used.scatter_(1, slot + 1, self.clock)
+        self.used.scatter_(1, slot + 1, self.clock[:, None].expand_as(slot))
         return slot
 
-    def place(self, page: Tensor) -> Tensor:
-        """Give slots [G, n] to pages [G, n] that have none (-1: no page), in place of those used longest ago; at most
-        all slots of a group."""
-        self.clock += 1
-        missing = page >= 0
-        oldest = self.used[:, 1:].argsort(dim=1, stable=True)
-        rank = (missing.cumsum(1) - 1).clamp(min=0, max=self.num_slots - 1)
-        slot = oldest.gather(1, rank).masked_fill(~missing, -1)
-        column = slot + 1
-        self.slot_of.scatter_(1, self.page_in.gather(1, column) + 1, -1)
-        self.slot_of.scatter_(1, page + 1, slot)
-        self.page_in.scatter_(1, column, page)
-        self.used.scatter_(1, column, self.clock)
-        return slot
+    def take(self, pages: Tensor, newest: Tensor | None = None, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`(slots, fresh)` of pages [B, K, M], at most all slots of a group: see `take_slots`."""
+        return take_slots(pages, newest, *self.tables, counts)
 
     def forget(self, groups: slice, first: int) -> None:
         """Free the slots of these groups' pages from `first` on."""
@@ -67,7 +63,7 @@ class Residents:
 
     def select(self, groups: Tensor) -> None:
         """Keep these groups, in that order; one may come several times."""
-        self.page_in, self.used, self.slot_of = (x[groups] for x in (self.page_in, self.used, self.slot_of))
+        self.page_in, self.used, self.slot_of, self.clock = (rearranged(x, groups) for x in self.tables)
 
     def grow(self, slots: int, limits: Tensor) -> None:
         """Have this many slots in each group, of which a group uses `limits` [G]: no fewer than before."""
@@ -78,7 +74,8 @@ class Residents:
 
     def restore(self, page_in: Tensor, used: Tensor, clock: int) -> None:
         """Hold what another's tables [G, slots] said, without their first columns; slots and pages are reserved."""
-        self.page_in[:, 1:], self.used[:, 1:], self.clock = page_in, used, clock
+        self.page_in[:, 1:], self.used[:, 1:] = page_in, used
+        self.clock.fill_(clock)
         self.slot_of.scatter_(
             1, self.page_in + 1, torch.arange(-1, self.num_slots, device=used.device).expand_as(self.used)
         )
@@ -88,3 +85,9 @@ class Residents:
         """Room for pages 0 … pages - 1."""
         if (missing := 1 + pages - self.slot_of.shape[1]) > 0:
             self.slot_of = pad(self.slot_of, (0, -(-missing // GRAIN) * GRAIN), value=-1)
+
+
+def rearranged(x: Tensor, rows: Tensor | list[int]) -> Tensor:
+    """x[rows]; where that is as large, as with beams, in the same place, whose address a graph may know."""
+    new = x[rows]
+    return x.copy_(new) if new.shape == x.shape else new

@@ -43,7 +43,7 @@ class Arena:
     """
 
     def __init__(self, record: int, pinned: bool, room: int = FIRST_BLOCK) -> None:
-        self._read: torch.cuda.Event | None = None  # behind the last kernel that reads the blocks
+        self._reader: torch.device | None = None  # a GPU that reads the blocks by itself
         if record % 8:
             raise ValueError(f"record={record} must be a multiple of 8 bytes")
         self.record, self.pinned, self.first = record, pinned, room
@@ -54,8 +54,8 @@ class Arena:
 
     def __del__(self) -> None:
         """A kernel may still read the blocks, which their allocator does not know: it would give them to others."""
-        if self._read is not None:
-            self._read.synchronize()
+        if self._reader is not None:
+            torch.cuda.synchronize(self._reader)
 
     def append(self, records: Tensor) -> int:
         """Store records [n, bytes] behind the others; returns the number of the first.
@@ -89,11 +89,16 @@ class Arena:
             return torch.empty(0, self.record, dtype=torch.uint8, device=numbers.device)
         if self._table is None or self._table.device != numbers.device:
             self._table = block_table(self.blocks, numbers.device)
-        out = gather_records(self.blocks, self._table, numbers)
-        if out.is_cuda:
-            self._read = self._read or torch.cuda.Event()
-            self._read.record(torch.cuda.current_stream(out.device))
-        return out
+        self._reader = numbers.device if numbers.is_cuda else None
+        return gather_records(self.blocks, self._table, numbers)
+
+    def addresses(self, numbers: Tensor, device: torch.device) -> Tensor:
+        """Where in memory the records of these numbers [n], on the host, lie: for `device`, which reads them there."""
+        self._reader = device if device.type == "cuda" else None
+        starts = torch.tensor(self.starts[:-1])
+        block = torch.bucketize(numbers, starts, right=True) - 1
+        begin = torch.tensor([x.data_ptr() for x in self.blocks])
+        return (begin[block] + (numbers - starts[block]) * self.record).to(device)
 
     def write(self, numbers: Tensor, records: Tensor) -> None:
         """Put records in the place of others, where there is but one block."""
@@ -257,7 +262,7 @@ class Home:
         if room := self.resident.num_slots:
             numbers, records = numbers[-room:], records[-room:]
             self.resident.reserve(self.file.count)
-            self.arena.write(self.resident.place(numbers[None])[0], records)
+            self.arena.write(self.resident.take(numbers[None, None])[0].flatten().long(), records)
 
 
 def _words(records: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ from ..hf.models import attention_modules, full_attention_layers, unwrap
 from ..hf.watch import Call
 from .budget import check_whole
 from .codec import codec_named
+from .fixed import check_layer
+from .fixed_pages import FixedPages
 from .layer import LongCache, caches, routed_layers
 from .page_sizes import PAGE, page_sizes
 from .paged import PagedLayer, Reads
@@ -68,6 +70,11 @@ class TieredCache(LongCache):
         host_bytes: with a disk, what host memory holds of the pages used last, for all layers together.
         ahead: fetch for the next layer by this layer's query; default: with a disk, which takes longer to answer than
             a layer to compute. From host memory, choosing twice takes longer than fetching once.
+        compiled: generate in buffers that never move: on a GPU `generate` then compiles the decode step, once, and
+            replays it as a CUDA graph. The same is read and kept as without; pages that have become full go home
+            between two steps. Read long prompts by `cache.read(ids, chunk=8192)` before: `prefill_chunk_size` would
+            compile the chunks too. Not with `disk` or `ahead`, nor on layers with a pattern; `stats(measure=True)`
+            then measures nothing.
 
     Raises:
         UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.
@@ -93,6 +100,7 @@ class TieredCache(LongCache):
         disk: str | Path | None = None,
         host_bytes: int = 1 << 30,
         ahead: bool | None = None,
+        compiled: bool = False,
     ) -> None:
         if budget is not None and gpu_bytes is not None:
             raise ValueError("give budget (tokens of the fast tier) or gpu_bytes, not both")
@@ -102,6 +110,8 @@ class TieredCache(LongCache):
                 check_whole(name, value, 1)
         if disk is not None and not isinstance(disk, (str, Path)):
             raise ValueError(f"disk={disk!r} must be a folder, such as '/scratch'")
+        if compiled and (disk is not None or ahead):
+            raise ValueError("compiled=True fetches from host memory, within the step: leave out disk and ahead")
         base = unwrap(model)
         modules = attention_modules(base)
         sizes = _sizes(page, len(modules))
@@ -122,7 +132,9 @@ class TieredCache(LongCache):
         def make(index: int, module: nn.Module) -> TieredLayer:
             pages = partial(TieredPages, sizes[index], stored, disk, host_bytes // num)
             fast_bytes = None if gpu_bytes is None else gpu_bytes // num
-            return TieredLayer(reads[sizes[index]], top, pages, attend or ATTEND, fast_bytes)
+            if compiled:
+                check_layer(index, module)
+            return TieredLayer(reads[sizes[index]], top, pages, attend or ATTEND, fast_bytes, compiled)
 
         super().__init__(layers=routed_layers(model, "TieredCache", make))
         self.ahead = disk is not None if ahead is None else ahead
@@ -130,6 +142,9 @@ class TieredCache(LongCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredCache:
         """A copy goes its own way; what both have at home stays where it is, since it never changes."""
+        for layer in self.layers:
+            if isinstance(layer, TieredLayer):
+                layer.leave_fixed()
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -150,15 +165,20 @@ class TieredCache(LongCache):
         which share of the full attention the last token's pages hold, see `caches.recall.recall`; what that reads
         counts nowhere.
         """
+        told = super().stats()  # layers that generate in fixed buffers know only then what they did
         layers = [layer for layer in self.layers if isinstance(layer, TieredLayer)]
         searches = sum(x.searches for x in layers)
         return {
-            **super().stats(),
+            **told,
             "attended": max((x.read for x in layers), default=0),
             **traffic([x.pages for x in layers]),
             "proven": float(sum(x.proven for x in layers)) / searches if searches else 1.0,
             **(recall(self.layers) if measure else {}),
         }
+
+
+def _index(top: int | None, fixed: bool, reads: Reads, rows: int) -> TreeIndex:
+    return TreeIndex(reads, top, rows, flat=fixed)
 
 
 def _sizes(page: int | Sequence[int], num_layers: int) -> list[int]:
@@ -177,7 +197,7 @@ def _sizes(page: int | Sequence[int], num_layers: int) -> list[int]:
     return list(page)
 
 
-class TieredLayer(PagedLayer):
+class TieredLayer(FixedPages, PagedLayer):
     """One layer.
 
     Args:
@@ -186,7 +206,10 @@ class TieredLayer(PagedLayer):
         make_pages: an empty store.
         attend: the most tokens that are read of a row that the fast tier does not hold.
         fast_bytes: of keys and values on the fast tier, instead of what `reads` says; None: what it says.
+        fixed: generate in buffers that never move, see `fixed_pages`.
     """
+
+    owner = "TieredCache"
 
     def __init__(
         self,
@@ -195,10 +218,12 @@ class TieredLayer(PagedLayer):
         make_pages: Callable[[], TieredPages],
         attend: int = ATTEND,
         fast_bytes: int | None = None,
+        fixed: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.most, self.fast_bytes = attend, fast_bytes
-        super().__init__("TieredCache", reads, lambda reads, rows: TreeIndex(reads, top, rows), make_pages, **kwargs)
+        self.most, self.fast_bytes, self.is_compileable = attend, fast_bytes, fixed
+        make_index = partial(_index, top, fixed)
+        super().__init__("TieredCache", reads, make_index, make_pages, **kwargs)
 
     def _clear(self) -> None:
         super()._clear()
@@ -254,13 +279,14 @@ class TieredLayer(PagedLayer):
                     *(bounds[name][rows, :, : full[rows[0]]] for name in ("low", "high")), rows
                 )
 
-    def _limits(self) -> list[int]:
+    def _limits(self, lengths: list[int]) -> list[int]:
         page, most = self.reads.page, max(self.most // self.reads.page, self.reads.least)
-        rows = zip(self.pages.lengths, self.budgets, strict=True)
+        rows = zip(lengths, self.budgets, strict=True)
         return [held if -(-length // page) <= held else min(held, most) for length, held in rows]
 
     def recalled(self) -> Tensor | None:
         """As every paged layer; what it reads for this is no hit and no miss."""
+        self.leave_fixed()
         if self._asked is None:
             return None
         home = self.pages.home

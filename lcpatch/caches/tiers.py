@@ -3,14 +3,15 @@
 A page is written to its home when it is full, in what the codec makes of it; the device keeps those used last as they
 came. So a page loses precision only when it has left the device and comes back, and leaving it costs nothing.
 
-What is where is known on the device, and a GPU reads host memory by itself, so a token waits for it once a layer: to
-learn how many pages it misses.
+What is where is known on the device, and a GPU reads host memory by itself, so with all of it there a token waits for
+nothing. What a disk is asked for must be known on the host.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,20 +21,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lcpatch_kernels import bring_pages
+
 from .codec import Plain
 from .pages import alike
 from .records import Record
-from .residents import GRAIN, NEVER, Residents
+from .residents import GRAIN, NEVER, Residents, rearranged
 from .spill import Home
 from .state import fitting, whole, wholes
 
+TRAFFIC = ("wanted", "missed", "fetched_ahead", "from_host", "from_disk", "fetched_bytes")
 BATCH = 64 << 20  # bytes of records that are on their way at a time where everything is wanted
 
 
 class Coming(NamedTuple):
-    """Pages that are being fetched ahead: numbers of their records, their groups and slots, and what comes of it."""
+    """Pages of a disk that are being fetched ahead: their groups and slots, and what comes of it."""
 
-    numbers: Tensor  # held until they have landed: another stream reads them
     group: Tensor
     slot: Tensor
     future: Future
@@ -56,12 +59,14 @@ class TieredPages:
         self.lengths: list[int] = []
         self.limits: list[int] = []  # of each row: full pages that it may have on the device
         self.slots = 0  # pages on the device, beside the open one, the most of a row
-        self.wanted: Tensor | int = 0  # pages asked for
-        self.missed = self.ahead = 0  # of these, pages that were not on the device; pages fetched ahead
+        self.counts: Tensor | None = None  # [2]: pages asked for; of these, those that were not on the device
+        self.ahead: Tensor | None = None  # the same of what was fetched ahead
         self.data: Tensor | None = None  # [B, K, 2, (slots + 1) page, D], keys and values; last comes the open page
         self._fresh: Tensor | None = None
         self._open: tuple[list[int], Tensor] | None = None
+        self._full: list[int] = []  # rows whose open page is full
         self._coming: list[Coming] = []
+        self._aside: tuple[torch.cuda.Event, Tensor, Tensor] | None = None  # host memory is being read; what says which
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TieredPages:
         """A copy with a fast tier of its own; home, where nothing ever changes, is shared."""
@@ -69,9 +74,10 @@ class TieredPages:
             self._land()
         new = copy.copy(self)
         memo[id(self)] = new
-        new.lengths, new.limits, new._coming = list(self.lengths), list(self.limits), []
+        new.lengths, new.limits, new._full, new._coming = list(self.lengths), list(self.limits), [], []
         if self.data is not None:
-            new.data, new.table = self.data.clone(), self.table.clone()
+            for name in ("data", "table", "address", "counts", "ahead"):
+                setattr(new, name, getattr(self, name).clone())
             new.residents = copy.deepcopy(self.residents)
             new._pool = ThreadPoolExecutor(1, "lcpatch-prefetch")
         return new
@@ -112,26 +118,64 @@ class TieredPages:
         """Keys of the pages which `append` has just yielded."""
         return self._fresh
 
-    def fetch(self, pages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`(keys, values, slots)`: brings the pages [B, K, M] (-1: none) to the device and says where they are."""
+    def close(self) -> Iterator[tuple[list[int], int, int]]:
+        """Send pages home that single tokens have filled, once those have attended; yields as `append` does."""
+        full, self._full = self._full, []
+        for some in alike([(self.lengths[row], self.limits[row]) for row in full]):
+            rows = [full[n] for n in some]
+            end = self.lengths[rows[0]] // self.page
+            pages = self.data[self._rows(rows), :, :, self.slots * self.page :]
+            self._settle(rows, end - 1, pages[:, :, None])
+            self._fresh = pages[:, :, 0]
+            yield rows, end - 1, end
+            self._fresh = None
+
+    def stand_still(self, pages: int) -> None:
+        """Have room for so many pages, and the slots that those may have: nothing moves for as long as they fit."""
         self._land()
-        page, is_open = self._closed(pages)
-        slot, missed = self._bring(page)
-        self.wanted, self.missed = self.wanted + (page >= 0).sum(), self.missed + missed
-        return self.keys, self.values, slot.masked_fill(is_open, self.slots).int().view(pages.shape)
+        self._reserve(pages)
+        self._widen(self.room)
+
+    def put(self, keys: Tensor, values: Tensor, length: Tensor) -> None:
+        """Write a token [B, K, 1, D] of every row, of `length` [B] with it, to the open page; counts nothing."""
+        row = torch.arange(len(length), device=length.device)
+        place = self.data.shape[3] - self.page + (length - 1) % self.page
+        # By index: what else could be said so (a slice, `scatter_`), inductor does to a copy of the whole buffer.
+        self.data[row, :, :, place] = torch.stack([keys, values], 2)[:, :, :, 0]
+
+    def filled(self, tokens: int) -> None:
+        """Count what `put` has written to every row; `close` then sends home what is full."""
+        self.lengths = [n + tokens for n in self.lengths]
+        self._full = [row for row, n in enumerate(self.lengths) if n % self.page == 0]
+
+    def fetch(self, pages: Tensor, newest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(keys, values, slots)`: brings the pages [B, K, M] (-1: none) to the device and says where they are; each
+        row's `newest` [B, 1, 1] is open."""
+        self._land()
+        return self.keys, self.values, self.bring(pages, newest)
+
+    def bring(self, pages: Tensor, newest: Tensor) -> Tensor:
+        """The same where nothing is fetched ahead: the slots."""
+        return self._bring(pages, newest, self.counts)
 
     def prefetch(self, pages: Tensor) -> None:
         """Begin to fetch the pages [B, K, M], which may be asked for soon."""
-        if self.data is None or self._coming:
+        if self.data is None or self._coming or self._aside:
             return
-        page, _ = self._closed(pages)
-        missing = page.masked_fill(self.residents.find(page) >= 0, -1)
-        which = _where(missing >= 0)
-        if len(which):
-            self.ahead += len(which)
-            slot = self.residents.place(missing).flatten()[which]
-            numbers = self._numbers(missing)[which]
-            self._coming.append(Coming(numbers, which // page.shape[1], slot, self._start(numbers)))
+        slots, fresh = self.residents.take(pages, self._open_page(), self.ahead)
+        if self.home.file is not None:
+            which = _where(fresh >= 0)
+            if len(which):
+                numbers = self._numbers(fresh)[which].cpu()
+                future = self._pool.submit(self._on_the_side, numbers, torch.is_inference_mode_enabled())
+                self._coming.append(Coming(which // fresh.shape[2], slots.flatten()[which], future))
+        elif self._stream is None:
+            self._read(fresh, slots)
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream(fresh.device))
+            with torch.cuda.stream(self._stream):
+                self._read(fresh, slots)
+                self._aside = self._stream.record_event(), fresh, slots
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """All keys and values [B, K, tokens, D] on the device, for as long as the caller holds them."""
@@ -165,12 +209,12 @@ class TieredPages:
             if first == old // self.page:
                 continue
             if new % self.page:
-                page = torch.full((len(lengths), self.num_heads), -1, device=self.data.device)
+                page = torch.full((len(lengths), self.num_heads, 1), -1, device=self.data.device)
                 page[row] = first
-                slot, _ = self._bring(page.view(-1, 1))
+                slot = self._bring(page)[row, :, 0].long()
                 pages = self.data[row].unflatten(2, (-1, self.page))
                 head = torch.arange(self.num_heads, device=self.data.device)
-                pages[:, :, -1] = pages[head, :, slot.view(page.shape)[row]]
+                pages[:, :, -1] = pages[head, :, slot]
             self.residents.forget(slice(row * self.num_heads, (row + 1) * self.num_heads), first)
             self.table[row, :, first:] = -1
         self.lengths = list(lengths)
@@ -183,7 +227,8 @@ class TieredPages:
             return
         self._land()
         self.residents.select(self._groups()[rows].flatten())
-        self.table, self.data = self.table[rows], self.data[rows]
+        for name in ("table", "address", "data"):
+            setattr(self, name, rearranged(getattr(self, name), rows))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `load` takes, or, where a page that comes back is not what it was, `restore`."""
@@ -196,7 +241,7 @@ class TieredPages:
         )
         page_in, used = (x[:, 1:].view(*table.shape[:2], -1) for x in (self.residents.page_in, self.residents.used))
         tensors = {"keys": self.keys, "values": self.values, "records": records, "page_in": page_in, "used": used}
-        return tensors, {"limits": self.limits, "clock": self.residents.clock}
+        return tensors, {"limits": self.limits, "clock": int(self.residents.clock[0])}
 
     def load(self, keys: Tensor, values: Tensor, lengths: list[int], numbers: dict[str, Any]) -> None:
         """Hold the tokens [B, K, T, D] of rows that are filled from the left."""
@@ -235,18 +280,30 @@ class TieredPages:
         self.residents.grow(slots, torch.tensor(self.limits, device=like.device).repeat_interleave(self.num_heads))
         self.residents.reserve(max(full))
         self.residents.restore(page_in.flatten(0, 1), used.flatten(0, 1), clock)
-        self.table = pad(self.table, (0, -(-max(full) // GRAIN) * GRAIN), value=-1)
-        first = self.home.append(records.flatten(0, 2))
-        found = torch.arange(first, first + records[..., 0].numel(), device=like.device).view(records.shape[:3])
-        page = torch.arange(max(full), device=like.device)
-        self.table[:, :, : max(full)] = found.masked_fill(page >= ends, -1)
+        self._reserve(max(full))
+        self._store(slice(None), 0, records)
+        self.table[:, :, : max(full)].masked_fill_(torch.arange(max(full), device=like.device) >= ends, -1)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes per tier."""
         if self.data is None:
             return {"device": 0}
-        tables = (self.table, self.residents.page_in, self.residents.used, self.residents.slot_of)
-        return {"device": sum(x.untyped_storage().nbytes() for x in (self.data, *tables)), **self.home.nbytes()}
+        held = (*self.tensors, self.table, self.ahead)
+        return {"device": sum(x.untyped_storage().nbytes() for x in held), **self.home.nbytes()}
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that a token reads and writes."""
+        return self.data, self.address, self.counts, *self.residents.tables
+
+    def traffic(self) -> dict[str, int]:
+        """What was asked for, what was not on the device, and what was read from where; waits for the device."""
+        if self.data is None:
+            return dict.fromkeys(TRAFFIC, 0)
+        (wanted, missed), ahead = self.counts.tolist(), int(self.ahead[1])
+        host, disk = self.home.from_host + (missed + ahead if self.home.file is None else 0), self.home.from_disk
+        found = (wanted, missed, ahead, host, disk, (host + disk) * self.record.nbytes)
+        return dict(zip(TRAFFIC, found, strict=True))
 
     def _begin(self, keys: Tensor) -> None:
         batch, heads, _, head_dim = keys.shape
@@ -255,6 +312,8 @@ class TieredPages:
         self.home = Home(self.record.nbytes, host, self.folder, pinned=keys.is_cuda)
         self.residents = Residents(batch * heads, 0, keys.device)
         self.table = torch.full((batch, heads, 0), -1, device=keys.device)  # the record of each full page
+        self.address = torch.full((batch, heads, 0), 0, device=keys.device)  # and where it lies, without a disk
+        self.counts, self.ahead = (torch.zeros(2, dtype=torch.int64, device=keys.device) for _ in range(2))
         self.data = keys.new_zeros(batch, heads, 2, self.page, head_dim)
         self._granted: list[int] = []  # the limits that the residents know
         self._pool = ThreadPoolExecutor(1, "lcpatch-prefetch")
@@ -263,10 +322,12 @@ class TieredPages:
     def _append(self, rows: list[int], new: Tensor) -> Iterator[tuple[list[int], int, int]]:
         """Store the tokens [rows, K, 2, T, D] of rows that are alike."""
         page, length, which = self.page, self.lengths[rows[0]], self._rows(rows)
-        rest, begin = length % page, length // page
+        rest, begin, single = length % page, length // page, new.shape[3] == 1
         length += new.shape[3]
         end = length // page
-        if end > begin:
+        if end > begin and single:
+            self._full += rows
+        elif end > begin:
             new = torch.cat([self.data[which, :, :, self.slots * page : self.slots * page + rest], new], 3)
             full = new[:, :, :, : (end - begin) * page].unflatten(3, (-1, page))
             self._settle(rows, begin, full.transpose(2, 3))
@@ -275,26 +336,37 @@ class TieredPages:
         self.data[which, :, :, start : start + new.shape[3]] = new
         for row in rows:
             self.lengths[row] = length
-        if end > begin:
+        if end > begin and not single:
             yield rows, begin, end
             self._fresh = None
 
     def _settle(self, rows: list[int], begin: int, full: Tensor) -> None:
         """Send full pages [rows, K, n, 2, page, D] home, and keep the last of them on the device."""
         num, which, end = full.shape[2], self._rows(rows), begin + full.shape[2]
-        if (missing := end - self.room) > 0:
-            self.table = pad(self.table, (0, -(-missing // GRAIN) * GRAIN), value=-1)
-        records = self.record.pack(full.flatten(0, 2))
-        first = self.home.append(records)
-        numbers = torch.arange(first, first + len(records), device=self.table.device)
-        self.table[which, :, begin:end] = numbers.view(len(rows), -1, num)
+        self._reserve(end)
+        self._store(which, begin, self.record.pack(full.flatten(0, 2)).view(*full.shape[:3], -1))
         self._widen(end)
         kept = min(num, self.limits[rows[0]])
         page = torch.full((len(self.lengths), self.num_heads, kept), -1, device=self.table.device)
         page[which] = torch.arange(end - kept, end, device=page.device)
-        slot = self.residents.place(page.flatten(0, 1)).view(page.shape)[which].flatten()
+        slot = self.residents.take(page)[0][which].flatten()
         group = self._groups()[which].flatten().repeat_interleave(kept)
         self._put(group, slot, full[:, :, num - kept :].flatten(0, 2))
+
+    def _reserve(self, pages: int) -> None:
+        """Room for so many pages in the tables of where they lie."""
+        if (missing := pages - self.room) > 0:
+            more = -(-missing // GRAIN) * GRAIN
+            self.table, self.address = pad(self.table, (0, more), value=-1), pad(self.address, (0, more))
+
+    def _store(self, which: list[int] | slice, begin: int, records: Tensor) -> None:
+        """Send records [rows, K, n, bytes] of pages from `begin` on home, and note where they lie."""
+        first, shape, end = self.home.append(records.flatten(0, 2)), records.shape[:3], begin + records.shape[2]
+        numbers = torch.arange(first, first + shape.numel())
+        self.table[which, :, begin:end] = numbers.view(shape).to(self.table.device)
+        if self.home.file is None:
+            places = self.home.arena.addresses(numbers, self.table.device)
+            self.address[which, :, begin:end] = places.view(shape)
 
     def _widen(self, pages: int) -> None:
         """Have slots for so many pages; they grow by a half, up to the limit."""
@@ -311,45 +383,36 @@ class TieredPages:
             limits = torch.tensor(self.limits, device=self.data.device).repeat_interleave(self.num_heads)
             self.residents.grow(self.slots, limits)
 
-    def _closed(self, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Pages [B, K, M] by group, -1 for open ones, which have a place of their own; and which these are."""
+    def _open_page(self) -> Tensor:
+        """Each row's open page [B, 1, 1]; -2 where none has begun."""
         state = [n // self.page if n % self.page else -2 for n in self.lengths]
         if self._open is None or self._open[0] != state:
             self._open = state, torch.tensor(state).to(self.data.device)[:, None, None]
-        is_open = (pages == self._open[1]).flatten(0, 1)
-        return pages.flatten(0, 1).masked_fill(is_open, -1), is_open
+        return self._open[1]
 
-    def _bring(self, page: Tensor) -> tuple[Tensor, int]:
-        """The slots of full pages [G, n] (-1: none), and how many of them had to be brought to the device."""
-        slot = self.residents.find(page)
-        missing = page.masked_fill(slot >= 0, -1)
-        which = _where(missing >= 0)
-        if len(which):
-            new = self.residents.place(missing)
-            records = self._records(self._numbers(missing)[which])
-            self._put(which // page.shape[1], new.flatten()[which], self.record.unpack(records))
-            slot = torch.maximum(slot, new)
-        return slot, len(which)
+    def _bring(self, pages: Tensor, newest: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
+        """The slots [B, K, M] of pages (-1: none), which then are on the device."""
+        slots, fresh = self.residents.take(pages, newest, counts)
+        if self.home.file is None:
+            self._read(fresh, slots)
+        elif len(which := _where(fresh >= 0)):
+            records = self._records(self._numbers(fresh)[which])
+            self._put(which // fresh.shape[2], slots.flatten()[which], self.record.unpack(records))
+        return slots
 
-    def _numbers(self, page: Tensor) -> Tensor:
-        """The records of pages [G, n], flat; of page -1, of any."""
-        return self.table.flatten(0, 1).gather(1, page.clamp(min=0)).flatten()
+    def _read(self, fresh: Tensor, slots: Tensor) -> None:
+        """Bring pages from host memory, where the device reads it by itself."""
+        bring_pages(fresh, slots, self.address, self.data, self.page, self.record.layout)
+
+    def _numbers(self, pages: Tensor) -> Tensor:
+        """The records of pages [B, K, M], flat; of page -1, of any."""
+        return self.table.gather(2, pages.clamp(min=0)).flatten()
 
     def _records(self, numbers: Tensor) -> Tensor:
         return self.home.read(numbers).to(self.data.device, non_blocking=True)
 
-    def _start(self, numbers: Tensor) -> Future:
-        """Begin to fetch records: host memory is read by the GPU at once, a disk by a thread."""
-        ready = Future()
-        if self.home.file is not None:
-            return self._pool.submit(self._on_the_side, numbers.cpu(), torch.is_inference_mode_enabled())
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(numbers.device))
-        ready.set_result(self._on_the_side(numbers, torch.is_inference_mode_enabled()))
-        return ready
-
     def _on_the_side(self, numbers: Tensor, inference: bool) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Records, on their way to the device on a stream of its own."""
+        """Records of a disk, on their way to the device on a stream of its own."""
         with torch.inference_mode(inference), torch.cuda.stream(self._stream):
             records, event = self._records(numbers), None
             if self._stream is not None:
@@ -358,9 +421,12 @@ class TieredPages:
         return records, event
 
     def _land(self) -> None:
-        """Put what was fetched ahead where its slots are."""
+        """Let what was fetched ahead be where its slots are."""
+        if self._aside is not None:
+            torch.cuda.current_stream(self.data.device).wait_event(self._aside[0])
+            self._aside = None
         coming, self._coming = self._coming, []
-        for _, group, slot, future in coming:
+        for group, slot, future in coming:
             records, event = future.result()
             if event is not None:
                 stream = torch.cuda.current_stream(records.device)
@@ -370,7 +436,7 @@ class TieredPages:
 
     def _put(self, group: Tensor, slot: Tensor, pages: Tensor) -> None:
         """Write pages [n, 2, page, D] to their slots."""
-        _by_group(self.data, self.page)[group, :, slot] = pages
+        _by_group(self.data, self.page)[group, :, slot.long()] = pages
 
     def _rows(self, rows: list[int]) -> list[int] | slice:
         """An index of rows that costs nothing where all are meant."""
@@ -393,11 +459,8 @@ def _where(mask: Tensor) -> Tensor:
 
 def traffic(stores: list[TieredPages]) -> dict[str, Any]:
     """What `stats` says of pages that lie elsewhere: see `TieredCache.stats`."""
-    wanted, homes = sum(int(x.wanted) for x in stores), [x.home for x in stores if x.data is not None]
-    return {
-        "hit_rate": 1 - sum(x.missed for x in stores) / wanted if wanted else 1.0,
-        "fetched_ahead": sum(x.ahead for x in stores),
-        "from_host": sum(x.from_host for x in homes),
-        "from_disk": sum(x.from_disk for x in homes),
-        "fetched_bytes": sum((x.from_host + x.from_disk) * x.arena.record for x in homes),
-    }
+    total = Counter()
+    for store in stores:
+        total.update(store.traffic())
+    wanted, missed = total.pop("wanted", 0), total.pop("missed", 0)
+    return {"hit_rate": 1 - missed / wanted if wanted else 1.0, **total}

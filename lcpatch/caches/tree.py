@@ -11,6 +11,7 @@ batched product; every node it visits was at least as good as the k-th lower bou
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,10 @@ from torch.nn.functional import pad
 
 from lcpatch_kernels import page_bounds, page_scores
 
+from .residents import rearranged
+
 if TYPE_CHECKING:
+    from .fixed_pages import FixedMarks, Now
     from .paged import Marks, Reads
 
 FANOUT = 8  # children a node: 128K tokens in leaves of 32 are four levels, the highest of 8 nodes
@@ -47,14 +51,18 @@ class BoundTree:
         """Take the next pages of `rows`, which have equally many so far: [rows, K, pages * leaf, D]."""
         self.append_bounds(*page_bounds(keys, self.leaf)[:2], rows)
 
+    def reserve(self, leaves: int, like: Tensor) -> None:
+        """Room for so many pages; `like` [B, K, 0, D] as the keys."""
+        self._reserve(like, leaves)
+        if self.largest is None:
+            self.largest = like.new_zeros(len(self.leaves), like.shape[1], 1)
+
     def append_bounds(self, low: Tensor, high: Tensor, rows: list[int]) -> None:
         """The same of pages whose bounds [rows, K, pages, D] are known."""
         begin, stop = self.leaves[rows[0]], self.leaves[rows[0]] + low.shape[2]
         for row in rows:
             self.leaves[row] = stop
-        self._reserve(low)
-        if self.largest is None:
-            self.largest = low.new_zeros(len(self.leaves), low.shape[1], 1)
+        self.reserve(max(self.leaves), low)
         self.largest[rows] = torch.maximum(self.largest[rows], _largest(low, high))
         for own, new in zip(self.levels[0], (low, high), strict=True):
             own[rows, :, begin:stop] = new
@@ -76,8 +84,8 @@ class BoundTree:
     def select_rows(self, rows: list[int]) -> None:
         """Keep the batch rows `rows`, in that order; a row may come several times."""
         self.leaves = [self.leaves[r] for r in rows]
-        self.levels = [tuple(x[rows] for x in level) for level in self.levels]
-        self.largest = None if self.largest is None else self.largest[rows]
+        self.levels = [tuple(rearranged(x, rows) for x in level) for level in self.levels]
+        self.largest = None if self.largest is None else rearranged(self.largest, rows)
 
     @property
     def nbytes(self) -> int:
@@ -114,6 +122,10 @@ class BoundTree:
         upper, lower = self._bounds(q, low, high)
         return nodes, _possible(upper, _kth_page(lower, [-(-n // self.leaf) for n in tops]))
 
+    def bounds(self, q: Tensor, leaves: int) -> tuple[Tensor, Tensor]:
+        """`(upper, lower)` bounds [B, K, H // K, leaves] of the first pages; -inf of those that are not there yet."""
+        return self._bounds(q, *(x[:, :, :leaves] for x in self.levels[0]))
+
     def _pick(self, level: int, which: int, nodes: Tensor) -> Tensor:
         """Bounds of nodes, of those that are none the bounds of an empty page."""
         own = self.levels[level][which]
@@ -134,9 +146,9 @@ class BoundTree:
         margin = (length * self.largest * (q.shape[-1] * torch.finfo(upper.dtype).eps))[..., None]
         return upper.unflatten(1, (heads, -1)) + margin, lower.unflatten(1, (heads, -1)) - margin
 
-    def _reserve(self, like: Tensor) -> None:
-        """Room for every level's nodes, and a further level where the highest is too wide."""
-        batch, most, level = len(self.leaves), max(self.leaves), 0
+    def _reserve(self, like: Tensor, most: int) -> None:
+        """Room for every level's nodes over `most` leaves, and a further level where the highest is too wide."""
+        batch, level = len(self.leaves), 0
         widest = self.widest or (WIDEST_CUDA if like.is_cuda else WIDEST)
         while level == 0 or -(-most // FANOUT ** (level - 1)) > widest:
             needed = -(-most // FANOUT**level)
@@ -171,11 +183,12 @@ class TreeIndex:
         reads: which pages are read anyway.
         top: best keys to find; None: a quarter of the tokens read.
         num_rows: batch rows.
+        flat: one level only, for `fixed_scores`.
     """
 
-    def __init__(self, reads: Reads, top: int | None, num_rows: int) -> None:
+    def __init__(self, reads: Reads, top: int | None, num_rows: int, flat: bool = False) -> None:
         self.reads, self.top = reads, top
-        self.tree = BoundTree(reads.page, num_rows)
+        self.tree = BoundTree(reads.page, num_rows, sys.maxsize if flat else None)
         self.fits: Tensor | None = None  # bool [B, K]: whether all that the last search could not drop may be read
 
     def append(self, keys: Tensor, rows: list[int], begin: int, room: int) -> None:
@@ -183,8 +196,7 @@ class TreeIndex:
 
     def scores(self, query: Tensor, marks: Marks, scale: float | None) -> Tensor:
         """The upper bounds of the pages that may hold one of the best keys; -inf for those that provably do not."""
-        tops = [self.top or max((pages - 1) * self.reads.page // 4, 1) for pages in marks.limits]
-        pages, scores = self.tree.scores(query, tops)
+        pages, scores = self.tree.scores(query, self._tops(marks.limits))
         if len(self.tree.levels) > 1:
             found, scores = scores, scores.new_full((*scores.shape[:2], marks.most + 1), -torch.inf)
             scores.scatter_(2, pages.masked_fill(found == -torch.inf, marks.most).clamp(max=marks.most), found)
@@ -192,6 +204,21 @@ class TreeIndex:
         read = ((scores > -torch.inf) | marks.always) & marks.real
         self.fits = read.sum(-1) < marks.budgets[..., 0]
         return scores
+
+    def fixed_scores(self, query: Tensor, fixed: FixedMarks, now: Now) -> tuple[Tensor, Tensor]:
+        """`(scores, fits)` over all pages that there is room for: shapes and control follow from no length."""
+        upper, lower = self.tree.bounds(query, fixed.place.shape[0])
+        best = lower.topk(fixed.best.shape[0], -1).values
+        scores = _possible(upper, best.gather(-1, fixed.kth.expand(*best.shape[:3], 1)).squeeze(-1))
+        read = ((scores > -torch.inf) | now.always) & now.real
+        return scores, read.sum(-1) < fixed.budgets[..., 0]
+
+    def top_pages(self, limits: list[int]) -> list[int]:
+        """How many pages hold the best keys that rows which read so many look for."""
+        return [-(-n // self.reads.page) for n in self._tops(limits)]
+
+    def _tops(self, limits: list[int]) -> list[int]:
+        return [self.top or max((pages - 1) * self.reads.page // 4, 1) for pages in limits]
 
     def cut(self, row: int, pages: int) -> None:
         self.tree.cut(row, pages)

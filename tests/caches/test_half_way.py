@@ -63,7 +63,7 @@ def test_attention_that_fails_within_the_first_layer(name, monkeypatch):
         model(ids[:, 40:50], past_key_values=cache)
 
 
-@pytest.mark.parametrize("name", ["h2o", "sink", "cluster"])
+@pytest.mark.parametrize("name", ["h2o", "sink", "cluster", "tiered"])
 def test_a_turn_after_compiled_generation_that_failed(name):
     model, ids = make_model(name), tokens(2, 60)
     cache = make(name, model, small=True, compiled=True)

@@ -70,10 +70,9 @@ def test_the_page_used_longest_ago_leaves_first(rounds, slots):
     for n, pages in enumerate(rounds):
         page = torch.full((2, len(pages)), -1)
         page[: 1 + n % 2] = torch.tensor(pages, dtype=torch.int64)
-        slot = residents.find(page)
-        residents.place(page.masked_fill(slot >= 0, -1))
+        residents.take(page[None])
         for group in range(1 + n % 2):
-            last[group] |= {p: 2 * n + (int(s) < 0) for p, s in zip(pages, slot[group], strict=True)}
+            last[group] |= dict.fromkeys(pages, n)
         for group in (0, 1):
             here = set(residents.page_in[group].tolist()) - {-1}
             away = set(last[group]) - here

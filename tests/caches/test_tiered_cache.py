@@ -45,12 +45,19 @@ def test_a_token_attends_to_what_it_chose_and_proven_choices_hold_the_best_keys(
     k = randn(2, 3, length, 8, seed=2).cumsum(2) / 3  # pages that differ, so that some proofs succeed
     q, v = randn(2, 6, length, 8, seed=1), randn(2, 3, length, 8, seed=3)
     step(layer, q[:, :, :90], k[:, :, :90], v[:, :, :90])
-    proofs = 0
+    proofs, choose, seen = 0, layer.choose, {}
+
+    def watched(query, marks, scale):
+        """A page that this token has filled is known to the tree only afterwards."""
+        seen["wanted"] = layer.index.top or (marks.chosen * PAGE // 4)
+        seen["possible"] = layer.index.tree.search(query, seen["wanted"])[0]
+        seen["pages"] = choose(query, marks, scale)
+        return seen["pages"]
+
+    layer.choose = watched
     for n in range(90, length):
         out, _ = step(layer, *(x[:, :, n : n + 1] for x in (q, k, v)))
-        pages = layer.choose(q[:, :, n : n + 1], layer._marks)
-        newest = n // PAGE
-        wanted = layer.index.top or (layer._marks.chosen * PAGE // 4)
+        pages, wanted, newest = seen["pages"], seen["wanted"], n // PAGE
         for row in range(2):
             for head in range(3):
                 chosen = sorted(set(pages[row, head].tolist()) - {-1})
@@ -65,7 +72,7 @@ def test_a_token_attends_to_what_it_chose_and_proven_choices_hold_the_best_keys(
                     best = (mine @ keys[: newest * PAGE].T).topk(wanted, -1).indices // PAGE
                     assert set(best.flatten().tolist()) <= set(chosen)
                 else:  # then, of the pages that are not ruled out, the best upper bounds are read
-                    possible = layer.index.tree.search(q[:, :, n : n + 1], wanted)[0][row, head].tolist()
+                    possible = seen["possible"][row, head].tolist()
                     upper = bounds_of(q[row, :, n], k[row, :, : n + 1])[head].amax(0)[:newest]
                     free = [p for p in chosen if p not in (0, newest) and p < (n - 3) // PAGE]
                     others = [p for p in possible if 0 < p < (n - 3) // PAGE and p not in free]
@@ -77,8 +84,8 @@ def test_a_token_attends_to_what_it_chose_and_proven_choices_hold_the_best_keys(
 def test_a_wrong_page_would_be_seen(monkeypatch):
     real = TieredPages.fetch
 
-    def swapped(self, pages):
-        keys, values, slots = real(self, pages)
+    def swapped(self, pages, newest):
+        keys, values, slots = real(self, pages, newest)
         return keys, values.roll(1, 1), slots
 
     monkeypatch.setattr(TieredPages, "fetch", swapped)
@@ -179,10 +186,11 @@ def test_a_query_that_does_not_change_finds_its_pages():
     step(layer, q[:, :, :101], k[:, :, :101], v[:, :, :101])
     q[:, :, 102] = q[:, :, 101]
     step(layer, *(x[:, :, 101:102] for x in (q, k, v)))
-    before = int(layer.pages.wanted), layer.pages.missed
+    before = layer.pages.traffic()
     step(layer, *(x[:, :, 102:103] for x in (q, k, v)))
-    assert layer.pages.wanted > before[0]
-    assert layer.pages.missed == before[1]
+    after = layer.pages.traffic()
+    assert after["wanted"] > before["wanted"]
+    assert after["missed"] == before["missed"]
 
 
 def test_a_full_disk_is_said_and_reset_goes_on(tmp_path, monkeypatch):

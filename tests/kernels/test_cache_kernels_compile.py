@@ -24,7 +24,7 @@ def test_kernels_fit(arch):
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout)
     assert {(r["kernel"], r["dtype"]) for r in rows} == {
-        (k, d) for k in ("match", "merge", "bounds", "scores", "decode", "gather") for d in DTYPES
+        (k, d) for k in ("match", "merge", "bounds", "scores", "decode", "gather", "take", "bring") for d in DTYPES
     }
     assert not [r for r in rows if r["shared"] > SHARED[arch]]
 
@@ -34,6 +34,8 @@ def main(arch: int) -> None:
     from lcpatch_kernels.cluster_merge import triton as merging
     from lcpatch_kernels.gather_records import triton as gathering
     from lcpatch_kernels.page_scores import triton as paging
+    from lcpatch_kernels.resident_pages import BITS
+    from lcpatch_kernels.resident_pages import triton as tiering
     from lcpatch_kernels.sparse_decode import triton as decoding
 
     # What remains behind whole chunks has any size, and no size may be compiled for.
@@ -42,6 +44,14 @@ def main(arch: int) -> None:
     rows = []
     for dtype in DTYPES:
         rows.append(build("gather", gathering._gather_kernel, {"BLOCK": gathering.BLOCK}, dtype, arch, 4))
+        for slots in (16, 512, 4096):
+            sizes = {"BLOCK_M": 128, "BLOCK_S": slots}
+            rows.append(build("take", tiering._take_kernel, sizes, dtype, arch, max(4, slots // 256)))
+        for kind, bits in BITS.items():
+            if kind != "fp64":
+                layout = {"KIND": kind, "BITS": bits, "SCALES": 8192, "LOWS": 9216, "GROUP": 32}
+                piece = {"HALF": 32 * 128, "BLOCK": tiering.BLOCK}
+                rows.append(build("bring", tiering._bring_kernel, layout | piece, dtype, arch, 4))
         for head_dim in (64, 256):
             shape = {"D": head_dim, "BLOCK_D": head_dim, "UPCAST": False}
             for chunk in (64, min(256, TRITON_MAX_BYTES // head_dim // (2 if dtype == "bf16" else 4))):
@@ -73,6 +83,8 @@ def build(kernel: str, function, constants: dict, dtype: str, arch: int, num_war
     kinds = {"p_size": "fp32", "p_size_out": "fp32", "p_target": "i32", "p_bounds": "i32"}
     if kernel == "gather":  # words, whatever they stand for
         kinds = dict.fromkeys(("p_table", "p_numbers", "p_out"), "i64")
+    if kernel in ("take", "bring"):
+        kinds = {name: "i64" for name in function.arg_names if name not in ("p_slots", "p_data")} | {"p_slots": "i32"}
     if kernel == "scores":
         kinds["p_out"] = "fp32"
     if kernel == "decode":

@@ -8,6 +8,7 @@ from .block_sparse import DENSE, UNBOUNDED, BlockSparseSpec, Rule, block_sparse,
 from .cluster_merge import cluster_merge
 from .gather_records import block_table, gather_records
 from .page_scores import page_bounds, page_scores
+from .resident_pages import RecordLayout, bring_pages, take_slots
 from .sparse_decode import sparse_decode
 from .transformers_attention import flash_attn_forward, supports_flash_attn
 
@@ -15,11 +16,13 @@ __all__ = [
     "DENSE",
     "UNBOUNDED",
     "BlockSparseSpec",
+    "RecordLayout",
     "Rule",
     "attn_mass",
     "block_sparse",
     "block_sparse_backward",
     "block_table",
+    "bring_pages",
     "cluster_merge",
     "flash_attn_forward",
     "gather_records",
@@ -27,4 +30,5 @@ __all__ = [
     "page_scores",
     "sparse_decode",
     "supports_flash_attn",
+    "take_slots",
 ]
