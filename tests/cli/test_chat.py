@@ -108,7 +108,7 @@ def test_a_budget_that_is_too_small_for_a_prompt_still_answers(folders, monkeypa
         ("--cache h2o --budgt 3", "no option 'budgt'. Did you mean 'budget'? the cache 'h2o' has budget, codec, "),
         ("--budget 3", "options are of a --method or a --cache: name one"),
         ("--chunk 4", "--chunk 4 is for a cache of lcpatch's: add --cache CACHE"),
-        ("--cache retrieval --budget 100", "at least 512 with page=128, or smaller pages"),
+        ("--cache retrieval --budget 100", "at least 176 with page=16, or smaller pages"),
         ("--cache s2", "or --method s2"),
         ("--cache h2o --budget 0", "budget=0 must be"),
         ("--new-tokens 0", "--new-tokens 0 must be at least 1"),
