@@ -177,7 +177,9 @@ class FixedLayer:
             steps: begun at what is kept now.
             leads, ends: whether this layer is their first, their last.
         """
-        raise NotImplementedError
+        self._stand_still()
+        self._lay_out(steps)
+        self.steps, self.leads, self.ends = steps, leads, ends
 
     def leave_fixed(self) -> None:
         """Know again on the host what is kept.
@@ -185,6 +187,19 @@ class FixedLayer:
         Raises:
             RuntimeError: a step failed half-way.
         """
+        if self.steps is None:
+            return
+        taken = self.steps.taken(self.seen, self.counts)
+        self.steps = None
+        self.seen += taken
+        self._take_back(taken)
+
+    def _lay_out(self, steps: Steps) -> None:
+        """The part of entering that is the layer's own; says `_until` when there is room."""
+        raise NotImplementedError
+
+    def _take_back(self, taken: int) -> None:
+        """The part of leaving that is the layer's own, after so many tokens, which `seen` counts by now."""
         raise NotImplementedError
 
     def _stand_still(self) -> None:
@@ -226,9 +241,8 @@ class FixedDecoding(FixedLayer):
             return False
         return all(self.seen > pads for pads in self.pads) and self.codec.in_kernel(self.device)
 
-    def enter_fixed(self, steps: Steps, leads: bool, ends: bool) -> None:
-        """Lay out the slots of the next tokens; until it leaves, `slots` are all of them."""
-        self._stand_still()
+    def _lay_out(self, steps: Steps) -> None:
+        """The slots of the next tokens; until it leaves, `slots` are all of them."""
         self._return()
         if self._home is None:
             if self.slots.borrowed or self.slots.capacity != self._size():
@@ -241,20 +255,11 @@ class FixedDecoding(FixedLayer):
             self._home[name][:, :, filled:] = 0
         fewest = min(most - count for count, most in zip(self.counts, self.budgets, strict=True))
         self._until = self.seen + fewest + 1
-        self.slots, self.steps, self.leads, self.ends = Slots(self._home), steps, leads, ends
+        self.slots = Slots(self._home)
 
-    def leave_fixed(self) -> None:
-        """Know again what is kept, and evict what is over the budget.
-
-        Raises:
-            RuntimeError: a step failed half-way.
-        """
-        if self.steps is None:
-            return
-        taken = self.steps.taken(self.seen, self.counts)
-        self.steps = None
+    def _take_back(self, taken: int) -> None:
+        """Count what is kept, and evict what is over the budget."""
         self.counts = [count + taken for count in self.counts]
-        self.seen += taken
         self.intact += taken
         self.slots = self._buffers = Slots(self._home, max(self.counts))
         self._span = None

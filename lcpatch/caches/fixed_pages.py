@@ -80,9 +80,8 @@ class FixedPages(FixedLayer):
         """Whether every row has begun."""
         return bool(self.budgets) and all(self.seen > pads for pads in self.pads)
 
-    def enter_fixed(self, steps: Steps, leads: bool, ends: bool) -> None:
-        """Have all slots that there may be, and room for more pages, so that nothing moves for many tokens."""
-        self._stand_still()
+    def _lay_out(self, steps: Steps) -> None:
+        """All slots that there may be, and room for more pages, so that nothing moves for many tokens."""
         page, lengths = self.reads.page, self.pages.lengths
         wanted = max(lengths) // page + 1
         if wanted > self.pages.room:
@@ -98,21 +97,11 @@ class FixedPages(FixedLayer):
             fixed = steps.shared[page] = FixedMarks(limits, tops, room, self.device)
         self.fixed, self._marks, self._asked = fixed, None, None
         self._until = self.seen + min(page - n % page for n in lengths)
-        self.steps, self.leads, self.ends = steps, leads, ends
 
-    def leave_fixed(self) -> None:
-        """Know again how long the rows are, and send full pages home.
-
-        Raises:
-            RuntimeError: a step failed half-way.
-        """
-        if self.steps is None:
-            return
-        taken = self.steps.taken(self.seen, self.counts)
-        self.steps = None
+    def _take_back(self, taken: int) -> None:
+        """Count the rows, and send full pages home."""
         if not taken:
             return
-        self.seen += taken
         self.pages.filled(taken)
         if self._over():
             self.searches += taken * self.pages.num_heads * len(self.pads)

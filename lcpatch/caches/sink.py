@@ -112,10 +112,10 @@ class SinkLayer(EvictingLayer):
             self._turn_sinks()
         return super().attention(call, keys, values)
 
-    def enter_fixed(self, steps: Steps, leads: bool, ends: bool) -> None:
+    def _lay_out(self, steps: Steps) -> None:
         if self.turn is not None:  # a row loses nothing while it generates, so once will do
             self._turn_sinks()
-        super().enter_fixed(steps, leads, ends)
+        super()._lay_out(steps)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
