@@ -144,10 +144,8 @@ def rehearse(
         length, batch: of the text; all of it has labels.
     """
     before = {p: p.grad for p in model.parameters()}
-    text = _part_of(_blank(model, length, batch, chunk_size), model, chunk_size, attention, offload)
-    chunks = text.chunks(chunk_size)
+    text, chunks, base = _blank(model, length, batch, chunk_size, attention, offload)
     count = len(chunks)
-    base = check_model(model, text, count)
     two = range(max(count - 2, 0), count)
     plan = spaco.Plan(tuple(n in two for n in range(count)), (1.0,) * count, (1.0,) * count)
 
@@ -186,9 +184,7 @@ def first_pass(
     Args:
         model, length, chunk_size, batch, offload, attention, **model_kwargs: as for `rehearse`.
     """
-    text = _part_of(_blank(model, length, batch, chunk_size), model, chunk_size, attention, offload)
-    chunks = text.chunks(chunk_size)
-    base = check_model(model, text, len(chunks))
+    text, chunks, base = _blank(model, length, batch, chunk_size, attention, offload)
 
     def record(attention: str) -> None:
         with _running(model, base, text, chunk_size, attention, offload, model_kwargs) as run:
@@ -198,10 +194,15 @@ def first_pass(
     _by_ours_or_its_own(record, attention, offload)
 
 
-def _blank(model: nn.Module, length: int, batch: int, chunk_size: int) -> Text:
-    """A text of which only the size matters."""
+def _blank(
+    model: nn.Module, length: int, batch: int, chunk_size: int, attention: str, offload: bool
+) -> tuple[Text, list[tuple[int, int]], Any]:
+    """A text of which only the size matters, its chunks, and the model that runs them, checked as by `backward`."""
     ids = torch.zeros(batch, length + 1, dtype=torch.long, device=next(model.parameters()).device)
-    return make_text(ids, ids, None, None, None, chunk_size, False)
+    text = make_text(ids, ids, None, None, None, chunk_size, False)
+    text = _part_of(text, model, chunk_size, attention, offload)
+    chunks = text.chunks(chunk_size)
+    return text, chunks, check_model(model, text, len(chunks))
 
 
 def _by_ours_or_its_own(passes: Callable[[str], Result], attention: str, offload: bool) -> Result:
