@@ -293,10 +293,8 @@ def flex_block_mask(pattern: S2, shape: Shape, length: int, device: torch.device
     `create_block_mask` would ask all H T T pairs, compiled anew for every pattern and length; asking each pair of
     64-token blocks gives the same tables (a test compares them) in 134 MB at 128K.
     """
-    from torch.nn.attention.flex_attention import BlockMask
-
     block, local, stride = pattern.block_size, pattern.local_blocks, pattern.stride
-    group, tile = shape.num_heads // shape.num_kv_heads, 128
+    group, tile = shape.num_heads // shape.num_kv_heads, dense_oracle.TILE
 
     def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         far = (j // block + h // group) % stride == 0
@@ -308,16 +306,9 @@ def flex_block_mask(pattern: S2, shape: Shape, length: int, device: torch.device
     seen = keep(head, head, starts[:, None] + unit - 1, starts)  # a unit pair's last row: whether any pair is kept
     whole = keep(head, head, starts[:, None], starts + unit - 1)  # its first row and last key: whether all are
     per = tile // unit
-
-    def ordered(kept: Tensor) -> tuple[Tensor, Tensor]:
-        indices = kept.int().argsort(dim=-1, descending=True, stable=True)
-        return kept.sum(-1, dtype=torch.int32)[None], indices.int()[None]
-
     seen, whole = (x.unflatten(2, (-1, per)).unflatten(1, (-1, per)) for x in (seen, whole))
     seen, whole = seen.any(4).any(2), whole.all(4).all(2)
-    return BlockMask.from_kv_blocks(
-        *ordered(seen & ~whole), *ordered(whole), BLOCK_SIZE=tile, mask_mod=keep, seq_lengths=(length, length)
-    )
+    return dense_oracle.from_tiles(seen[None], whole[None], keep, (length, length))
 
 
 def _out_and_grads(forward: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> list[Tensor]:

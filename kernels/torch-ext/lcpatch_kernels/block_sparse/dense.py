@@ -112,31 +112,39 @@ def block_mask(
     here it is 0.1 GiB, for each head of one rule answers for all of them. The tables hold H (T / 128)^2 integers each:
     134 MB at 128K and 32 heads.
     """
-    from torch.nn.attention.flex_attention import BlockMask
-
     keep = mask_mod(spec, bounds, num_queries, num_keys, device)
     rules = list(dict.fromkeys(spec.head_rules))
     asked = torch.tensor([spec.head_rules.index(rule) for rule in rules], device=device)[:, None, None]
     row = torch.arange(1 if bounds is None else bounds.shape[0], device=device)[:, None, None, None]
     keys = torch.arange(num_keys, device=device)
-    some, every = [], []
+    some, every = [], []  # of whose pairs in a tile is any kept, are all
     for queries in torch.arange(num_queries, device=device).split(TILE):
         kept = keep(row, asked, queries[:, None], keys)
-        kept = pad(kept, (0, -num_keys % TILE, 0, TILE - len(queries))).unflatten(
-            3, (-1, TILE)
-        )  # [B, R, 128, S/128, 128]
+        kept = pad(kept, (0, -num_keys % TILE, 0, TILE - len(queries)))
+        kept = kept.unflatten(3, (-1, TILE))  # [B, R, 128, S / 128, 128]
         some.append(kept.any(4).any(2))
         every.append(kept.all(4).all(2))
     of_head = torch.tensor([rules.index(rule) for rule in spec.head_rules], device=device)
-    whole = torch.stack(every, 2)[:, of_head]
-    part = torch.stack(some, 2)[:, of_head] & ~whole
+    tiles = (torch.stack(x, 2)[:, of_head] for x in (some, every))
+    return from_tiles(*tiles, keep, (num_queries, num_keys))
+
+
+def from_tiles(some: Tensor, every: Tensor, keep: Callable[..., Tensor], sizes: tuple[int, int]) -> BlockMask:
+    """FlexAttention's tables from whether any pair of a tile of 128 x 128 is kept, and whether all are.
+
+    Args:
+        some, every: bool [B, H, T / 128, S / 128].
+        keep: the `mask_mod` that both follow from, asked again where only some are.
+        sizes: T and S.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
 
     def ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
         indices = tiles.int().argsort(dim=-1, descending=True, stable=True)
         return tiles.sum(-1, dtype=torch.int32), indices.int()
 
     return BlockMask.from_kv_blocks(
-        *ordered(part), *ordered(whole), BLOCK_SIZE=TILE, mask_mod=keep, seq_lengths=(num_queries, num_keys)
+        *ordered(some & ~every), *ordered(every), BLOCK_SIZE=TILE, mask_mod=keep, seq_lengths=sizes
     )
 
 
