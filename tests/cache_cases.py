@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from models import build
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompileConfig
 
 import lcpatch
 from lcpatch.caches import caches
@@ -131,3 +132,18 @@ def tensors_of(x: Any, found: dict[int, Tensor] | None = None, visited: set[int]
     elif hasattr(x, "__dict__"):
         tensors_of(vars(x), found, visited)
     return found
+
+
+def compiling(graphs: list[Any], inputs: list[Any] | None = None) -> CompileConfig:
+    """What lets `generate` compile on a CPU too, anew; every graph is noted, and where asked what it is given."""
+
+    def backend(graph: Any, given: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        if inputs is not None:
+            inputs.extend(given)
+        return graph.forward
+
+    torch._dynamo.reset()
+    how = CompileConfig(backend=backend, mode=None, fullgraph=True)
+    how._compile_all_devices = True
+    return how

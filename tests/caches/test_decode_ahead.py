@@ -3,10 +3,9 @@ works."""
 
 import pytest
 import torch
-from cache_cases import ALL, left_padding, make, make_model
+from cache_cases import ALL, compiling, left_padding, make, make_model
 from models import VOCAB, build, tokens
 from transformers import (
-    CompileConfig,
     DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
@@ -185,19 +184,6 @@ def test_a_turn_of_full_length_leaves_the_cache_as_generate_does(name):
     assert lengths == [55, 55]
     whole = model.generate(ids, past_key_values=new_cache(name, model), do_sample=False, max_new_tokens=12)
     assert again.shape == whole.shape
-
-
-def compiling(graphs):
-    """What lets `generate` compile on a CPU too; every graph is noted."""
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    how = CompileConfig(backend=backend, mode=None, fullgraph=True)
-    how._compile_all_devices = True
-    return how
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from cache_cases import feed, left_padding, tensors_of
+from cache_cases import compiling, feed, left_padding, tensors_of
 from models import build, tokens
 from noise import distance, model_budget
 from transformers import CompileConfig
@@ -166,14 +166,7 @@ def test_the_compiled_step_copies_no_keys_and_values(kind):
 def test_a_step_reads_little_beside_weights_keys_and_values(name, tensors):
     """An input costs a guard each token: a layer adds its keys, values and one vector, all of them two counts."""
     (kind, given), model, ids, inputs = CACHES[name], build(), tokens(2, 50), []
-
-    def backend(graph, given):
-        inputs.extend(given)
-        return graph.forward
-
-    torch._dynamo.reset()
-    how = CompileConfig(backend=backend, mode=None, fullgraph=True)
-    how._compile_all_devices = True
+    how = compiling([], inputs)
     options = {"compile_config": how, "max_new_tokens": 4, "do_sample": False}
     model.generate(ids, past_key_values=kind(model, compiled=True, **given), **options)
     weights = {id(x) for x in (*model.parameters(), *model.buffers())}
@@ -194,14 +187,7 @@ def test_no_mask_is_made_that_no_layer_reads():
 def test_the_decode_step_compiles_once(name):
     """In `generate`, as on a GPU: no graph break, and nothing compiled anew, whatever the length and the cache."""
     (kind, given), model, ids, graphs = CACHES[name], build(), tokens(2, 50), []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    how = CompileConfig(backend=backend, mode=None, fullgraph=True)
-    how._compile_all_devices = True
+    how = compiling(graphs)
     options = {"max_new_tokens": 40, "do_sample": False}
     want = model.generate(ids, past_key_values=kind(model, **given), **options)
     cache = kind(model, compiled=True, **given)
