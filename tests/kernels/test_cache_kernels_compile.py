@@ -34,7 +34,7 @@ def main(arch: int) -> None:
     from lcpatch_kernels.cluster_merge import triton as merging
     from lcpatch_kernels.gather_records import triton as gathering
     from lcpatch_kernels.page_scores import triton as paging
-    from lcpatch_kernels.resident_pages import BITS
+    from lcpatch_kernels.resident_pages import KINDS, RecordLayout
     from lcpatch_kernels.resident_pages import triton as tiering
     from lcpatch_kernels.sparse_decode import triton as decoding
 
@@ -47,8 +47,9 @@ def main(arch: int) -> None:
         for slots in (16, 512, 4096):
             sizes = {"BLOCK_M": 128, "BLOCK_S": slots}
             rows.append(build("take", tiering._take_kernel, sizes, dtype, arch, max(4, slots // 256)))
-        for kind, bits in BITS.items():
+        for kind in KINDS:
             if kind != "fp64":
+                bits = RecordLayout(kind, 0).bits
                 layout = {"KIND": kind, "BITS": bits, "SCALES": 8192, "LOWS": 9216, "GROUP": 32}
                 piece = {"HALF": 32 * 128, "BLOCK": tiering.BLOCK}
                 rows.append(build("bring", tiering._bring_kernel, layout | piece, dtype, arch, 4))
