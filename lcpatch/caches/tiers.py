@@ -23,15 +23,16 @@ from torch.nn.functional import pad
 
 from lcpatch_kernels import bring_pages
 
+from .arena import Arena
 from .codec import Plain
 from .pages import alike
 from .records import Record
 from .residents import GRAIN, NEVER, Residents, rearranged
-from .spill import Home
+from .spill import Disk
 from .state import fitting, whole, wholes
 
 TRAFFIC = ("wanted", "missed", "fetched_ahead", "from_host", "from_disk", "fetched_bytes")
-BATCH = 64 << 20  # bytes of records that are on their way at a time where everything is wanted
+BATCH = 64 << 20  # bytes of records of a disk that are on their way at a time
 
 
 class Coming(NamedTuple):
@@ -91,6 +92,11 @@ class TieredPages:
     def values(self) -> Tensor:
         """[B, K, (slots + 1) page, D]"""
         return self.data[:, :, 1]
+
+    @property
+    def direct(self) -> bool:
+        """Whether home is host memory, which the device reads by itself."""
+        return self.folder is None
 
     @property
     def room(self) -> int:
@@ -163,18 +169,18 @@ class TieredPages:
         if self.data is None or self._coming or self._aside:
             return
         slots, fresh = self.residents.take(pages, self._open_page(), self.ahead)
-        if self.home.file is not None:
+        if not self.direct:
             which = _where(fresh >= 0)
             if len(which):
                 numbers = self._numbers(fresh)[which].cpu()
                 future = self._pool.submit(self._on_the_side, numbers, torch.is_inference_mode_enabled())
                 self._coming.append(Coming(which // fresh.shape[2], slots.flatten()[which], future))
         elif self._stream is None:
-            self._read(fresh, slots)
+            self._read(fresh, slots, self.data)
         else:
             self._stream.wait_stream(torch.cuda.current_stream(fresh.device))
             with torch.cuda.stream(self._stream):
-                self._read(fresh, slots)
+                self._read(fresh, slots, self.data)
                 self._aside = self._stream.record_event(), fresh, slots
 
     def whole(self) -> tuple[Tensor, Tensor]:
@@ -183,16 +189,14 @@ class TieredPages:
         batch, heads, _, _, head_dim = self.data.shape
         most, full = max(self.lengths), max(self.lengths) // self.page
         out = self.data.new_zeros(batch, heads, 2, (full + 1) * self.page, head_dim)
-        pages = _by_group(out, self.page)
-        numbers = self.table.flatten(0, 1)[:, :full]
-        slots = self.residents.slot_of[:, 1 : 1 + full]
+        slots, numbers = self.residents.slot_of[:, 1 : 1 + full], self.table.flatten(0, 1)[:, :full]
         group, page = (slots >= 0).nonzero().unbind(1)
-        pages[group, :, page] = _by_group(self.data, self.page)[group, :, slots[group, page]]
-        group, page = ((numbers >= 0) & (slots < 0)).nonzero().unbind(1)
-        step = max(1, BATCH // self.record.nbytes)
-        for start in range(0, len(group), step):
-            some = group[start : start + step], page[start : start + step]
-            pages[some[0], :, some[1]] = self.record.unpack(self._records(numbers[some]))
+        _by_group(out, self.page)[group, :, page] = _by_group(self.data, self.page)[group, :, slots[group, page]]
+        place = torch.arange(full, device=out.device).expand(batch, heads, full)
+        away = ((numbers >= 0) & (slots < 0)).view_as(place)
+        if self.direct:
+            self.home.from_host += int(away.sum())
+        self._read(place.masked_fill(~away, -1), place.int(), out)
         for rows in alike(self.lengths):
             which, begin, rest = self._rows(rows), self.slots * self.page, self.lengths[rows[0]] % self.page
             end = self.lengths[rows[0]]
@@ -235,10 +239,9 @@ class TieredPages:
         if self.codec.lossless:
             return dict(zip(("keys", "values"), self.whole(), strict=True)), {}
         self._land()
-        table = self.table[:, :, : max(self.lengths) // self.page]
-        records = (
-            self._records(table.clamp(min=0).flatten()).view(*table.shape, -1).masked_fill(table[..., None] < 0, 0)
-        )
+        table = self.table[:, :, : max(self.lengths) // self.page].cpu()
+        records = self.home.read(table.clamp(min=0).flatten()).view(*table.shape, -1)
+        records.masked_fill_(table[..., None] < 0, 0)
         page_in, used = (x[:, 1:].view(*table.shape[:2], -1) for x in (self.residents.page_in, self.residents.used))
         tensors = {"keys": self.keys, "values": self.values, "records": records, "page_in": page_in, "used": used}
         return tensors, {"limits": self.limits, "clock": int(self.residents.clock[0])}
@@ -301,15 +304,16 @@ class TieredPages:
         if self.data is None:
             return dict.fromkeys(TRAFFIC, 0)
         (wanted, missed), ahead = self.counts.tolist(), int(self.ahead[1])
-        host, disk = self.home.from_host + (missed + ahead if self.home.file is None else 0), self.home.from_disk
+        host, disk = self.home.from_host + (missed + ahead if self.direct else 0), self.home.from_disk
         found = (wanted, missed, ahead, host, disk, (host + disk) * self.record.nbytes)
         return dict(zip(TRAFFIC, found, strict=True))
 
     def _begin(self, keys: Tensor) -> None:
         batch, heads, _, head_dim = keys.shape
         self.record = Record(self.codec, self.page, keys.new_empty(1, heads, 0, head_dim))
-        host = self.host_bytes // self.record.nbytes
-        self.home = Home(self.record.nbytes, host, self.folder, pinned=keys.is_cuda)
+        size, pinned = self.record.nbytes, keys.is_cuda
+        host = self.host_bytes // size
+        self.home = Arena(size, pinned) if self.direct else Disk(size, self.folder, host, pinned)
         self.residents = Residents(batch * heads, 0, keys.device)
         self.table = torch.full((batch, heads, 0), -1, device=keys.device)  # the record of each full page
         self.address = torch.full((batch, heads, 0), 0, device=keys.device)  # and where it lies, without a disk
@@ -364,8 +368,8 @@ class TieredPages:
         first, shape, end = self.home.append(records.flatten(0, 2)), records.shape[:3], begin + records.shape[2]
         numbers = torch.arange(first, first + shape.numel())
         self.table[which, :, begin:end] = numbers.view(shape).to(self.table.device)
-        if self.home.file is None:
-            places = self.home.arena.addresses(numbers, self.table.device)
+        if self.direct:
+            places = self.home.addresses(numbers, self.table.device)
             self.address[which, :, begin:end] = places.view(shape)
 
     def _widen(self, pages: int) -> None:
@@ -393,23 +397,27 @@ class TieredPages:
     def _bring(self, pages: Tensor, newest: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
         """The slots [B, K, M] of pages (-1: none), which then are on the device."""
         slots, fresh = self.residents.take(pages, newest, counts)
-        if self.home.file is None:
-            self._read(fresh, slots)
-        elif len(which := _where(fresh >= 0)):
-            records = self._records(self._numbers(fresh)[which])
-            self._put(which // fresh.shape[2], slots.flatten()[which], self.record.unpack(records))
+        self._read(fresh, slots, self.data)
         return slots
 
-    def _read(self, fresh: Tensor, slots: Tensor) -> None:
-        """Bring pages from host memory, where the device reads it by itself."""
-        bring_pages(fresh, slots, self.address, self.data, self.page, self.record.layout)
+    def _read(self, pages: Tensor, slots: Tensor, data: Tensor) -> None:
+        """Bring pages [B, K, M] (-1: none) from home to these slots of `data`."""
+        if self.direct:
+            bring_pages(pages, slots, self.address, data, self.page, self.record.layout)
+            return
+        which = _where(pages >= 0)
+        step = max(1, BATCH // self.record.nbytes)
+        for some in (which[n : n + step] for n in range(0, len(which), step)):
+            found = self.record.unpack(self._records(self._numbers(pages)[some]))
+            _by_group(data, self.page)[some // pages.shape[2], :, slots.flatten()[some].long()] = found
 
     def _numbers(self, pages: Tensor) -> Tensor:
         """The records of pages [B, K, M], flat; of page -1, of any."""
         return self.table.gather(2, pages.clamp(min=0)).flatten()
 
     def _records(self, numbers: Tensor) -> Tensor:
-        return self.home.read(numbers).to(self.data.device, non_blocking=True)
+        """They come when the stream is there."""
+        return self.home.read(numbers.cpu()).to(self.data.device, non_blocking=True)
 
     def _on_the_side(self, numbers: Tensor, inference: bool) -> tuple[Tensor, torch.cuda.Event | None]:
         """Records of a disk, on their way to the device on a stream of its own."""

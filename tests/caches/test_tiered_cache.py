@@ -298,13 +298,14 @@ def test_a_folder_that_cannot_be_used_is_said_at_the_first_step(tmp_path):
         feed(model, tokens(1, 10), cache, [10])
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_random_schedules_on_disk_are_those_in_memory(seed, tmp_path):
-    """Little room, steps taken back, rows chosen and repeated: where the pages lie changes no bit."""
-    rng, model = random.Random(seed), build()
+@pytest.mark.parametrize(("seed", "options"), [(0, {}), (1, {}), (2, {"codec": "int4", "ahead": True})])
+def test_random_schedules_on_disk_are_those_in_memory(seed, options, tmp_path):
+    """Little room, steps taken back, rows chosen and repeated: where the pages lie changes no bit. With a codec, which
+    pages have left does, and so fetching ahead."""
+    rng, model, options = random.Random(seed), build(), {**SMALL, **options}
     caches = [
-        lcpatch.TieredCache(model, **SMALL),
-        lcpatch.TieredCache(model, **SMALL, disk=str(tmp_path), host_bytes=rng.choice([0, 20000])),
+        lcpatch.TieredCache(model, **options),
+        lcpatch.TieredCache(model, **options, disk=str(tmp_path), host_bytes=rng.choice([0, 20000])),
     ]
     texts, pads, seen = [tokens(1, 300, seed=n)[0] for n in range(2)], [0, rng.choice([0, 21])], 0
     while seen < 130:
