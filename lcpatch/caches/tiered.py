@@ -284,6 +284,13 @@ class TieredLayer(FixedPages, PagedLayer):
         rows = zip(lengths, self.budgets, strict=True)
         return [held if -(-length // page) <= held else min(held, most) for length, held in rows]
 
+    def _take_back(self, taken: int) -> None:
+        super()._take_back(taken)
+        if self._over():
+            self.searches += taken * self.pages.num_heads * len(self.pads)
+            self.proven = self.proven + self.index.found
+        self.index.found.zero_()
+
     def recalled(self) -> Tensor | None:
         """As every paged layer; what it reads for this is no hit and no miss."""
         self.leave_fixed()

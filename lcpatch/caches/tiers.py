@@ -25,7 +25,7 @@ from lcpatch_kernels import bring_pages
 
 from .arena import Arena
 from .codec import Plain
-from .pages import alike
+from .pages import alike, spare
 from .records import Record
 from .residents import GRAIN, NEVER, Residents, rearranged
 from .spill import Disk
@@ -137,9 +137,10 @@ class TieredPages:
             self._fresh = None
 
     def stand_still(self, pages: int) -> None:
-        """Have room for so many pages, and the slots that those may have: nothing moves for as long as they fit."""
+        """Have room for so many pages and more, and the slots that those may have: nothing moves while they fit."""
         self._land()
-        self._reserve(pages)
+        if pages > self.room:
+            self._reserve(pages + spare(pages))
         self._widen(self.room)
 
     def put(self, keys: Tensor, values: Tensor, length: Tensor) -> None:
