@@ -289,12 +289,12 @@ class TieredLayer(FixedPages, PagedLayer):
         self.leave_fixed()
         if self._asked is None:
             return None
-        home = self.pages.home
-        counts = home.from_host, home.from_disk
+        store = self.pages.home.store
+        counts = store.from_host, store.from_disk
         try:
             return super().recalled()
         finally:
-            home.from_host, home.from_disk = counts
+            store.from_host, store.from_disk = counts
 
     def _retrieve(self, call: Call) -> tuple[Tensor, Tensor]:
         out = super()._retrieve(call)
