@@ -290,12 +290,13 @@ def test_what_cannot_work_says_why(options, error, message):
         lcpatch.TieredCache(build(), **options)
 
 
-def test_a_folder_that_cannot_be_used_is_said_at_the_first_step(tmp_path):
+def test_a_folder_that_cannot_be_used_is_said_at_once_and_none_is_made(tmp_path):
     model = build()
     (tmp_path / "file").write_text("")
-    cache = lcpatch.TieredCache(model, **SMALL, disk=str(tmp_path / "file"))
-    with pytest.raises(lcpatch.LcpatchError, match="no file can be made there"):
-        feed(model, tokens(1, 10), cache, [10])
+    for folder in (tmp_path / "file", tmp_path / "none", str(tmp_path / "none" / "deeper")):
+        with pytest.raises(lcpatch.LcpatchError, match="no file can be made there: .* give a folder that is there"):
+            lcpatch.TieredCache(model, **SMALL, disk=folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(("seed", "options"), [(0, {}), (1, {}), (2, {"codec": "int4", "ahead": True})])
