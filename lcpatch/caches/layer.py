@@ -284,8 +284,7 @@ class LongCache(Cache):
         Where they do, it is (0, 0): no mask is read. They wait for the device only where there may be no room left.
         """
         if query_length == 1 and not torch.compiler.is_compiling():
-            self._check_whole(1)
-            get_ready(self.layers, self._steps)
+            get_ready(self.layers, self._steps, self._check_whole)
         return super().get_mask_sizes(query_length, layer_idx)
 
     def update(
@@ -309,11 +308,11 @@ class LongCache(Cache):
             self._inference = inference
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def _check_whole(self, num: int) -> None:
+    def _check_whole(self, num: int = 1) -> None:
         """Refuse a step of `num` tokens where layers have seen different numbers of them.
 
-        Once a forward, on numbers of the host: layers that generate in fixed buffers count on the device, so they are
-        asked only with several tokens, when they leave those and wait for the device anyway.
+        On numbers of the host: layers that generate in fixed buffers count on the device, so they are asked only before
+        they enter, and with several tokens, when they leave those and wait for the device anyway.
         """
         layers = [layer for layer in self.layers if isinstance(layer, DynamicLayer)]
         if num == 1:

@@ -170,3 +170,8 @@ def alike(states: Iterable[object]) -> list[list[int]]:
     for row, state in enumerate(states):
         groups.setdefault(state, []).append(row)
     return list(groups.values())
+
+
+def by_group(data: Tensor, page: int) -> Tensor:
+    """[B, K, 2, pages * page, D] as [B * K, 2, pages, page, D], a view."""
+    return data.flatten(0, 1).unflatten(2, (-1, page))

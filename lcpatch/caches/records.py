@@ -23,7 +23,7 @@ class Record:
     """
 
     def __init__(self, codec: Plain, page: int, like: Tensor) -> None:
-        self.codec, self.like = codec, like
+        self.codec, self.page, self.like = codec, page, like
         example = codec.encode(like.new_zeros(1, 2, page, like.shape[3]))
         self.parts = {name: (x.dtype, x.shape[1:], x.numel() * x.element_size()) for name, x in example.items()}
         self.nbytes = sum(_aligned(size) for _, _, size in self.parts.values())

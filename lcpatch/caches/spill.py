@@ -14,6 +14,7 @@ import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -25,6 +26,20 @@ from .residents import Residents
 
 ALIGNMENT = 4096  # of a record in the file: no read touches a block of the disk more than it must
 FILE_GROWTH = 1.25
+
+
+def scratch_file(folder: str | Path) -> BinaryIO:
+    """A file without a name in a folder. None is made: it would stay behind, and a wrong name would fill a wrong disk.
+
+    Raises:
+        TierError: no such folder, or none that can be written.
+    """
+    try:
+        return tempfile.TemporaryFile(dir=folder, buffering=0)
+    except OSError as error:
+        raise TierError(
+            f"disk={str(folder)!r}: no file can be made there: {error}; give a folder that is there and can be written"
+        ) from error
 
 
 class PageFile:
@@ -40,11 +55,7 @@ class PageFile:
         self.count = self.reserved = 0
         self._writes: list[Future] = []
         self._pool = ThreadPoolExecutor(1, "lcpatch-spill")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115 (as long as this lives)
-        except OSError as error:
-            raise TierError(f"disk={str(folder)!r}: no file can be made there: {error}") from error
+        self._file = scratch_file(self.folder)
 
     def append(self, records: Tensor) -> int:
         """Store records [n, bytes] behind the others; returns the number of the first. They are written later, but have
