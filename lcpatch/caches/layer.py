@@ -88,6 +88,10 @@ class GrowingLayer(DynamicLayer):
         """Bytes allocated for keys and values."""
         return sum(x.untyped_storage().nbytes() for x in self._buffers or ())
 
+    def kept_of_rows(self) -> list[tuple[int, int]]:
+        """`(kept, seen)` of each row: all, pads too."""
+        return [(self.length, self.length)] * (len(self._buffers[0]) if self.is_initialized else 0)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `load_state` takes: tensors, and numbers as JSON."""
         capacity = min(self._buffers[0].shape[2], most_room(self.length))  # less after a crop
@@ -193,8 +197,8 @@ class AttendingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != len(self.pads):
             raise ValueError(
-                f"{self.owner} holds {len(self.pads)} rows, the step has {key_states.shape[0]}; "
-                "see batch_repeat_interleave"
+                f"{self.owner} holds {len(self.pads)} rows, the step has {key_states.shape[0]}: for another batch call "
+                "cache.reset(), for beams or samples of each row cache.batch_repeat_interleave(n)"
             )
         self._new = (key_states, value_states)
         return self._new

@@ -86,4 +86,4 @@ def _held(cache: Any) -> str:
     kept = cache.stats()["kept"] if hasattr(cache, "stats") else seen
     tiers = bytes_held(cache.layers)
     places = [f"{size / 2**20:.1f} MiB" + ("" if tier == "device" else f" on {tier}") for tier, size in tiers.items()]
-    return f"{seen} tokens seen, {kept or seen} kept a head, {', '.join(places)}"
+    return f"{seen} tokens seen, {kept} kept a head, {', '.join(places)}"
