@@ -179,7 +179,7 @@ class AttendingLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new keys and values [B, K, T, D]; they are stored when their queries attend."""
-        if self._new is not None or self.midway:
+        if self.is_midway():
             raise RuntimeError(f"{self.owner}: {HALF_WAY}")
         if not self.expected:
             raise RuntimeError(
@@ -202,6 +202,10 @@ class AttendingLayer(DynamicLayer):
             )
         self._new = (key_states, value_states)
         return self._new
+
+    def is_midway(self) -> bool:
+        """Whether it took tokens whose queries have not attended yet."""
+        return self._new is not None or self.midway
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -288,7 +292,7 @@ class LongCache(Cache):
         Where they do, it is (0, 0): no mask is read. They wait for the device only where there may be no room left.
         """
         if query_length == 1 and not torch.compiler.is_compiling():
-            self._check_whole(1)
+            self.check_whole(1)
             get_ready(self.layers, self._steps)
         return super().get_mask_sizes(query_length, layer_idx)
 
@@ -303,7 +307,7 @@ class LongCache(Cache):
         """
         if not torch.compiler.is_compiling():  # dynamo cannot ask; the steps before have
             if layer_idx == next(n for n, layer in enumerate(self.layers) if isinstance(layer, DynamicLayer)):
-                self._check_whole(key_states.shape[2])
+                self.check_whole(key_states.shape[2])
             inference = torch.is_inference_mode_enabled()
             if self._inference and not inference:
                 raise RuntimeError(
@@ -313,16 +317,20 @@ class LongCache(Cache):
             self._inference = inference
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def _check_whole(self, num: int) -> None:
-        """Refuse a step of `num` tokens where layers have seen different numbers of them.
+    def check_whole(self, num: int = 2) -> None:
+        """Refuse to go on, or a step of `num` tokens, where an earlier forward failed half-way.
 
-        Once a forward, on numbers of the host: layers that generate in fixed buffers count on the device, so they are
+        Before a step, on numbers of the host: layers that generate in fixed buffers count on the device, so they are
         asked only with several tokens, when they leave those and wait for the device anyway.
+
+        Raises:
+            RuntimeError: layers have seen different numbers of tokens, or one took some that never attended.
         """
         layers = [layer for layer in self.layers if isinstance(layer, DynamicLayer)]
         if num == 1:
             layers = [layer for layer in layers if getattr(layer, "steps", None) is None]
-        if len({layer.get_seq_length() for layer in layers}) > 1:
+        asunder = len({layer.get_seq_length() for layer in layers}) > 1
+        if asunder or any(layer.is_midway() for layer in layers if isinstance(layer, AttendingLayer)):
             raise RuntimeError(f"{type(self).__name__}: {HALF_WAY}")
 
     def reset(self) -> None:
@@ -374,6 +382,7 @@ class LongCache(Cache):
 
         Raises:
             StoreError: layers or options that cannot be written, a full disk, or a model that is gone.
+            RuntimeError: an earlier forward failed half-way.
         """
         from .store import save_cache
 
