@@ -134,6 +134,9 @@ class DenseLayer(GrowingLayer):
 
     expected = False
 
+    def can_trace(self, num: int) -> bool:
+        return True
+
     def wants_dense(self, query: Tensor) -> bool:
         return query.shape[2] == 1 and query.is_cuda
 
@@ -202,6 +205,9 @@ class AttendingLayer(DynamicLayer):
             )
         self._new = (key_states, value_states)
         return self._new
+
+    def can_trace(self, num: int) -> bool:
+        return False
 
     def is_midway(self) -> bool:
         """Whether it took tokens whose queries have not attended yet."""
@@ -305,7 +311,11 @@ class LongCache(Cache):
             RuntimeError: what is held was written under `torch.inference_mode`, and this step is outside of it; or an
                 earlier forward failed between two layers.
         """
-        if not torch.compiler.is_compiling():  # dynamo cannot ask; the steps before have
+        if torch.compiler.is_compiling():  # dynamo cannot ask what follows; the steps before have
+            layer = self.layers[layer_idx]
+            if isinstance(layer, AttendingLayer) and not layer.can_trace(key_states.shape[2]):
+                return _update_eagerly(self, key_states, value_states, layer_idx, *args, **kwargs)
+        else:
             if layer_idx == next(n for n, layer in enumerate(self.layers) if isinstance(layer, DynamicLayer)):
                 self.check_whole(key_states.shape[2])
             inference = torch.is_inference_mode_enabled()
@@ -419,6 +429,11 @@ class LongCache(Cache):
             "kept_by_layer": kept,
             "kept_share": total / real if real else None,
         }
+
+
+@torch.compiler.disable
+def _update_eagerly(cache: LongCache, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return cache.update(*args, **kwargs)
 
 
 def stock_layers(config: Any, modules: Iterable[int], owner: str) -> list[Any]:
