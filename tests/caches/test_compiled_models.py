@@ -1,10 +1,9 @@
-"""A model that its user compiled: the compiled part stops at what a cache decides on the host, and goes on behind it."""
+"""A model that its user compiled: the graph stops at what a cache decides on the host, and goes on behind it."""
 
 import pytest
 import torch
 from cache_cases import ALL, LENGTH, left_padding, make, make_model
 from models import tokens
-
 
 QUICK = ("h2o",)
 
