@@ -1,4 +1,7 @@
-"""`lcpatch chat MODEL`: talk to a model through a cache; after each answer, what the cache kept and what it holds."""
+"""`lcpatch chat MODEL`: talk to a model through a cache; after each answer, what the cache kept and what it holds.
+
+Ctrl-C ends an answer, or the conversation where it is yours to speak.
+"""
 
 from __future__ import annotations
 
