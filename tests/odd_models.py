@@ -16,6 +16,10 @@ SIZES = {
     "initializer_range": 0.2,
 }
 SETTINGS = {
+    # Windows in some layers, which every attention module names; positions in those alone.
+    "Exaone4": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "Lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "Phi": {},  # turns half of every head
     "DiffLlama": {},  # attends twice, to either half of its values
     "JetMoe": {"kv_channels": 16, "num_experts_per_tok": 2, "num_local_experts": 4},  # repeats keys for its experts
     # Calls the decoder inside its base model. A bias of the keys has no gradient but rounding.
@@ -24,6 +28,6 @@ SETTINGS = {
 
 
 def make(prefix: str, **changes) -> nn.Module:
-    config = getattr(transformers, f"{prefix}Config")(**SIZES, **SETTINGS[prefix], **changes)
+    config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **SETTINGS[prefix], **changes})
     torch.manual_seed(0)
     return getattr(transformers, f"{prefix}ForCausalLM")(config).train()

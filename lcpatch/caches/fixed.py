@@ -164,6 +164,9 @@ class FixedLayer:
         super()._clear()
         self.steps = None
 
+    def can_trace(self, num: int) -> bool:
+        return self.steps is not None and num == 1
+
     def has_room(self) -> bool:
         """Whether it generates, and may surely append another token."""
         return self.steps is not None and self.steps.most < self._until

@@ -88,6 +88,10 @@ class GrowingLayer(DynamicLayer):
         """Bytes allocated for keys and values."""
         return sum(x.untyped_storage().nbytes() for x in self._buffers or ())
 
+    def kept_of_rows(self) -> list[tuple[int, int]]:
+        """`(kept, seen)` of each row: all, pads too."""
+        return [(self.length, self.length)] * (len(self._buffers[0]) if self.is_initialized else 0)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `load_state` takes: tensors, and numbers as JSON."""
         capacity = min(self._buffers[0].shape[2], most_room(self.length))  # less after a crop
@@ -129,6 +133,9 @@ class DenseLayer(GrowingLayer):
     """
 
     expected = False
+
+    def can_trace(self, num: int) -> bool:
+        return True
 
     def wants_dense(self, query: Tensor) -> bool:
         return query.shape[2] == 1 and query.is_cuda
@@ -175,7 +182,7 @@ class AttendingLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new keys and values [B, K, T, D]; they are stored when their queries attend."""
-        if self._new is not None or self.midway:
+        if self.is_midway():
             raise RuntimeError(f"{self.owner}: {HALF_WAY}")
         if not self.expected:
             raise RuntimeError(
@@ -193,11 +200,18 @@ class AttendingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != len(self.pads):
             raise ValueError(
-                f"{self.owner} holds {len(self.pads)} rows, the step has {key_states.shape[0]}; "
-                "see batch_repeat_interleave"
+                f"{self.owner} holds {len(self.pads)} rows, the step has {key_states.shape[0]}: for another batch call "
+                "cache.reset(), for beams or samples of each row cache.batch_repeat_interleave(n)"
             )
         self._new = (key_states, value_states)
         return self._new
+
+    def can_trace(self, num: int) -> bool:
+        return False
+
+    def is_midway(self) -> bool:
+        """Whether it took tokens whose queries have not attended yet."""
+        return self._new is not None or self.midway
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -284,7 +298,7 @@ class LongCache(Cache):
         Where they do, it is (0, 0): no mask is read. They wait for the device only where there may be no room left.
         """
         if query_length == 1 and not torch.compiler.is_compiling():
-            get_ready(self.layers, self._steps, self._check_whole)
+            get_ready(self.layers, self._steps, self.check_whole)
         return super().get_mask_sizes(query_length, layer_idx)
 
     def update(
@@ -296,9 +310,13 @@ class LongCache(Cache):
             RuntimeError: what is held was written under `torch.inference_mode`, and this step is outside of it; or an
                 earlier forward failed between two layers.
         """
-        if not torch.compiler.is_compiling():  # dynamo cannot ask; the steps before have
+        if torch.compiler.is_compiling():  # dynamo cannot ask what follows; the steps before have
+            layer = self.layers[layer_idx]
+            if isinstance(layer, AttendingLayer) and not layer.can_trace(key_states.shape[2]):
+                return _update_eagerly(self, key_states, value_states, layer_idx, *args, **kwargs)
+        else:
             if layer_idx == next(n for n, layer in enumerate(self.layers) if isinstance(layer, DynamicLayer)):
-                self._check_whole(key_states.shape[2])
+                self.check_whole(key_states.shape[2])
             inference = torch.is_inference_mode_enabled()
             if self._inference and not inference:
                 raise RuntimeError(
@@ -308,16 +326,20 @@ class LongCache(Cache):
             self._inference = inference
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def _check_whole(self, num: int = 1) -> None:
-        """Refuse a step of `num` tokens where layers have seen different numbers of them.
+    def check_whole(self, num: int = 2) -> None:
+        """Refuse to go on, or a step of `num` tokens, where an earlier forward failed half-way.
 
         On numbers of the host: layers that generate in fixed buffers count on the device, so they are asked only before
         they enter, and with several tokens, when they leave those and wait for the device anyway.
+
+        Raises:
+            RuntimeError: layers have seen different numbers of tokens, or one took some that never attended.
         """
         layers = [layer for layer in self.layers if isinstance(layer, DynamicLayer)]
         if num == 1:
             layers = [layer for layer in layers if getattr(layer, "steps", None) is None]
-        if len({layer.get_seq_length() for layer in layers}) > 1:
+        asunder = len({layer.get_seq_length() for layer in layers}) > 1
+        if asunder or any(layer.is_midway() for layer in layers if isinstance(layer, AttendingLayer)):
             raise RuntimeError(f"{type(self).__name__}: {HALF_WAY}")
 
     def reset(self) -> None:
@@ -369,6 +391,7 @@ class LongCache(Cache):
 
         Raises:
             StoreError: layers or options that cannot be written, a full disk, or a model that is gone.
+            RuntimeError: an earlier forward failed half-way.
         """
         from .store import save_cache
 
@@ -405,6 +428,11 @@ class LongCache(Cache):
             "kept_by_layer": kept,
             "kept_share": total / real if real else None,
         }
+
+
+@torch.compiler.disable
+def _update_eagerly(cache: LongCache, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return cache.update(*args, **kwargs)
 
 
 def stock_layers(config: Any, modules: Iterable[int], owner: str) -> list[Any]:

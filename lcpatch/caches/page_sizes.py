@@ -133,6 +133,9 @@ class _Probe(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return key_states, value_states  # nothing is kept: no step follows
 
+    def can_trace(self, num: int) -> bool:
+        return False
+
     def wants_dense(self, query: Tensor) -> bool:
         return True
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from lcpatch_kernels import BlockSparseSpec, Rule
 
@@ -56,19 +56,18 @@ class S2Cache(LongCache):
             raise UnsupportedModelError(
                 "S2Cache needs a model patched with s2: lcpatch.apply(model, 's2') first, or --method s2"
             )
-        stock_layers(unwrap(model).config, modules, "S2Cache")
-        layers: list[Any] = []
-        for index in range(max(modules) + 1):
-            state = state_of(modules[index]) if index in modules else None
-            if state is None or state.spec is None:
-                window = getattr(modules.get(index), "sliding_window", None)
-                layers.append(DenseLayer() if window is None else DynamicSlidingWindowLayer(window))
+        layers = stock_layers(unwrap(model).config, modules, "S2Cache")
+        for index, module in modules.items():
+            state = state_of(module)
+            if state.spec is None:
+                if type(layers[index]) is DynamicLayer:
+                    layers[index] = DenseLayer()
                 continue
             if state.mode != "always":
                 raise UnsupportedModelError(
                     f"S2Cache: layer {index} is sparse only in mode={state.mode!r}; use 'always'"
                 )
-            layers.append(S2Layer(state.spec, modules[index].config))
+            layers[index] = S2Layer(state.spec, module.config)
         super().__init__(layers=layers)
         watch(modules)
 
@@ -133,6 +132,15 @@ class S2Layer(AttendingLayer):
     def memory(self) -> int:
         """Bytes allocated for keys and values."""
         return sum(x.untyped_storage().nbytes() for x in self._pages or ())
+
+    def kept_of_rows(self) -> list[tuple[int, int]]:
+        """`(kept, seen)` of each row, in tokens that are no pads; of the KV head that keeps most."""
+        rows = []
+        for pads, gone in zip(self.pads, self.gone, strict=True):
+            freed = gone - max(self._num_far(head, gone) for head in range(len(self.rules)))
+            seen = max(self.seen - pads, 0)
+            rows.append((seen - freed * self.block, seen))
+        return rows
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `load_state` takes: tensors, and numbers as JSON."""

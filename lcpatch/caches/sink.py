@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hf.models import unwrap
-from ..hf.rotation import Rotation, rotation_of
+from ..hf.models import attention_modules, full_attention_layers, unwrap
+from ..hf.rotation import Rotation, rotations_of
 from ..hf.watch import Call
 from .budget import Budget
 from .evicting import EvictingLayer
@@ -69,12 +69,17 @@ class SinkCache(LongCache):
         if compiled:
             check_codec(codec)
 
+        turns: dict[int, Rotation] = {}
+        if positions == "rolling" and num_sinks > 0:
+            base = unwrap(model)
+            modules = attention_modules(base)
+            full = {index: modules[index] for index in full_attention_layers(base.config, modules)}
+            turns = rotations_of(base, full, "SinkCache") if full else {}
+
         def make(index: int, module: nn.Module) -> SinkLayer:
             if compiled:
                 check_layer(index, module)
-            rolling = positions == "rolling" and num_sinks > 0
-            turn = rotation_of(unwrap(model), module, "SinkCache") if rolling else None
-            return SinkLayer(kept, codec, compiled, turn=turn)
+            return SinkLayer(kept, codec, compiled, turn=turns.get(index))
 
         super().__init__(layers=routed_layers(model, "SinkCache", make))
 

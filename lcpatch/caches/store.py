@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def save_cache(cache: LongCache, path: str | Path, tokenizer: Any = None) -> Pat
     model = cache.model()
     if model is None:
         raise StoreError("the model that this cache was made for is gone; save a cache while its model is there")
+    cache.check_whole()
     tensors, layers = {}, []
     for index, layer in enumerate(cache.layers):
         held, numbers = _state(layer, index)
@@ -162,19 +163,21 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> 
     """Write beside `path`, then rename: who reads meanwhile gets the old file or the new one, never half of one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        partial.touch(exist_ok=False)
+        mode = partial.stat().st_mode  # of any new file: safetensors' own is for no one else to read
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error}") from error
-    os.close(handle)
     try:
         save_file(tensors, partial, metadata=metadata)
+        partial.chmod(mode)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())  # a rename must not reach the disk before what it names
         os.replace(partial, path)
     except (SafetensorError, OSError) as error:
         raise StoreError(f"{path} could not be written, what was there is untouched: {error}") from error
     finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def _header(file: Any, path: Path) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class TieredCache(LongCache):
             raise ValueError("compiled=True fetches from host memory, within the step: leave out disk and ahead")
         base = unwrap(model)
         modules = attention_modules(base)
-        sizes = _sizes(page, len(modules))
+        sizes = _sizes(page, base.config.num_hidden_layers)
         reads = {size: Reads(ATTEND if budget is None else budget, size, num_sinks, recent) for size in set(sizes)}
         if attend is not None:
             if isinstance(budget, int) and attend > budget:

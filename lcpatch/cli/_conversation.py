@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +45,7 @@ class Conversation:
         self.cache = make_cache()
 
     def say(self, text: str, streamer: Any) -> Turn:
-        """Answer `text`, writing to `streamer` as tokens come."""
+        """Answer `text`, writing to `streamer` as tokens come; Ctrl-C ends the answer, not the conversation."""
         self.ids = torch.cat([self.ids, self._heard(text)], 1)
         begin = time.perf_counter()
         if self.chunk and hasattr(self.cache, "read"):
@@ -50,13 +53,15 @@ class Conversation:
         clock = _Clock(streamer)
         # Only a compiled step leaves the host time to be ahead; elsewhere an answer's end would cost a forward.
         ahead = {"custom_generate": decode_ahead, "stream_to": clock}
-        out = self.model.generate(
-            self.ids,
-            attention_mask=torch.ones_like(self.ids),
-            past_key_values=self.cache,
-            **(ahead if self.cache.is_compileable else {"streamer": clock}),
-            **self.options,
-        )
+        with _ctrl_c() as pressed:
+            out = self.model.generate(
+                self.ids,
+                attention_mask=torch.ones_like(self.ids),
+                past_key_values=self.cache,
+                stopping_criteria=[pressed],
+                **(ahead if self.cache.is_compileable else {"streamer": clock}),
+                **self.options,
+            )
         end = time.perf_counter()
         new = out[0, self.ids.shape[1] :]
         self.ids = out
@@ -80,6 +85,30 @@ class Conversation:
         special = first and self.tokenizer.chat_template is None
         ids = self.tokenizer(new, return_tensors="pt", add_special_tokens=special).input_ids
         return ids.to(self.ids.device)
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[Any]:
+    """A criterion that ends a text at its next token once Ctrl-C was pressed, which leaves a cache whole.
+
+    Pressed again, as while a long prompt is read, it interrupts as always.
+    """
+    presses = 0
+
+    def press(*_: Any) -> None:
+        nonlocal presses
+        presses += 1
+        if presses > 1:
+            raise KeyboardInterrupt
+
+    def pressed(input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.full((len(input_ids),), presses > 0, device=input_ids.device)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Clock:

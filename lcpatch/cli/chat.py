@@ -1,4 +1,7 @@
-"""`lcpatch chat MODEL`: talk to a model through a cache; after each answer, what the cache kept and what it holds."""
+"""`lcpatch chat MODEL`: talk to a model through a cache; after each answer, what the cache kept and what it holds.
+
+Ctrl-C ends an answer, or the conversation where it is yours to speak.
+"""
 
 from __future__ import annotations
 
@@ -86,4 +89,4 @@ def _held(cache: Any) -> str:
     kept = cache.stats()["kept"] if hasattr(cache, "stats") else seen
     tiers = bytes_held(cache.layers)
     places = [f"{size / 2**20:.1f} MiB" + ("" if tier == "device" else f" on {tier}") for tier, size in tiers.items()]
-    return f"{seen} tokens seen, {kept or seen} kept a head, {', '.join(places)}"
+    return f"{seen} tokens seen, {kept} kept a head, {', '.join(places)}"

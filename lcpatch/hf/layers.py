@@ -39,6 +39,17 @@ def head_dim_of(module: nn.Module) -> int:
     return getattr(module, "head_dim", None) or module.config.hidden_size // module.config.num_attention_heads
 
 
+def window_of(module: nn.Module) -> int | None:
+    """The sliding window of an attention module; None if it attends to its whole past.
+
+    Modules of some models (exaone4) name the window of other layers.
+    """
+    types = getattr(module.config, "layer_types", None)
+    if types is not None and types[module.layer_idx] == "full_attention":
+        return None
+    return getattr(module, "sliding_window", None)
+
+
 def layer_states(
     config: Any, modules: Mapping[int, nn.Module], patch: PatchConfig, pattern: AttentionPattern, impl: str = "auto"
 ) -> dict[int, LayerState]:
@@ -77,7 +88,7 @@ def dense_states(config: Any, modules: Mapping[int, nn.Module], dense: str) -> d
             "never",
             dense,
             max_positions=limit,
-            own=own_spec(config.num_attention_heads, getattr(module, "sliding_window", None)),
+            own=own_spec(config.num_attention_heads, window_of(module)),
             routed=True,
         )
         for index, module in modules.items()

@@ -1,8 +1,9 @@
 """Turning rotated keys on by some positions, with the model's own rotary embedding, whatever its layout.
 
 A key rotated at position p and turned by d is the key rotated at p + d, where the embedding is one rotation per
-position. That is asked of the model's code when a rotation is made, not assumed. Angles are the model's, in fp32: at
-position 1,000,000 the fastest pair is off by up to 0.03 rad, in the model itself as here.
+position. Whether a layer's is, and whether it has one at all, is asked of the model when a rotation is made, not
+assumed: which layers do without positions is written in as many ways as there are models. Angles are the model's, in
+fp32: at position 1,000,000 the fastest pair is off by up to 0.03 rad, in the model itself as here.
 """
 
 from __future__ import annotations
@@ -14,54 +15,105 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from ..core.errors import UnsupportedModelError
-from .layers import head_dim_of
 from .models import weights_of
 
 FIXED = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the length; those of "dynamic" and "longrope" do."""
 
+INSTEAD = "use positions='absolute'"
+
+ASKED = (0, 7, 18)
+"""Positions of one token at which a model is asked for its keys."""
+
 Rotation = Callable[[Tensor, Tensor], Tensor]
 
 
-def rotation_of(base: nn.Module, module: nn.Module, owner: str) -> Rotation:
-    """How to turn the keys [B, K, T, D] of attention `module` on by [B] positions; computes in fp32.
+def rotations_of(base: nn.Module, modules: dict[int, nn.Module], owner: str) -> dict[int, Rotation]:
+    """How to turn the keys [B, K, T, D] of each of the attention `modules` on by [B] positions; computes in fp32.
+
+    Runs the model once, over one token.
 
     Raises:
         UnsupportedModelError: no rotary embedding, one that depends on the length, or one that is not a rotation.
     """
-    if not getattr(module, "use_rope", True):  # a layer without positions, of a model that has them in others
-        return lambda keys, positions: keys
-    kind = _kind(module)
-    rotary = getattr(module, "rotary_emb", None) or next(
-        (m for m in base.modules() if "RotaryEmbedding" in type(m).__name__), None
-    )
-    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    instead = "use positions='absolute'"
-    if rotary is None or apply is None:
-        raise UnsupportedModelError(f"{owner}: {module.config.model_type} has no rotary embedding to turn; {instead}")
-    if kind not in FIXED:
-        raise UnsupportedModelError(
-            f"{owner}: RoPE of type {kind!r} changes with the length, so keys cannot be turned on; {instead}"
-        )
-    if next(weights_of(rotary)).is_meta:
+    rotaries = {index: _rotary(base, module) for index, module in modules.items()}
+    if any(rotary is not None and next(weights_of(rotary)).is_meta for rotary in rotaries.values()):
         raise UnsupportedModelError(
             f"{owner}: a model on the meta device has no frequencies to turn keys by; load its weights first"
         )
+    asked = _keys(base)
+    return {index: _rotation(module, rotaries[index], asked[index], owner) for index, module in modules.items()}
+
+
+def _rotary(base: nn.Module, module: nn.Module) -> nn.Module | None:
+    return getattr(module, "rotary_emb", None) or next(
+        (m for m in base.modules() if "RotaryEmbedding" in type(m).__name__), None
+    )
+
+
+def _rotation(module: nn.Module, rotary: nn.Module | None, asked: Tensor, owner: str) -> Rotation:
+    """Of one layer, whose keys [3, K, 1, D] of one token at the positions `ASKED` are `asked`."""
+    zero, seven, eighteen = asked.float().unsqueeze(1)
+    if _same(zero, seven, asked.dtype):
+        return lambda keys, positions: keys  # a layer without positions, of a model that has them in others
+    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if rotary is None or apply is None:
+        raise UnsupportedModelError(f"{owner}: {module.config.model_type} has no rotary embedding to turn; {INSTEAD}")
+    if (kind := _kind(module)) not in FIXED:
+        raise UnsupportedModelError(
+            f"{owner}: RoPE of type {kind!r} changes with the length, so keys cannot be turned on; {INSTEAD}"
+        )
     extra = _layer_type(rotary, module)
+    part = getattr(module, "rotary_ndims", None)  # some models turn the first numbers of a head and leave the others
 
     def turn(keys: Tensor, positions: Tensor) -> Tensor:
-        wide = keys.float()
+        wide = keys[..., :part].float()
         cos, sin = rotary(wide, positions[:, None], **extra)
         plain = rotary(wide, torch.zeros_like(positions)[:, None], **extra)[0]  # at 0 it is the attention factor alone
-        return (apply(wide, wide, cos, sin)[0] / plain[..., :1, None].transpose(1, 2)).to(keys.dtype)
+        turned = apply(wide, wide, cos, sin)[0] / plain[..., :1, None].transpose(1, 2)
+        return torch.cat([turned.to(keys.dtype), keys[..., turned.shape[3] :]], 3)
 
-    if not _is_rotation(turn, rotary, module):
+    def on(keys: Tensor, by: int) -> Tensor:
+        return turn(keys, torch.tensor([by], device=keys.device))
+
+    if not (_same(on(zero, 7), seven, asked.dtype) and _same(on(seven, 11), eighteen, asked.dtype)):
         raise UnsupportedModelError(
-            f"{owner}: {module.config.model_type}'s rotary embedding is not one rotation per position; {instead}"
+            f"{owner}: {module.config.model_type}'s rotary embedding is not one rotation per position; {INSTEAD}"
         )
     return turn
+
+
+@torch.no_grad()
+def _keys(base: nn.Module) -> dict[int, Tensor]:
+    """Each layer's keys of one token at the positions `ASKED`, [3, K, 1, D].
+
+    A token that sees itself alone gets its own value wherever it is, so only the positions tell a layer's keys apart.
+    """
+    embedding = base.get_input_embeddings()
+    weight = next(weights_of(embedding))
+    noise = torch.randn(1, 1, embedding.embedding_dim, generator=torch.Generator().manual_seed(0))
+    cache = DynamicCache(config=base.config)
+    modes = {module: module.training for module in base.modules()}
+    base.eval()  # dropout would tell them apart too
+    try:
+        base.get_decoder()(
+            inputs_embeds=noise.to(weight.device, base.dtype).expand(len(ASKED), -1, -1),
+            position_ids=torch.tensor(ASKED, device=weight.device)[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return {index: layer.keys for index, layer in enumerate(cache.layers) if hasattr(layer, "keys")}
+
+
+def _same(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
+    """Whether keys are equal but for rounding in `dtype`."""
+    return bool((x - y).norm() <= 16 * torch.finfo(dtype).eps * y.norm())
 
 
 def _kind(module: nn.Module) -> str:
@@ -77,14 +129,3 @@ def _layer_type(rotary: nn.Module, module: nn.Module) -> dict[str, Any]:
     if "layer_type" not in inspect.signature(rotary.forward).parameters:
         return {}
     return {"layer_type": module.config.layer_types[module.layer_idx]}
-
-
-@torch.no_grad()
-def _is_rotation(turn: Rotation, rotary: nn.Module, module: nn.Module) -> bool:
-    """Whether turning by 7 and then by 11 is turning by 18, and changes something."""
-    device = next(weights_of(rotary)).device
-    x = torch.linspace(-2, 2, head_dim_of(module), device=device).view(1, 1, 1, -1)
-    seven, eleven, both = (turn(x, torch.tensor([n], device=device)) for n in (7, 11, 18))
-    twice = turn(seven, torch.tensor([11], device=device))
-    close = (twice - both).abs().max() <= 64 * torch.finfo(torch.float32).eps * x.abs().max()
-    return bool(close) and not torch.equal(seven, eleven)

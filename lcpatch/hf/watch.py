@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lcpatch_kernels import BlockSparseSpec, block_sparse
@@ -55,6 +56,9 @@ class AttendingLayer(Protocol):
     expected: bool
     midway: bool
 
+    def can_trace(self, num: int) -> bool:
+        """Whether a step of `num` tokens can be compiled; what else it does is decided on the host."""
+
     def wants_dense(self, query: Tensor) -> bool:
         """Whether it also attends for calls that no pattern is active in, instead of the dense implementation."""
 
@@ -85,9 +89,16 @@ def take_layer(state: LayerState) -> AttendingLayer | None:
 
 def ask(layer: AttendingLayer, call: Call) -> tuple[Tensor, Tensor]:
     """What the layer answers, which it now keeps the step of."""
+    if torch.compiler.is_compiling() and not layer.can_trace(call.query.shape[2]):
+        return _ask_eagerly(layer, call)
     answer = layer.attend(call)
     layer.midway = False
     return answer
+
+
+@torch.compiler.disable
+def _ask_eagerly(layer: AttendingLayer, call: Call) -> tuple[Tensor, Tensor]:
+    return ask(layer, call)
 
 
 def _note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -43,8 +43,21 @@ def test_the_next_forward_says_so(name, place):
         assert torch.equal(*(feed(model, ids, x, [40, *[1] * 20]) for x in (cache, new)))
 
 
+@pytest.mark.parametrize("place", ["model.layers.0.mlp", "model.layers.0.self_attn.o_proj"])
+@pytest.mark.parametrize("name", ALL)
+def test_it_is_not_saved_over_one_that_is_whole(name, place, tmp_path):
+    model, ids = make_model(name), tokens(1, 60)
+    cache = make(name, model, small=True)
+    feed(model, ids[:, :40], cache, [40])
+    whole = cache.save(tmp_path / "prefix.safetensors").read_bytes()
+    failing(model, place, lambda: model(ids[:, 40:], past_key_values=cache))
+    with pytest.raises(RuntimeError, match="failed half-way"):
+        cache.save(tmp_path / "prefix.safetensors")
+    assert (tmp_path / "prefix.safetensors").read_bytes() == whole
+
+
 @pytest.mark.parametrize("name", ["h2o", "retrieval"])
-def test_attention_that_fails_within_the_first_layer(name, monkeypatch):
+def test_attention_that_fails_within_the_first_layer(name, monkeypatch, tmp_path):
     """Where no layer counts more tokens than another, but this one may hold half a step."""
     model, ids = make_model(name), tokens(2, 60)
     cache = make(name, model, small=True)
@@ -61,6 +74,8 @@ def test_attention_that_fails_within_the_first_layer(name, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="failed half-way"):
         model(ids[:, 40:50], past_key_values=cache)
+    with pytest.raises(RuntimeError, match="failed half-way"):
+        cache.save(tmp_path / "prefix.safetensors")
 
 
 @pytest.mark.parametrize("name", ["h2o", "sink", "cluster", "tiered"])

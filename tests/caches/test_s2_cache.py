@@ -98,6 +98,19 @@ def test_a_second_turn_continues():
     assert torch.equal(got, model.generate(turn, max_new_tokens=30, do_sample=False))
 
 
+def test_stats_count_what_is_kept():
+    """300 tokens are 18 blocks of 16 and 12 tokens: 3 blocks and the last one, or 2, and 6 sinks and stripes before."""
+    model, _ = patched("window only")
+    cache = lcpatch.S2Cache(model)
+    assert cache.stats() == {"seen": 0, "kept": 0, "kept_by_layer": {0: 0, 1: 0}, "kept_share": None}
+    feed(model, tokens(2, LENGTH), cache, [200, *[1] * 100])
+    assert cache.stats() == {"seen": 300, "kept": 60, "kept_by_layer": {0: 60, 1: 60}, "kept_share": 0.2}
+    model, _ = patched("stripe", layers=[0])
+    cache = lcpatch.S2Cache(model)
+    feed(model, tokens(2, LENGTH), cache, [LENGTH])
+    assert cache.stats()["kept_by_layer"] == {0: 140, 1: 300}
+
+
 def test_memory_is_what_the_pattern_keeps():
     """Per KV head: (L + 1) ring pages and one page in V of the rest, plus the sinks, up to the store's grain."""
     model, _ = patched("stripe")

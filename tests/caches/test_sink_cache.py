@@ -5,11 +5,12 @@ import torch
 from cache_cases import feed, left_padding
 from models import build, tokens
 from noise import distance, model_budget
+from odd_models import make
 
 import lcpatch
 from lcpatch.caches.sink import SinkLayer
 from lcpatch.hf.models import attention_modules
-from lcpatch.hf.rotation import rotation_of
+from lcpatch.hf.rotation import rotations_of
 
 ROPE = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
@@ -61,6 +62,22 @@ def test_rolling_in_other_layouts(family):
     ids = tokens(1, 50)
     got = feed(model, ids, lcpatch.SinkCache(model, budget=WINDOW, num_sinks=SINKS), [1] * 50)
     assert distance(got, expected(model, ids, WINDOW)) <= model_budget(model, ids)
+
+
+@pytest.mark.parametrize("prefix", ["Phi", "Exaone4"])
+def test_rolling_where_a_layer_turns_a_part_of_its_keys_or_nothing(prefix):
+    whole = {"layer_types": ["full_attention"]} if prefix == "Exaone4" else {}
+    model = make(prefix, num_hidden_layers=1, **whole).eval()
+    ids = tokens(1, 50)
+    got = feed(model, ids, lcpatch.SinkCache(model, budget=WINDOW, num_sinks=SINKS), [1] * 50)
+    assert distance(got, expected(model, ids, WINDOW)) <= model_budget(model, ids)
+
+
+def test_a_model_in_training_is_asked_without_dropout_and_left_so():
+    model = build(attention_dropout=0.5).train()
+    model.model.layers[1].eval()
+    lcpatch.SinkCache(model)
+    assert [layer.training for layer in model.model.layers] == [True, False]
 
 
 def test_absolute_positions_are_the_models_own_under_a_mask():
@@ -129,7 +146,7 @@ def test_an_embedding_that_is_no_rotation_is_refused():
     real = rotary.forward
     rotary.forward = lambda x, position_ids: tuple(t * (1 + position_ids[..., None] / 9) for t in real(x, position_ids))
     with pytest.raises(lcpatch.UnsupportedModelError, match="not one rotation per position"):
-        rotation_of(model, attention_modules(model)[0], "SinkCache")
+        rotations_of(model, attention_modules(model), "SinkCache")
 
 
 def test_wrong_positions():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import threading
 
 import pytest
@@ -282,6 +283,15 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
         cache.save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["prefix.safetensors"]
+
+
+def test_a_file_can_be_read_by_whom_any_new_file_can(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path, *_ = saved("h2o", tmp_path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_writers_and_readers_of_one_file_never_see_half_of_one(tmp_path):

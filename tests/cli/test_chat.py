@@ -2,6 +2,7 @@
 
 import io
 import re
+import signal
 
 import pytest
 import torch
@@ -91,6 +92,44 @@ def test_a_compiled_cache_is_decoded_ahead_with_the_same_answers(folders, monkey
         assert len(calls) == (2 if compiled == "true" else 0)
         texts.append([line for line in out.splitlines() if not line.startswith("[")])
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("words", [(), ("--cache", "h2o", "--budget", "40"), ("--cache", "h2o", "--compiled", "true")])
+def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(words, folders, monkeypatch, capsys):
+    """At the third token of the first answer."""
+    from transformers import TextStreamer
+
+    real, come = TextStreamer.put, []
+
+    def put(self, value):
+        come.append(value)
+        if len(come) == 4:  # the prompt comes first
+            signal.raise_signal(signal.SIGINT)
+        real(self, value)
+
+    monkeypatch.setattr(TextStreamer, "put", put)
+    handler = signal.getsignal(signal.SIGINT)
+    status, out, err = chat(monkeypatch, capsys, folders["plain"], "--new-tokens", "12", *words)
+    assert status == 0, err
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert re.findall(r"^> (.*)", out, re.MULTILINE) == LINES
+    prompts = [n for n, value in enumerate(come) if value.numel() > 1]
+    assert prompts[0] == 0
+    assert prompts[1] in (4, 5)  # who decodes ahead has one token more by then
+    assert len(come) == prompts[1] + 13
+
+
+def test_a_second_ctrl_c_interrupts(folders, monkeypatch, capsys):
+    from transformers import TextStreamer
+
+    def put(self, value):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(TextStreamer, "put", put)
+    status, _, err = chat(monkeypatch, capsys, folders["plain"])
+    assert status == 130
+    assert "interrupted" in err
 
 
 def test_a_budget_that_is_too_small_for_a_prompt_still_answers(folders, monkeypatch, capsys):
