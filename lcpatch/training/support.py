@@ -97,11 +97,22 @@ def _inexact(model: nn.Module, config: Any, length: int) -> str | None:
         return f"layers of kind {', '.join(sorted(other))} carry a state that is not keys and values"
     if getattr(config, "num_kv_shared_layers", 0):
         return f"its last {config.num_kv_shared_layers} layers read other layers' keys"
+    if own_loss(model):
+        return "its loss is not the cross-entropy of the next token (model.loss_function or its class says another)"
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         return "its attention is not causal"
     if any(getattr(module, "is_causal", None) is False for module in model.modules()):
         return "an attention module of it is not causal (an encoder's is with config.is_decoder = True)"
     return _changing_rope(config, length)
+
+
+def own_loss(model: nn.Module) -> bool:
+    """Whether the model's loss is another one than transformers' for causal language models, set or by its class."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    base = unwrap(model)
+    of_its_class = LOSS_MAPPING.get(getattr(base, "loss_type", None), ForCausalLMLoss)
+    return getattr(base, "_loss_function", of_its_class) is not ForCausalLMLoss
 
 
 def _changing_rope(config: Any, length: int) -> str | None:
