@@ -14,7 +14,7 @@ from .support import own_loss, without_wrapper
 
 
 def can_fuse(model: nn.Module) -> bool:
-    """Whether the loss is the cross-entropy alone: not so with another loss, or where a router's balance is part of it."""
+    """Whether the loss is the cross-entropy alone: not another one, nor with a router's balance in it."""
     return not getattr(unwrap(model).config, "output_router_logits", False) and not own_loss(model)
 
 

@@ -20,6 +20,7 @@ from . import arms, encode, lora, rows, tokens
 from .checkpoints import arriving, claim, resumed_from, step_of
 from .config import TrainConfig
 from .model import checkpointing_settings, dtype_of, enable_inputs, load_model, load_tokenizer
+from .sharded import launched_as
 from .sources import sources
 
 LOG_FILE = "log.json"
@@ -233,7 +234,7 @@ def _rows(config: TrainConfig, tokenizer: Any, names: tuple[str, ...]) -> Datase
 def _record(config: TrainConfig, train_rows: Dataset) -> dict[str, Any]:
     """What a checkpoint's run must have in common with the one that goes on with it."""
     content = getattr(train_rows, "dataset", train_rows).key
-    return json.loads(json.dumps({**config.to_dict(), "data_content": content}))
+    return json.loads(json.dumps({**config.to_dict(), "data_content": content, **launched_as()}))
 
 
 def _accelerate_is_there() -> None:

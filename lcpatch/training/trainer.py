@@ -32,6 +32,8 @@ from .parallel.trainer import ParallelMixin
 from .sharded import ShardedMixin
 
 MODES = {"dense": "never", "patched": "always"}
+LAUNCHED = "ACCELERATE_MIXED_PRECISION"
+"""What `accelerate launch` sets for whatever it launches."""
 
 
 class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
@@ -213,10 +215,15 @@ def anywhere(here: bool, args: Any) -> bool:
 
 
 class StopOnSignal(TrainerCallback):
-    """After SIGTERM: finish the step, write a checkpoint, stop. All processes stop at the same step."""
+    """After SIGTERM: finish the step, write a checkpoint, stop. All processes stop at the same step.
+
+    `accelerate launch` of one process passes SIGTERM on to no one: it ends, and what it launched would go on unseen. So
+    that the launcher is gone means the same.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self._launcher = os.getppid() if LAUNCHED in os.environ else None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -235,7 +242,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Look at what was asked of any process."""
-        self.asked = anywhere(self.asked, args)
+        self.asked = anywhere(self.asked or self._launcher not in (None, os.getppid()), args)
         if self.asked and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
