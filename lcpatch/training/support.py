@@ -70,7 +70,7 @@ def check_model(model: nn.Module, text: Text, num_chunks: int) -> Any:
     config = getattr(base, "config", None)
     if config is None or getattr(base, "base_model", base) is base:
         raise UnsupportedModelError(f"{type(base).__name__} is not a causal language model of transformers with a head")
-    if reason := _inexact(inner, config, text.ids.shape[1]):
+    if reason := why_inexact(inner, config, text.ids.shape[1]):
         raise UnsupportedModelError(f"{config.model_type}: {reason}; {INSTEAD}")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
@@ -85,7 +85,7 @@ def check_model(model: nn.Module, text: Text, num_chunks: int) -> Any:
     return base
 
 
-def _inexact(model: nn.Module, config: Any, length: int) -> str | None:
+def why_inexact(model: nn.Module, config: Any, length: int) -> str | None:
     """Why chunks would not give this model's gradient; None: they do."""
     if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
         return "only a decoder alone can be run in chunks; load the text-only class"
