@@ -30,6 +30,7 @@ from .chunkwise_trainer import ChunkwiseMixin
 from .fused import can_fuse, fused_loss
 from .parallel.trainer import ParallelMixin
 from .sharded import ShardedMixin
+from .support import RandomState
 
 MODES = {"dense": "never", "patched": "always"}
 LAUNCHED = "ACCELERATE_MIXED_PRECISION"
@@ -121,13 +122,18 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Every metric twice: `eval_dense_…` and, if there is a pattern, `eval_patched_…` with it on."""
+        """Every metric twice: `eval_dense_…` and, if there is a pattern, `eval_patched_…` with it on.
+
+        The random numbers of training go on as if there had been no evaluation, whose loaders draw some.
+        """
         metrics: dict[str, float] = {}
+        state = RandomState([self.args.device])
         for name, mode in MODES.items():
             if mode == "always" and unwrap(self.model).config.lcpatch["mode"] == "never":
                 continue
             with arms.running(self.model, mode):
                 metrics |= super().evaluate(*args, metric_key_prefix=f"{metric_key_prefix}_{name}", **kwargs)
+        state.restore()
         self._speed.restart()
         return metrics
 
