@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +68,31 @@ def resumed_from(folder: Path, run: dict[str, Any], resume: str) -> Path | None:
         with reading(last):
             json.loads((last / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # the first that is wanted of it
     return last
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """The folder for this process alone: two runs would write over each other's checkpoints.
+
+    Raises:
+        ValueError: another process trains there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)  # as the end of the process does, however it ends
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process trains in {folder} now: wait for it, or take another --output") from None
+    except OSError as error:  # some network file systems have no locks
+        warnings.warn(f"{folder} cannot be locked ({error}): see to it that no other run writes there", stacklevel=2)
 
 
 def claim(folder: Path, run: dict[str, Any]) -> None:

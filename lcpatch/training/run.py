@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from ..hf.demo_model import cache_folder
 from . import arms, encode, lora, rows, tokens
-from .checkpoints import arriving, claim, resumed_from, step_of
+from .checkpoints import alone_in, arriving, claim, resumed_from, step_of
 from .config import TrainConfig
 from .model import checkpointing_settings, dtype_of, enable_inputs, load_model, load_tokenizer
 from .sharded import launched_as
@@ -60,6 +60,11 @@ def train(config: TrainConfig, save: Save | None) -> Result:
         ValueError: a setting, model or data that do not fit; before anything is trained.
         TrainingError: the loss was not a number, or a checkpoint could not be written.
     """
+    with ExitStack() as held:
+        return _train(config, save, held)
+
+
+def _train(config: TrainConfig, save: Save | None, held: ExitStack) -> Result:
     from accelerate import PartialState
     from transformers import set_seed
 
@@ -80,6 +85,8 @@ def train(config: TrainConfig, save: Save | None) -> Result:
         train_rows, eval_rows = datasets(config, tokenizer)
     output = Path(config.output).expanduser()
     record = _record(config, train_rows)
+    if state.is_main_process:
+        held.enter_context(alone_in(output))
     with state.main_process_first():
         checkpoint = resumed_from(output, record, config.resume if state.is_main_process else "auto")
     set_seed(config.seed)

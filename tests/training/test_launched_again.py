@@ -1,5 +1,6 @@
-"""What launches a run: a launcher that ends, and the same command launched in another way."""
+"""What launches a run: a launcher that ends, and the same command launched in another way, or twice."""
 
+import fcntl
 import shutil
 from itertools import chain, repeat
 from pathlib import Path
@@ -9,6 +10,7 @@ from training_cases import SETTINGS, run
 
 import lcpatch.training.run
 from lcpatch.training import trainer
+from lcpatch.training.checkpoints import alone_in
 from lcpatch.training.sharded import launched_as
 
 SHORT = SETTINGS["longlora"] | {"steps": 4, "save_every": 2, "eval_rows": 0}
@@ -41,6 +43,24 @@ def test_a_run_launched_otherwise_is_refused(base, tmp_path: Path, monkeypatch, 
     shutil.rmtree(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match=f"holds a run with {says}: take another --output"):
         run(base, tmp_path, **SHORT)
+
+
+def test_two_runs_at_once_are_refused(base, tmp_path: Path, monkeypatch):
+    """They would write over each other's checkpoints; once the first has ended, however it did, the next goes on."""
+    with alone_in(tmp_path / "run"):
+        with pytest.raises(
+            ValueError, match=r"another process trains in .*run now: wait for it, or take another --out"
+        ):
+            run(base, tmp_path / "run", **SHORT)
+        assert list((tmp_path / "run").iterdir()) == []
+    assert run(base, tmp_path / "run", **SHORT).finished
+
+    def no_locks(*args) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(.*\): see to it that no other run writes there"):
+        run(base, tmp_path / "elsewhere", **SHORT)
 
 
 @pytest.mark.parametrize(
