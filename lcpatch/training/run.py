@@ -116,7 +116,7 @@ def _train(config: TrainConfig, save: Save | None, held: ExitStack) -> Result:
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finished = trainer.state.global_step >= config.steps
-        metrics = trainer.evaluate() if finished and eval_rows is not None else {}
+        metrics = trainer.evaluated() if finished and eval_rows is not None else {}
     model = trainer.whole(partial(load_model, config))
     log = trainer.state.log_history
     result = Result(model, trainer.losses, metrics, finished, trainer.state.global_step, log)

@@ -52,6 +52,7 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
         self.losses: list[float] = []
         """The loss of every step of this process's session, unrounded."""
         self._step_loss = 0.0
+        self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         # Where parameters are in pieces (FSDP, DeepSpeed) only the model's own forward may put them together.
         whole = self.accelerator.distributed_type in ("NO", "MULTI_GPU", "MULTI_CPU")
         self._fuses = whole and can_fuse(self.model)
@@ -135,7 +136,13 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
                 metrics |= super().evaluate(*args, metric_key_prefix=f"{metric_key_prefix}_{name}", **kwargs)
         state.restore()
         self._speed.restart()
+        self._evaluated = self.state.global_step, metrics
         return metrics
+
+    def evaluated(self) -> dict[str, float]:
+        """The metrics of the last step, which may have been evaluated already."""
+        step, metrics = self._evaluated
+        return metrics if step == self.state.global_step else self.evaluate()
 
     def _saved_tensors(self) -> AbstractContextManager:
         if not self._offload:
