@@ -74,7 +74,12 @@ def _train(config: TrainConfig, save: Save | None, held: ExitStack) -> Result:
     from .trainer import LongTrainer, StopOnSignal
 
     _accelerate_is_there()
-    arms.patch_for(config.attention, config.options, config.layers, config.sinks)
+    patch = arms.patch_for(config.attention, config.options, config.layers, config.sinks)
+    if 0 < config.chunk_size < config.length and arms.follows_length(patch):
+        raise ValueError(
+            f"chunk_size={config.chunk_size} with attention={config.attention!r}: its groups follow the length of the "
+            f"row, which a chunk does not see; give a fixed --group-size, such as {config.length // 4}, and no --wrap"
+        )
     if config.parallel != "auto":
         strategies.get(config.parallel)
     loggers = loggers_of(config.report_to)
