@@ -5,12 +5,17 @@ import json
 import shutil
 from pathlib import Path
 
+import eval_cases
 import pytest
+import training_cases
+import transformers
 from training_cases import run
 
 from lcpatch.core.errors import TrainingError
 from lcpatch.training import sources
 from lcpatch.training.checkpoints import RUN_FILE
+from lcpatch.training.model import load_tokenizer, why_documents_meet
+from lcpatch.training.run import datasets
 
 FAST = {"attention": "full", "steps": 4, "save_every": 2, "eval_rows": 0}
 
@@ -61,6 +66,25 @@ def test_a_record_of_a_run_that_cannot_be_read(base, tmp_path: Path, content: st
     (tmp_path / RUN_FILE).write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=r"run.json does not say which run the folder holds: take another --output"):
         run(base, tmp_path, **FAST)
+
+
+def test_documents_that_would_meet(base, tmp_path: Path):
+    """A state that goes on from token to token knows no documents: texts are joined, and chats have a row each."""
+    sizes = {"vocab_size": eval_cases.VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Lfm2Config(**sizes, **heads, layer_types=["conv", "full_attention"])
+    folder = shutil.copytree(base, tmp_path / "hybrid")
+    (folder / "model.safetensors").unlink()
+    transformers.Lfm2ForCausalLM(config).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"lfm2: layers of kind conv carry a state .*: say --documents joined"):
+        run(folder, tmp_path / "run", **FAST)
+    run(folder, tmp_path / "run", **FAST, documents="joined")
+    data = tmp_path / "chats.jsonl"
+    data.write_text((json.dumps({"prompt": "How?", "completion": "So."}) + "\n") * 7)
+    for model, rows in ((folder, 7), (base, 1)):
+        settings = training_cases.config(model, tmp_path, task="sft", data=(str(data),), eval_rows=0)
+        packs = why_documents_meet(settings) is None
+        assert len(datasets(settings, load_tokenizer(settings), packs)[0]) == rows
 
 
 # Checkpoints, models and data that are not what they should be
