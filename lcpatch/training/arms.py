@@ -57,6 +57,11 @@ def patch_for(
     return patch
 
 
+def follows_length(patch: PatchConfig) -> bool:
+    """Whether an arm needs the whole row at once."""
+    return patch.mode != "never" and pattern_of(patch).follows_length
+
+
 @contextmanager
 def running(model: nn.Module, mode: str) -> Iterator[nn.Module]:
     """A patched model with its pattern on ("always") or off ("never"), whatever it was patched for.

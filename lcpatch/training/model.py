@@ -14,6 +14,10 @@ from ..hf.models import unwrap
 from ..patching import apply
 from . import arms, lora, rope
 from .config import TrainConfig
+from .support import KINDS
+
+STATELESS = ("mlp", "moe")
+"""Kinds of layers through which a token sees no other."""
 
 
 def resolve(name: str) -> str:
@@ -47,6 +51,17 @@ def load_tokenizer(config: TrainConfig) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except ValueError as error:
         raise ValueError(f"{name}: its tokenizer cannot be loaded; save one in the model's folder ({error})") from error
+
+
+def why_documents_meet(config: TrainConfig) -> str | None:
+    """Why documents in one row would see each other in this model, whatever its attention does; None: they do not."""
+    from transformers import AutoConfig
+
+    model = AutoConfig.from_pretrained(resolve(config.model))
+    kinds = set(getattr(model, "layer_types", None) or ()) - {*KINDS, *STATELESS}
+    if not kinds:
+        return None
+    return f"{model.model_type}: layers of kind {', '.join(sorted(kinds))} carry a state from one document to the next"
 
 
 def load_model(config: TrainConfig) -> nn.Module:

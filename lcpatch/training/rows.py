@@ -63,12 +63,13 @@ class ChatRows(Dataset):
         store: the conversations, none longer than `length`.
         length: tokens of a row.
         pad: the token to pad with.
+        packs: whether conversations may share a row; else each has one.
 
     Raises:
         ValueError: no conversation is left.
     """
 
-    def __init__(self, store: TokenStore, length: int, pad: int) -> None:
+    def __init__(self, store: TokenStore, length: int, pad: int, packs: bool = True) -> None:
         self._store, self._length, self._pad = store, length, pad
         self.key = store.key
         self._starts = np.concatenate([[0], store.ends])
@@ -77,7 +78,8 @@ class ChatRows(Dataset):
                 f"none of {store.index['records']} records has an answer and at most {length} tokens: give a longer "
                 "--length, or other data"
             )
-        self._rows = first_fit(np.diff(self._starts), length)
+        sizes = np.diff(self._starts)
+        self._rows = first_fit(sizes, length) if packs else [[number] for number in range(len(sizes))]
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -19,7 +19,7 @@ from ..hf.demo_model import cache_folder
 from . import arms, encode, lora, rows, tokens
 from .checkpoints import alone_in, arriving, claim, resumed_from, step_of
 from .config import TrainConfig
-from .model import checkpointing_settings, dtype_of, enable_inputs, load_model, load_tokenizer
+from .model import checkpointing_settings, dtype_of, enable_inputs, load_model, load_tokenizer, why_documents_meet
 from .sharded import launched_as
 from .sources import sources
 
@@ -74,15 +74,23 @@ def _train(config: TrainConfig, save: Save | None, held: ExitStack) -> Result:
     from .trainer import LongTrainer, StopOnSignal
 
     _accelerate_is_there()
-    arms.patch_for(config.attention, config.options, config.layers, config.sinks)
+    patch = arms.patch_for(config.attention, config.options, config.layers, config.sinks)
+    if 0 < config.chunk_size < config.length and arms.follows_length(patch):
+        raise ValueError(
+            f"chunk_size={config.chunk_size} with attention={config.attention!r}: its groups follow the length of the "
+            f"row, which a chunk does not see; give a fixed --group-size, such as {config.length // 4}, and no --wrap"
+        )
     if config.parallel != "auto":
         strategies.get(config.parallel)
     loggers = loggers_of(config.report_to)
     state = PartialState(cpu=not torch.cuda.is_available())
     group = group_of(config.context_parallel) if config.context_parallel > 1 else None
     tokenizer = load_tokenizer(config)
+    meeting = why_documents_meet(config)
+    if meeting and config.task == "extend" and config.documents == "masked":
+        raise ValueError(f"{meeting}, which documents='masked' would not stop: say --documents joined")
     with state.main_process_first():
-        train_rows, eval_rows = datasets(config, tokenizer)
+        train_rows, eval_rows = datasets(config, tokenizer, packs=meeting is None)
     output = Path(config.output).expanduser()
     record = _record(config, train_rows)
     if state.is_main_process:
@@ -137,15 +145,15 @@ def _train(config: TrainConfig, save: Save | None, held: ExitStack) -> Result:
     return result
 
 
-def datasets(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
-    """The rows to train and to evaluate on.
+def datasets(config: TrainConfig, tokenizer: Any, packs: bool = True) -> tuple[Dataset, Dataset | None]:
+    """The rows to train and to evaluate on; `packs`: whether conversations may share a row.
 
     Raises:
         FileNotFoundError, ValueError: data that is missing, empty, broken or too short.
     """
-    train_rows = _rows(config, tokenizer, config.data)
+    train_rows = _rows(config, tokenizer, config.data, packs)
     if config.eval_data and config.eval_rows:
-        held_out = _rows(config, tokenizer, config.eval_data)
+        held_out = _rows(config, tokenizer, config.eval_data, packs)
         count = min(config.eval_rows, len(held_out))  # type: ignore[arg-type]
         return train_rows, torch.utils.data.Subset(held_out, range(count))
     return rows.split(train_rows, config.eval_rows)
@@ -221,7 +229,7 @@ def chunks(config: TrainConfig) -> dict[str, Any] | None:
     return told
 
 
-def _rows(config: TrainConfig, tokenizer: Any, names: tuple[str, ...]) -> Dataset:
+def _rows(config: TrainConfig, tokenizer: Any, names: tuple[str, ...], packs: bool) -> Dataset:
     cache = cache_folder() / "tokens"
     if config.task == "sft":
         store = tokens.build(sources(names), encode.chats(tokenizer, config.length), cache)
@@ -232,7 +240,7 @@ def _rows(config: TrainConfig, tokenizer: Any, names: tuple[str, ...]) -> Datase
                 stacklevel=2,
             )
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-        return rows.ChatRows(store, config.length, pad)
+        return rows.ChatRows(store, config.length, pad, packs)
     encoder = encode.texts(tokenizer, config.text_field)
     store = tokens.build(sources(names), encoder, cache, text_field=config.text_field)
     return rows.TextRows(store, config.length, config.documents == "masked")

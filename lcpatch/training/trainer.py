@@ -197,11 +197,21 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with nullcontext() if checkpoint is None else reading(Path(checkpoint)):
+            if not self.in_pieces:
+                self._wants(checkpoint, "optimizer.pt", "scheduler.pt")
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with nullcontext() if checkpoint is None else reading(Path(checkpoint)):
+            one = self.args.world_size == 1
+            self._wants(checkpoint, "rng_state.pth" if one else f"rng_state_{self.args.process_index}.pth")
             super()._load_rng_state(checkpoint)
+
+    @staticmethod
+    def _wants(checkpoint: str | None, *files: str) -> None:
+        """Stop where transformers would go on without: with a new optimizer, or other random numbers."""
+        if checkpoint is not None and (missing := [f for f in files if not (Path(checkpoint) / f).is_file()]):
+            raise FileNotFoundError(f"{missing[0]} is missing")
 
     def take(self, checkpoint: Path) -> None:
         """Stand where a finished run stood, without the one more step that `train` takes.

@@ -5,12 +5,17 @@ import json
 import shutil
 from pathlib import Path
 
+import eval_cases
 import pytest
+import training_cases
+import transformers
 from training_cases import run
 
 from lcpatch.core.errors import TrainingError
 from lcpatch.training import sources
 from lcpatch.training.checkpoints import RUN_FILE
+from lcpatch.training.model import load_tokenizer, why_documents_meet
+from lcpatch.training.run import datasets
 
 FAST = {"attention": "full", "steps": 4, "save_every": 2, "eval_rows": 0}
 
@@ -21,6 +26,11 @@ FAST = {"attention": "full", "steps": 4, "save_every": 2, "eval_rows": 0}
         ({"options": {"nothing": 1}, "attention": "sf"}, "sf has no option 'nothing'"),
         ({"sinks": "nothing"}, "sinks='nothing' must be"),
         ({"parallel": "nothing"}, "'nothing'.*halo, lightseq, ring"),
+        ({"attention": "sf", "chunk_size": 40}, "give a fixed --group-size, such as 24, and no --wrap"),
+        (
+            {"attention": "shift", "options": {"group_size": 24, "wrap": True}, "chunk_size": 40},
+            "its groups follow the length of the row, which a chunk does not see",
+        ),
     ],
 )
 def test_settings_that_fit_no_model_are_told_before_data_is_read(base, tmp_path: Path, monkeypatch, settings, says):
@@ -58,10 +68,31 @@ def test_a_record_of_a_run_that_cannot_be_read(base, tmp_path: Path, content: st
         run(base, tmp_path, **FAST)
 
 
+def test_documents_that_would_meet(base, tmp_path: Path):
+    """A state that goes on from token to token knows no documents: texts are joined, and chats have a row each."""
+    sizes = {"vocab_size": eval_cases.VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Lfm2Config(**sizes, **heads, layer_types=["conv", "full_attention"])
+    folder = shutil.copytree(base, tmp_path / "hybrid")
+    (folder / "model.safetensors").unlink()
+    transformers.Lfm2ForCausalLM(config).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"lfm2: layers of kind conv carry a state .*: say --documents joined"):
+        run(folder, tmp_path / "run", **FAST)
+    run(folder, tmp_path / "run", **FAST, documents="joined")
+    data = tmp_path / "chats.jsonl"
+    data.write_text((json.dumps({"prompt": "How?", "completion": "So."}) + "\n") * 7)
+    for model, rows in ((folder, 7), (base, 1)):
+        settings = training_cases.config(model, tmp_path, task="sft", data=(str(data),), eval_rows=0)
+        packs = why_documents_meet(settings) is None
+        assert len(datasets(settings, load_tokenizer(settings), packs)[0]) == rows
+
+
 # Checkpoints, models and data that are not what they should be
 
 
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "file", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
 @pytest.mark.parametrize("kept", [None, 0, 100])
 def test_a_damaged_checkpoint_is_told_and_can_be_done_without(stopped, base, tmp_path: Path, file: str, kept):
     """A file that is missing, empty, or cut short."""
@@ -71,8 +102,6 @@ def test_a_damaged_checkpoint_is_told_and_can_be_done_without(stopped, base, tmp
     damaged.unlink()
     if kept is not None:
         damaged.write_bytes(content[:kept])
-    elif file in ("optimizer.pt", "rng_state.pth"):
-        return  # transformers goes on without, and says so
     with pytest.raises(
         TrainingError, match=r"checkpoint-4 cannot be read \(.*; delete it to go on from the checkpoint"
     ):
