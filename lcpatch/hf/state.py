@@ -57,7 +57,7 @@ class LayerState:
         routed: the model is not patched and came here for its cache only (see `route`).
         parallel: the ranks that this layer's attention reaches over (see `training.parallel`), with
             `attend(layer, call, shard) -> (out, lse)`; None: this process has all tokens.
-        note: its `layer` refers to the cache layer that this forward's attention is to ask, until it does (see `watch`).
+        note: its `layer` refers to the cache layer that this forward's attention is to ask (see `watch`).
     """
 
     method: str | None
