@@ -81,6 +81,10 @@ def _cluster_compiled(model: nn.Module, *_: int) -> ClusterCache:
     return ClusterCache(model, 0.2, compiled=True)
 
 
+def _retrieval_compiled(model: nn.Module, *_: int) -> RetrievalCache:
+    return RetrievalCache(model, 4096, compiled=True)
+
+
 def _tiered_compiled(model: nn.Module, *_: int) -> TieredCache:
     return TieredCache(model, gpu_bytes=GPU_BYTES, compiled=True)
 
@@ -97,6 +101,15 @@ ARMS = (
     Arm("Cluster 0.2, compiled", _cluster_compiled, CHUNK, new=COMPILED_TOKENS),
     Arm("Cluster 0.2, compiled, decode_ahead", _cluster_compiled, CHUNK, new=COMPILED_TOKENS, loop=decode_ahead),
     Arm("Retrieval 4K", lambda model, batch, most: RetrievalCache(model, budget=4096), CHUNK, partial=True),
+    Arm("Retrieval 4K, compiled", _retrieval_compiled, CHUNK, partial=True, new=COMPILED_TOKENS),
+    Arm(
+        "Retrieval 4K, compiled, decode_ahead",
+        _retrieval_compiled,
+        CHUNK,
+        partial=True,
+        new=COMPILED_TOKENS,
+        loop=decode_ahead,
+    ),
     Arm("Tiered, 2 GB", lambda model, batch, most: TieredCache(model, gpu_bytes=GPU_BYTES), CHUNK, partial=True),
     Arm("Tiered, 2 GB, compiled", _tiered_compiled, CHUNK, partial=True, new=COMPILED_TOKENS),
     Arm("DynamicCache, offloaded", lambda model, *_: _offloaded(model), CHUNK, partial=True, new=SLOW_TOKENS),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 FORMAT = 1
 """Version of the JSON that `write` makes."""
-SAME = ("format", "gpu", "torch", "triton", "transformers", "lcpatch", "commit", "geometry")
+SAME = ("format", "gpu", "torch", "triton", "transformers", "lcpatch", "geometry")
 """What two results share whose rows may stand in one table."""
 WHAT = ("part", "task", "arm", "batch", "length")
 """The columns that say what a row measured; the others say what came out."""
@@ -94,10 +94,10 @@ def installed(name: str) -> str | None:
 
 
 def with_earlier(result: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
-    """`result` behind the rows of an earlier one, but for what it measured again.
+    """`result` behind the rows of an earlier one, but for what it measured again; rows of another commit name it.
 
     Raises:
-        ValueError: the earlier one was measured elsewhere, with other code, or of another model.
+        ValueError: the earlier one was measured elsewhere, with other packages, or of another model.
     """
     for name in SAME:
         if name in result and earlier.get(name) != result[name]:
@@ -107,7 +107,10 @@ def with_earlier(result: dict[str, Any], earlier: dict[str, Any]) -> dict[str, A
             )
     rows = result.get("rows", [])
     measured = {_what(row) for row in rows}
-    return {**result, "rows": [row for row in earlier["rows"] if _what(row) not in measured] + rows}
+    kept = [row for row in earlier["rows"] if _what(row) not in measured]
+    if earlier["commit"] != result["commit"]:
+        kept = [{"commit": earlier["commit"], **row} for row in kept]
+    return {**result, "rows": kept + rows}
 
 
 def write(result: dict[str, Any], path: Path) -> None:

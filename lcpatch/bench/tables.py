@@ -173,7 +173,9 @@ def provenance(result: Result) -> str:
         versions = [f"{name} {made[name]}" for name in ("torch", "transformers", "lcpatch")]
         samples = max(cell["samples"] for cell in result["cells"])
         return ", ".join([result["run"]["model"], f"{samples} samples a cell", made["device"], *versions])
-    parts = [result["gpu"], f"torch {result['torch']}", f"triton {result['triton']}", f"commit {result['commit']}"]
+    commits = sorted({row.get("commit", result["commit"]) for row in result["rows"]})
+    parts = [result["gpu"], f"torch {result['torch']}", f"triton {result['triton']}"]
+    parts.append(f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}")
     if "ranks" in result:
         parts[0] = f"{result['ranks']} × {parts[0]}"
     if "matmul_tflops" in result:

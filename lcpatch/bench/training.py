@@ -10,7 +10,8 @@ backward at a small size first.
     d  SpaCO, a sixteenth kept, against F + n/k (F + B): F is SeCO's first pass, F + B what it runs after it, of all k
        chunks, n of them are kept. What no kept chunk reads is not run, so a draw may take less
     e  the longest text: memory of the last two chunks, where the peak is, with the rest of the text only allocated
-    f  one real SeCO step at a given length, dense and under S2
+    f  one real SeCO step at a given length under S2
+    g  the same with dense attention, whose time grows with the square of the length
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from ..training import chunkwise, offload, spaco
 from . import measure
 from .geometry import LLAMA_8B, random_llama
 
-PARTS = ("a", "b", "c", "d", "e", "f")
+PARTS = ("a", "b", "c", "d", "e", "f", "g")
 S2_ALL = S2(64, 16, 16, sink_blocks=0)
 
 
@@ -51,7 +52,7 @@ class Setup:
         chunk: tokens of a chunk; `wide`: of part c, where no checkpointing is needed inside it.
         loss_tokens: tokens at the end that have a label.
         draws: of part d.
-        full: tokens of part f.
+        full: tokens of parts f and g, and whether keys and values are in host memory.
     """
 
     geometry: dict[str, int] = field(default_factory=lambda: {**LLAMA_8B, "max_position_embeddings": 1 << 20})
@@ -294,14 +295,20 @@ class Bench:
         self._note(row, ratio=2 * length * self.setup.kappa / 2**30, unit="GiB of host memory for the whole text")
 
     def part_f(self) -> None:
-        """One real step."""
+        """One real step under S2."""
+        with patched(self.model, S2_ALL):
+            self._full("f", "SeCO, S2")
+
+    def part_g(self) -> None:
+        """One real dense step."""
+        self._full("g", "SeCO, dense")
+
+    def _full(self, part: str, arm: str) -> None:
         length, offloaded = self.setup.full
-        where = ", offloaded" if offloaded else ""
         if offloaded:
             offload.POOL.reserve(2 * length * self.setup.kappa)  # not a part of the step: the next finds it there
-        with patched(self.model, S2_ALL):
-            self._note(self._measure("f", "SeCO, S2" + where, length, lambda: self._chunks(length, offload=offloaded)))
-        self._note(self._measure("f", "SeCO, dense" + where, length, lambda: self._chunks(length, offload=offloaded)))
+            arm += ", offloaded"
+        self._note(self._measure(part, arm, length, lambda: self._chunks(length, offload=offloaded)))
 
     def _arms(self) -> dict[str, Callable[[], Any]]:
         dense = {

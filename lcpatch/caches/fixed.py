@@ -9,7 +9,7 @@ step to step lies in tensors, what the host knows stays as it is.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class Steps:
         return self.span[:1, 1] - 1
 
 
-def get_ready(layers: Iterable[Any], steps: dict[torch.device, Steps]) -> None:
+def get_ready(layers: Iterable[Any], steps: dict[torch.device, Steps], check: Callable[[], None]) -> None:
     """Let layers that can be compiled take a single token next; outside of the compiled step.
 
     All or none of them enter: one that went alone would count apart from the others. The device is waited for only
@@ -116,6 +116,7 @@ def get_ready(layers: Iterable[Any], steps: dict[torch.device, Steps]) -> None:
     Args:
         layers: of a cache.
         steps: of their devices, kept for the next time.
+        check: whether all layers of the cache have the same tokens; before any enters, which then counts elsewhere.
 
     Raises:
         ValueError: layers that keep different numbers of tokens, from a file that no cache wrote.
@@ -132,6 +133,7 @@ def get_ready(layers: Iterable[Any], steps: dict[torch.device, Steps]) -> None:
         return
     for layer in fixed:
         layer.leave_fixed()
+    check()
     if not all(layer.can_enter() for layer in fixed):
         return
     first: dict[torch.device, FixedLayer] = {}

@@ -1,8 +1,10 @@
-"""Generating from pages on several tiers with tensors that never move: a step that a CUDA graph can replay.
+"""Generating from pages with tensors that never move: a step that a CUDA graph can replay.
 
-Within such a step a token is only appended to its row's open page; pages are chosen, given slots and fetched on the
-device. What a page that has become full asks for (its bounds in the tree, its way home, a slot) waits until the next
-step is prepared, and without `compiled` until the token that filled it has attended: both choose and fetch the same.
+Within such a step a token is only appended to its row's open page; pages are chosen on the device, and where they lie
+on several tiers, given slots and fetched there. What such a page asks for that has become full (its summary, its way
+home, a slot) waits until the next step is prepared, and without `compiled` until the token that filled it has attended:
+both choose and fetch the same. Pages on the device have nowhere to go, and every step sums up the open one anew, which
+nobody chooses before it is full: so nothing has to be prepared until there is no room for another page.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from ..hf.watch import Call
 from .fixed import FixedLayer, Steps, still
 from .layer import decode
 from .paged import Reads
-from .residents import GRAIN
 from .scattered import is_dense
 
 
@@ -38,7 +39,7 @@ class FixedMarks:
 
     Args:
         limits: pages that each row reads.
-        tops: of these rows, how many pages hold the best keys that are looked for.
+        tops: of these rows, how many pages hold the best keys that are looked for; empty: none are.
         room: pages that there may be.
     """
 
@@ -47,7 +48,7 @@ class FixedMarks:
         self.budgets = torch.tensor(limits, device=device)[:, None, None]
         self.kth = torch.tensor(tops, device=device)[:, None, None, None] - 1
         self.place, self.rank = torch.arange(room, device=device), torch.arange(max(limits) - 1, device=device)
-        self.best = torch.empty(max(tops), device=device)  # for its size
+        self.best = torch.empty(max(tops, default=0), device=device)  # for its size
         still(self.budgets, self.kth, self.place, self.rank, self.best)
 
     def now(self, length: Tensor, reads: Reads, num_heads: int) -> Now:
@@ -62,14 +63,13 @@ class FixedMarks:
 
 
 class FixedPages(FixedLayer):
-    """The part of a `TieredLayer` that generates so."""
+    """The part of a `PagedLayer` that generates so."""
 
     unit = "pages"
 
     def _clear(self) -> None:
         super()._clear()
         self.fixed: FixedMarks | None = None
-        self._found: Tensor | None = None  # of the searches since it entered, the proven ones
 
     @property
     def counts(self) -> list[int]:
@@ -81,32 +81,25 @@ class FixedPages(FixedLayer):
         return bool(self.budgets) and all(self.seen > pads for pads in self.pads)
 
     def _lay_out(self, steps: Steps) -> None:
-        """All slots that there may be, and room for more pages, so that nothing moves for many tokens."""
+        """Room for more pages, and all slots that those may have, so that nothing moves for many tokens."""
         page, lengths = self.reads.page, self.pages.lengths
-        wanted = max(lengths) // page + 1
-        if wanted > self.pages.room:
-            wanted += max(wanted // 4, GRAIN)
-        self.pages.stand_still(wanted)
-        self.index.tree.reserve(self.pages.room, self.pages.keys[:, :, :0])
-        self._found = torch.zeros((), dtype=torch.int64, device=self.device) if self._found is None else self._found
-        still(*self.pages.tensors, *self.index.tree.levels[0], self.index.tree.largest, self._found)
+        self.pages.stand_still(max(lengths) // page + 1)
+        self.index.stand_still(self.pages.room, self.pages.keys[:, :, :0])
+        still(*self.pages.tensors, *self.index.tensors)
         room, limits = self.pages.room, self._limits([n + 1 for n in lengths])
         tops = [min(n, room) for n in self.index.top_pages(limits)]
         limits, fixed = [min(n, room + 1) for n in limits], steps.shared.get(page)  # more there is not to be read
         if fixed is None or fixed.state != (limits, tops, room):
             fixed = steps.shared[page] = FixedMarks(limits, tops, room, self.device)
         self.fixed, self._marks, self._asked = fixed, None, None
-        self._until = self.seen + min(page - n % page for n in lengths)
+        closing = min(page - n % page for n in lengths)
+        self._until = self.seen + (closing if self.pages.apart else room * page - max(lengths))
 
     def _take_back(self, taken: int) -> None:
         """Count the rows, and send full pages home."""
         if not taken:
             return
         self.pages.filled(taken)
-        if self._over():
-            self.searches += taken * self.pages.num_heads * len(self.pads)
-            self.proven = self.proven + self._found
-        self._found.zero_()
         self.read = min(self.reads.page * max(self._limits(self.counts)), max(self.counts))
         self._fill_index(self.pages.close())
 
@@ -126,8 +119,9 @@ class FixedPages(FixedLayer):
         length = steps.span[:, 1] - steps.span[:, 0]
         self.pages.put(keys, values, length)
         now = self.fixed.now(length, self.reads, keys.shape[1])
-        scores, fits = self.index.fixed_scores(call.query.to(self.dtype), self.fixed, now)
-        self._found.add_(fits.sum())
+        if not self.pages.apart:
+            self.index.put(self.pages.page_of(now.newest), now.newest)
+        scores = self.index.fixed_scores(call.query.to(self.dtype), self.fixed, now, call.scale)
         pages = self._best(scores.masked_fill(now.newest < self.fixed.budgets, 0), now)
         slots = self.pages.bring(pages, now.newest)
         which = {"slots": slots, "num_keys": now.num_keys, "page_size": self.reads.page}

@@ -298,8 +298,7 @@ class LongCache(Cache):
         Where they do, it is (0, 0): no mask is read. They wait for the device only where there may be no room left.
         """
         if query_length == 1 and not torch.compiler.is_compiling():
-            self.check_whole(1)
-            get_ready(self.layers, self._steps)
+            get_ready(self.layers, self._steps, self.check_whole)
         return super().get_mask_sizes(query_length, layer_idx)
 
     def update(
@@ -330,8 +329,8 @@ class LongCache(Cache):
     def check_whole(self, num: int = 2) -> None:
         """Refuse to go on, or a step of `num` tokens, where an earlier forward failed half-way.
 
-        Before a step, on numbers of the host: layers that generate in fixed buffers count on the device, so they are
-        asked only with several tokens, when they leave those and wait for the device anyway.
+        On numbers of the host: layers that generate in fixed buffers count on the device, so they are asked only before
+        they enter, and with several tokens, when they leave those and wait for the device anyway.
 
         Raises:
             RuntimeError: layers have seen different numbers of tokens, or one took some that never attended.

@@ -43,7 +43,7 @@ class Index(Protocol):
         """Forget the pages of a row from `pages` on."""
 
     def select_rows(self, rows: list[int]) -> None:
-        """Keep these batch rows, in that order."""
+        """Keep these batch rows, in that order; where there are as many, in the same tensors."""
 
 
 class Reads:

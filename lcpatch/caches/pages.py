@@ -7,8 +7,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .residents import GRAIN, rearranged
 from .slots import enlarged, most_room
 from .state import whole
 
@@ -29,6 +31,7 @@ class Pages:
         self.lengths: list[int] = []  # tokens of each row
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self._still = 0  # pages that there was room for when it last had to stand still
 
     def allow(self, pages: list[int]) -> None:
         """So many full pages of each row may be on the device: here all are."""
@@ -80,10 +83,40 @@ class Pages:
         """Pages that single tokens have filled since `append`, which yields them at once."""
         return ()
 
+    def stand_still(self, pages: int) -> None:
+        """Have room for so many pages and more: nothing moves while they fit."""
+        if pages > self._still:
+            self._reserve((pages + spare(pages)) * self.page)
+            self._still = self.room
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What a step reads and writes that stands still."""
+        return self.keys, self.values
+
+    def put(self, keys: Tensor, values: Tensor, length: Tensor) -> None:
+        """Write a token [B, K, 1, D] of every row, of `length` [B] with it; counts nothing."""
+        row, place = torch.arange(len(length), device=length.device), length - 1
+        for own, new in ((self.keys, keys), (self.values, values)):
+            own[row, :, place] = new[:, :, 0]  # by index, as in `TieredPages.put`
+
+    def page_of(self, newest: Tensor) -> Tensor:
+        """Keys [B, K, page, D] of one page of every row, whose numbers are [B, 1, 1]."""
+        row = torch.arange(len(newest), device=newest.device)
+        return self.keys.unflatten(2, (-1, self.page))[row, :, newest.flatten()]
+
+    def filled(self, tokens: int) -> None:
+        """Count what `put` has written to every row."""
+        self.lengths = [n + tokens for n in self.lengths]
+
+    def bring(self, pages: Tensor, newest: Tensor) -> Tensor:
+        """The slots of `fetch`."""
+        return pages.int()
+
     def fetch(self, pages: Tensor, newest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(keys, values, slots)`: where `sparse_decode` finds the pages [B, K, M], -1 for none; their newest page is
         the one that tokens are being added to."""
-        return self.keys, self.values, pages.int()
+        return self.keys, self.values, self.bring(pages, newest)
 
     def cut(self, lengths: list[int]) -> None:
         """Forget the tokens of each row from its new length on."""
@@ -92,7 +125,7 @@ class Pages:
     def select_rows(self, rows: list[int]) -> None:
         self.lengths = [self.lengths[r] for r in rows]
         if self.keys is not None:
-            self.keys, self.values = (x[rows] for x in (self.keys, self.values))
+            self.keys, self.values = (rearranged(x, rows) for x in (self.keys, self.values))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """All tokens, and what `load` takes beside them."""
@@ -126,9 +159,19 @@ class Pages:
             setattr(self, name, new)
 
 
+def spare(pages: int) -> int:
+    """How many pages to have room for beside so many: each time that they are used up, what was compiled is again."""
+    return max(pages // 4, GRAIN)
+
+
 def alike(states: Iterable[object]) -> list[list[int]]:
     """Rows grouped by their state: without padding, one group."""
     groups: dict[object, list[int]] = {}
     for row, state in enumerate(states):
         groups.setdefault(state, []).append(row)
     return list(groups.values())
+
+
+def by_group(data: Tensor, page: int) -> Tensor:
+    """[B, K, 2, pages * page, D] as [B * K, 2, pages, page, D], a view."""
+    return data.flatten(0, 1).unflatten(2, (-1, page))

@@ -6,17 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lcpatch_kernels import RecordLayout
+from lcpatch_kernels.resident_pages import KINDS, RecordLayout
 
-from .codec import Plain
+from .codec import Float8, Plain
 
-KINDS = {
-    torch.int8: "int8",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-}
 ALIGNMENT = 8  # of a part and of the record: a part is read as it lies, whatever its type
 
 
@@ -30,7 +23,7 @@ class Record:
     """
 
     def __init__(self, codec: Plain, page: int, like: Tensor) -> None:
-        self.codec, self.like = codec, like
+        self.codec, self.page, self.like = codec, page, like
         example = codec.encode(like.new_zeros(1, 2, page, like.shape[3]))
         self.parts = {name: (x.dtype, x.shape[1:], x.numel() * x.element_size()) for name, x in example.items()}
         self.nbytes = sum(_aligned(size) for _, _, size in self.parts.values())
@@ -52,14 +45,15 @@ class Record:
 
     def _layout(self) -> RecordLayout:
         """The same as `bring_pages` reads it: elements, then scales, then offsets."""
-        dtype, shape, size = self.parts[""]
-        kind = KINDS.get(dtype) or ("int4" if "_low" in self.parts else "fp8")
+        dtype, _, size = self.parts[""]
+        dtype = torch.float8_e4m3fn if isinstance(self.codec, Float8) else dtype  # which it holds as bytes
+        plain = RecordLayout(next(kind for kind, of in KINDS.items() if of == dtype), self.nbytes)
         if "_scale" not in self.parts:
-            return RecordLayout(kind, self.nbytes)
+            return plain
+        elements, num_scales = 8 * size // plain.bits, self.parts["_scale"][2] // 4
         scales = _aligned(size)
-        lows = scales + _aligned(self.parts["_scale"][2])
-        group = shape.numel() * (2 if kind == "int4" else 1) * 4 // self.parts["_scale"][2]
-        return RecordLayout(kind, self.nbytes, scales, lows if kind == "int4" else 0, group)
+        lows = scales + _aligned(4 * num_scales) if "_low" in self.parts else 0
+        return plain._replace(scales=scales, lows=lows, group=elements // num_scales)
 
 
 def _aligned(size: int) -> int:

@@ -72,8 +72,18 @@ class Residents:
         place = torch.arange(slots, device=limits.device)
         self.used[:, 1:].masked_fill_((place < limits[:, None]) & (self.used[:, 1:] == NEVER), 0)
 
-    def restore(self, page_in: Tensor, used: Tensor, clock: int) -> None:
-        """Hold what another's tables [G, slots] said, without their first columns; slots and pages are reserved."""
+    def restore(self, page_in: Tensor, used: Tensor, clock: int, ends: Tensor) -> None:
+        """Hold what another's tables [G, slots] said, without their first columns; slots and pages are reserved.
+
+        Raises:
+            ValueError: a page twice, one that the group's first `ends` [G] are not, or a time that has not come.
+        """
+        ordered = page_in.sort(-1).values
+        twice = (ordered.diff(dim=-1) == 0) & (ordered[:, 1:] >= 0)
+        if ((page_in < -1) | (page_in >= ends[:, None])).any() or twice.any():
+            raise ValueError("page_in must hold full pages of each row, each once, or -1")
+        if ((used < 0) | ((used > clock) & (used != NEVER))).any():
+            raise ValueError(f"used must hold times from 0 to clock={clock}")
         self.page_in[:, 1:], self.used[:, 1:] = page_in, used
         self.clock.fill_(clock)
         self.slot_of.scatter_(

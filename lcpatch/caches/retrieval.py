@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from .budget import check_whole
 from .codec import Plain
+from .fixed import check_layer
+from .fixed_pages import FixedMarks, FixedPages, Now
 from .layer import DenseLayer, LongCache, caches, routed_layers
 from .paged import Marks, PagedLayer, Reads
 from .pages import Pages
 from .recall import recall
+from .residents import rearranged
 from .scorers import Scorer, make_scorers
 from .tiers import TieredPages, traffic
 
@@ -46,11 +49,16 @@ class RetrievalCache(LongCache):
         group: how the scores of a KV head's query heads are put together: "max", or "softmax" (their sum).
         dense_layers: so many of the first layers read everything (Quest's choice is 2).
         offload: keep the pages in host memory, and on the device those read last, within the budget.
+        compiled: generate in buffers that never move: on a GPU `generate` then compiles the decode step, and replays it
+            as a CUDA graph until there is room no more (for 4,096 tokens or a quarter of the text, whichever is more;
+            then it compiles once more). The same is read and kept as without. Read long prompts by `cache.read(ids,
+            chunk=8192)` before: `prefill_chunk_size` would compile the chunks too. Not on layers with a pattern, nor
+            with `dense_layers`, which grow; `stats(measure=True)` then measures nothing.
 
     Raises:
         UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.
         UnknownNameError: no such scorer.
-        ValueError: options out of range, or a budget that the pages always read fill.
+        ValueError: options out of range or that exclude each other, or a budget that the pages always read fill.
     """
 
     chunks_differ = "one token attends to its pages only, several at a time to everything"
@@ -67,10 +75,16 @@ class RetrievalCache(LongCache):
         group: str = "max",
         dense_layers: int = 0,
         offload: bool = False,
+        compiled: bool = False,
     ) -> None:
         if group not in GROUPS:
             raise ValueError(f"group={group!r} is not one of {', '.join(map(repr, GROUPS))}")
         check_whole("dense_layers", dense_layers, 0)
+        if compiled and dense_layers:
+            raise ValueError(
+                f"compiled=True generates in buffers that stay, and dense_layers={dense_layers} grow with every token: "
+                "leave one of them out"
+            )
         by_layer = make_scorers(scorer, model.config.get_text_config().num_hidden_layers)
         page = getattr(by_layer[0], "page", PAGE) if page is None else page
         reads = Reads(budget, page, num_sinks, recent)
@@ -78,8 +92,10 @@ class RetrievalCache(LongCache):
         def make(index: int, module: nn.Module) -> Any:
             if index < dense_layers:
                 return DenseLayer()
-            return PagedLayer(
-                "RetrievalCache",
+            if compiled:
+                check_layer(index, module)
+            return RetrievalLayer(
+                compiled,
                 reads,
                 lambda reads, rows: ScorerIndex(by_layer[index], page, group, rows),
                 lambda: TieredPages(page, Plain()) if offload else Pages(page),
@@ -98,6 +114,21 @@ class RetrievalCache(LongCache):
         return {**found, **(recall(self.layers) if measure else {})}
 
 
+class RetrievalLayer(FixedPages, PagedLayer):
+    """One layer.
+
+    Args:
+        fixed: generate in buffers that never move, see `fixed_pages`.
+        of_pages: what a `PagedLayer` takes.
+    """
+
+    owner = "RetrievalCache"
+
+    def __init__(self, fixed: bool, *of_pages: Any, **kwargs: Any) -> None:
+        self.is_compileable = fixed
+        super().__init__(self.owner, *of_pages, **kwargs)
+
+
 class ScorerIndex:
     """What a scorer remembers of every page, [B, K, pages, …].
 
@@ -114,32 +145,67 @@ class ScorerIndex:
 
     def append(self, keys: Tensor, rows: list[int], begin: int, room: int) -> None:
         new = self.scorer.summarise(keys, self.page)
+        self._reserve(room, new)
+        for own, x in zip(self.summary, new, strict=True):
+            own[rows, :, begin : begin + x.shape[2]] = x
+
+    def _reserve(self, room: int, like: tuple[Tensor, ...]) -> None:
+        """Room for so many pages, remembered by what `like` is."""
         if not self.summary:
-            self.summary = tuple(x.new_zeros(self.num_rows, x.shape[1], 0, *x.shape[3:]) for x in new)
+            self.summary = tuple(x.new_zeros(self.num_rows, x.shape[1], 0, *x.shape[3:]) for x in like)
         if (missing := room - self.summary[0].shape[2]) > 0:
             self.summary = tuple(
                 torch.cat([x, x.new_zeros(*x.shape[:2], missing, *x.shape[3:])], 2) for x in self.summary
             )
-        for own, x in zip(self.summary, new, strict=True):
-            own[rows, :, begin : begin + x.shape[2]] = x
 
     def scores(self, query: Tensor, marks: Marks, scale: float | None) -> Tensor:
-        scores = self.scorer.score(query, tuple(x[:, :, : marks.most] for x in self.summary))
-        scores = scores.unflatten(1, (self.summary[0].shape[1], -1))  # [B, K, H // K, pages]
+        return self._scores(query, tuple(x[:, :, : marks.most] for x in self.summary), marks.real, scale)
+
+    def _scores(self, query: Tensor, summary: tuple[Tensor, ...], real: Tensor, scale: float | None) -> Tensor:
+        scores = self.scorer.score(query, summary)
+        scores = scores.unflatten(1, (summary[0].shape[1], -1))  # [B, K, H // K, pages]
         if self.group == "max":
             return scores.amax(2)
         # A row's shares are its own: pages that it has not must not get any.
-        none = torch.arange(marks.most, device=scores.device) >= marks.newest[:, None]
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return (scores * scale).masked_fill(none, -torch.inf).softmax(-1).sum(2).nan_to_num()
+        return (scores * scale).masked_fill(~real[:, None], -torch.inf).softmax(-1).sum(2).nan_to_num()
+
+    # For a layer that generates in tensors which never move.
+
+    def stand_still(self, pages: int, like: Tensor) -> None:
+        """Have room for so many pages, [B, K, 0, D] as `like`."""
+        self._reserve(pages, self.summary or self.scorer.summarise(_one_page(like, self.page), self.page))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What a step reads and writes."""
+        return self.summary
+
+    def put(self, keys: Tensor, newest: Tensor) -> None:
+        """Take the page [B, K, page, D] of every row, its open one, as number `newest` [B, 1, 1], full or not."""
+        row, place = torch.arange(len(newest), device=newest.device), newest.flatten()
+        for own, x in zip(self.summary, self.scorer.summarise(keys, self.page), strict=True):
+            own[row, :, place] = x[:, :, 0]  # by index, as in `TieredPages.put`
+
+    def fixed_scores(self, query: Tensor, fixed: FixedMarks, now: Now, scale: float | None) -> Tensor:
+        """As `scores`, over all pages that there is room for: shapes and control follow from no length."""
+        return self._scores(query, tuple(x[:, :, : fixed.place.shape[0]] for x in self.summary), now.real, scale)
+
+    def top_pages(self, limits: list[int]) -> list[int]:
+        """None: it looks for no keys."""
+        return []
 
     def cut(self, row: int, pages: int) -> None:
         """Nothing to do: a page that is not full is not looked at, and written anew when it is."""
 
     def select_rows(self, rows: list[int]) -> None:
         self.num_rows = len(rows)
-        self.summary = tuple(x[rows] for x in self.summary)
+        self.summary = tuple(rearranged(x, rows) for x in self.summary)
 
     @property
     def nbytes(self) -> int:
         return sum(x.untyped_storage().nbytes() for x in self.summary)
+
+
+def _one_page(like: Tensor, page: int) -> Tensor:
+    return like.new_zeros(*like.shape[:2], page, like.shape[3])

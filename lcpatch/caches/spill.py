@@ -1,4 +1,4 @@
-"""Where records of equal size lie outside of the device: host memory, and a file behind it. Records are only added.
+"""Records of equal size on a disk: a file, and host memory before it. Records are only added.
 
 The file is scratch: it has no name (it is unlinked as soon as it is open), so a process that dies leaves nothing
 behind, and two processes on one folder cannot meet. Its space is reserved before it is written, so a full disk is
@@ -11,103 +11,35 @@ import errno
 import os
 import shutil
 import tempfile
-from bisect import bisect
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lcpatch_kernels import block_table, gather_records
-
 from ..core.errors import TierError
+from .arena import words
 from .residents import Residents
 
 ALIGNMENT = 4096  # of a record in the file: no read touches a block of the disk more than it must
 FILE_GROWTH = 1.25
-FIRST_BLOCK = 64  # records
-LARGEST_BLOCK = 64 << 20  # bytes
 
 
-class Arena:
-    """Records in host memory, in blocks that double up to 64 MiB: nothing is moved when it grows.
+def scratch_file(folder: str | Path) -> BinaryIO:
+    """A file without a name in a folder. None is made: it would stay behind, and a wrong name would fill a wrong disk.
 
-    Page-locked memory is handed out in powers of two, so a block is one, or just below.
-
-    Args:
-        record: bytes, in whole words of 8: bytes one by one are copied at a twentieth of the speed.
-        pinned: page-locked, so that a GPU reads and writes it by itself.
-        room: records of the first block; with more, it grows.
+    Raises:
+        TierError: no such folder, or none that can be written.
     """
-
-    def __init__(self, record: int, pinned: bool, room: int = FIRST_BLOCK) -> None:
-        self._reader: torch.device | None = None  # a GPU that reads the blocks by itself
-        if record % 8:
-            raise ValueError(f"record={record} must be a multiple of 8 bytes")
-        self.record, self.pinned, self.first = record, pinned, room
-        self.blocks: list[Tensor] = []
-        self.starts: list[int] = [0]  # and the end of the last block
-        self.count = 0
-        self._table: Tensor | None = None
-
-    def __del__(self) -> None:
-        """A kernel may still read the blocks, which their allocator does not know: it would give them to others."""
-        if self._reader is not None:
-            torch.cuda.synchronize(self._reader)
-
-    def append(self, records: Tensor) -> int:
-        """Store records [n, bytes] behind the others; returns the number of the first.
-
-        From a GPU they come when its stream is there, and so does what reads them on that stream.
-        """
-        first, done = self.count, 0
-        self.reserve(first + len(records))
-        self.count += len(records)
-        while done < len(records):
-            block = bisect(self.starts, first + done) - 1
-            begin = first + done - self.starts[block]
-            some = min(len(records) - done, len(self.blocks[block]) - begin)
-            self.blocks[block][begin : begin + some].copy_(records[done : done + some], non_blocking=True)
-            done += some
-        return first
-
-    def reserve(self, count: int) -> None:
-        while self.starts[-1] < count:
-            size = self.first
-            if self.blocks:
-                power = (self.first * self.record).bit_length() + len(self.blocks) - 1
-                size = max(min(1 << power, LARGEST_BLOCK) // self.record, 1)
-            self.blocks.append(torch.empty(size, self.record, dtype=torch.uint8, pin_memory=self.pinned))
-            self.starts.append(self.starts[-1] + size)
-            self._table = None
-
-    def read(self, numbers: Tensor) -> Tensor:
-        """The records [n, bytes] of these numbers [n], on their device: a GPU reads them itself, and nothing waits."""
-        if not len(numbers):
-            return torch.empty(0, self.record, dtype=torch.uint8, device=numbers.device)
-        if self._table is None or self._table.device != numbers.device:
-            self._table = block_table(self.blocks, numbers.device)
-        self._reader = numbers.device if numbers.is_cuda else None
-        return gather_records(self.blocks, self._table, numbers)
-
-    def addresses(self, numbers: Tensor, device: torch.device) -> Tensor:
-        """Where in memory the records of these numbers [n], on the host, lie: for `device`, which reads them there."""
-        self._reader = device if device.type == "cuda" else None
-        starts = torch.tensor(self.starts[:-1])
-        block = torch.bucketize(numbers, starts, right=True) - 1
-        begin = torch.tensor([x.data_ptr() for x in self.blocks])
-        return (begin[block] + (numbers - starts[block]) * self.record).to(device)
-
-    def write(self, numbers: Tensor, records: Tensor) -> None:
-        """Put records in the place of others, where there is but one block."""
-        if len(numbers):
-            _words(self.blocks[0])[numbers] = _words(records)
-
-    @property
-    def nbytes(self) -> int:
-        return self.starts[-1] * self.record
+    try:
+        return tempfile.TemporaryFile(dir=folder, buffering=0)
+    except OSError as error:
+        raise TierError(
+            f"disk={str(folder)!r}: no file can be made there: {error}; give a folder that is there and can be written"
+        ) from error
 
 
 class PageFile:
@@ -123,11 +55,7 @@ class PageFile:
         self.count = self.reserved = 0
         self._writes: list[Future] = []
         self._pool = ThreadPoolExecutor(1, "lcpatch-spill")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115 (as long as this lives)
-        except OSError as error:
-            raise TierError(f"disk={str(folder)!r}: no file can be made there: {error}") from error
+        self._file = scratch_file(self.folder)
 
     def append(self, records: Tensor) -> int:
         """Store records [n, bytes] behind the others; returns the number of the first. They are written later, but have
@@ -202,30 +130,27 @@ class PageFile:
         self.reserved = reserved
 
 
-class Home:
-    """Every full page, in host memory; with a folder, in a file, and the pages used last in host memory too.
+class Disk:
+    """Every record in a file, and those used last in host memory too.
 
     Args:
-        record: bytes of a page.
-        host_records: with a folder, how many records host memory may hold.
-        folder: of the file, or None.
-        pinned: see `Arena`.
+        record: bytes, in whole words of 8.
+        folder: of the file.
+        room: how many records host memory may hold.
+        pinned: whether what is read goes to a GPU.
     """
 
-    def __init__(self, record: int, host_records: int, folder: str | Path | None, pinned: bool) -> None:
-        self.arena = Arena(record, pinned, FIRST_BLOCK if folder is None else host_records)
-        self.file = None if folder is None else PageFile(record, folder)
-        self.resident = None if folder is None else Residents(1, 0)
+    def __init__(self, record: int, folder: str | Path, room: int, pinned: bool) -> None:
+        self.record, self.pinned = record, pinned
+        self.file = PageFile(record, folder)
+        self.host = torch.empty(room, record, dtype=torch.uint8)
+        self.resident = Residents(1, 0)
+        self.resident.grow(room, torch.tensor([room]))
         self.from_host = self.from_disk = 0  # records read
         self._lock = Lock()  # a thread reads ahead
-        if folder is not None:
-            self.arena.reserve(host_records)
-            self.resident.grow(host_records, torch.tensor([host_records]))
 
     def append(self, records: Tensor) -> int:
         """Store records [n, bytes] behind the others; returns the number of the first."""
-        if self.file is None:
-            return self.arena.append(records)
         records = records.cpu()
         with self._lock:
             first = self.file.append(records)
@@ -233,38 +158,31 @@ class Home:
             return first
 
     def read(self, numbers: Tensor) -> Tensor:
-        """The records [n, bytes] of these numbers [n], which may repeat, on their device."""
-        if self.file is None:
-            self.from_host += len(numbers)
-            return self.arena.read(numbers)
-        wanted, back = numbers.cpu().unique(return_inverse=True)
-        out = torch.empty(len(wanted), self.arena.record, dtype=torch.uint8)
+        """The records [n, bytes] of these numbers [n], which may repeat, on the host."""
+        wanted, back = numbers.unique(return_inverse=True)
+        out = torch.empty(len(wanted), self.record, dtype=torch.uint8)
         with self._lock:
             self.resident.reserve(self.file.count)
             slots = self.resident.find(wanted[None])[0]
             here, away = (slots >= 0).nonzero().squeeze(1), (slots < 0).nonzero().squeeze(1)
             if len(here):
-                _words(out)[here] = _words(self.arena.read(slots[here]))
+                words(out)[here] = words(self.host)[slots[here]]
             if len(away):
                 found = self.file.read(wanted[away])
-                _words(out)[away] = _words(found)
+                words(out)[away] = words(found)
                 self._admit(wanted[away], found)
             self.from_host, self.from_disk = self.from_host + len(here), self.from_disk + len(away)
-        found = torch.empty(len(numbers), self.arena.record, dtype=torch.uint8, pin_memory=self.arena.pinned)
-        torch.index_select(_words(out), 0, back, out=_words(found))
-        return found.to(numbers.device, non_blocking=True)
+        found = torch.empty(len(numbers), self.record, dtype=torch.uint8, pin_memory=self.pinned)
+        torch.index_select(words(out), 0, back, out=words(found))
+        return found
 
     def nbytes(self) -> dict[str, int]:
         """Bytes per tier."""
-        return {"host": self.arena.nbytes} | ({} if self.file is None else {"disk": self.file.nbytes})
+        return {"host": self.host.nbytes, "disk": self.file.nbytes}
 
     def _admit(self, numbers: Tensor, records: Tensor) -> None:
-        if room := self.resident.num_slots:
+        if room := len(self.host):
             numbers, records = numbers[-room:], records[-room:]
             self.resident.reserve(self.file.count)
-            self.arena.write(self.resident.take(numbers[None, None])[0].flatten().long(), records)
-
-
-def _words(records: Tensor) -> Tensor:
-    """Bytes one by one are copied at a twentieth of the speed."""
-    return records.view(torch.int64)
+            slots = self.resident.take(numbers[None, None])[0].flatten().long()
+            words(self.host)[slots] = words(records)

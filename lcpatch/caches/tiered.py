@@ -37,6 +37,7 @@ from .page_sizes import PAGE, page_sizes
 from .paged import PagedLayer, Reads
 from .pages import alike
 from .recall import recall
+from .spill import scratch_file
 from .state import fitting, whole
 from .tiers import TieredPages, traffic
 from .tree import TreeIndex
@@ -66,7 +67,7 @@ class TieredCache(LongCache):
             for every layer of the model: `page_sizes(model, ids, budget=…)`.
         num_sinks, recent: tokens at the row's begin and end whose pages are always read.
         codec: how a page is stored off the fast tier: "int8", "int4", "fp8", "bf16", or None (as it is).
-        disk: folder of the slowest tier, which then holds every page; None: host memory does.
+        disk: folder, which must exist, of the slowest tier, which then holds every page; None: host memory does.
         host_bytes: with a disk, what host memory holds of the pages used last, for all layers together.
         ahead: fetch for the next layer by this layer's query; default: with a disk, which takes longer to answer than
             a layer to compute. From host memory, choosing twice takes longer than fetching once.
@@ -79,7 +80,7 @@ class TieredCache(LongCache):
     Raises:
         UnsupportedModelError: a model whose attention cannot be exchanged, or without a full-attention layer.
         ValueError: options out of range, or a budget that the pages always read fill.
-        TierError: (also later) a folder that cannot be written, a full disk.
+        TierError: a folder that does not exist or cannot be written; later, a full disk.
     """
 
     places = ("disk", "host_bytes")
@@ -126,6 +127,8 @@ class TieredCache(LongCache):
                     f"attend={attend} must hold the pages that are always read and one more: at least {least}, or "
                     "smaller pages"
                 )
+        if disk is not None:
+            scratch_file(disk).close()  # said now, rather than after a long prompt's first layer
         stored = codec_named(codec)
         num = max(1, len(full_attention_layers(base.config, modules)))
 
@@ -284,17 +287,24 @@ class TieredLayer(FixedPages, PagedLayer):
         rows = zip(lengths, self.budgets, strict=True)
         return [held if -(-length // page) <= held else min(held, most) for length, held in rows]
 
+    def _take_back(self, taken: int) -> None:
+        super()._take_back(taken)
+        if self._over():
+            self.searches += taken * self.pages.num_heads * len(self.pads)
+            self.proven = self.proven + self.index.found
+        self.index.found.zero_()
+
     def recalled(self) -> Tensor | None:
         """As every paged layer; what it reads for this is no hit and no miss."""
         self.leave_fixed()
         if self._asked is None:
             return None
-        home = self.pages.home
-        counts = home.from_host, home.from_disk
+        store = self.pages.home.store
+        counts = store.from_host, store.from_disk
         try:
             return super().recalled()
         finally:
-            home.from_host, home.from_disk = counts
+            store.from_host, store.from_disk = counts
 
     def _retrieve(self, call: Call) -> tuple[Tensor, Tensor]:
         out = super()._retrieve(call)

@@ -190,6 +190,7 @@ class TreeIndex:
         self.reads, self.top = reads, top
         self.tree = BoundTree(reads.page, num_rows, sys.maxsize if flat else None)
         self.fits: Tensor | None = None  # bool [B, K]: whether all that the last search could not drop may be read
+        self.found: Tensor | None = None  # how many of `fixed_scores` found that it may, since someone set it to 0
 
     def append(self, keys: Tensor, rows: list[int], begin: int, room: int) -> None:
         self.tree.append(keys, rows)
@@ -205,13 +206,25 @@ class TreeIndex:
         self.fits = read.sum(-1) < marks.budgets[..., 0]
         return scores
 
-    def fixed_scores(self, query: Tensor, fixed: FixedMarks, now: Now) -> tuple[Tensor, Tensor]:
-        """`(scores, fits)` over all pages that there is room for: shapes and control follow from no length."""
+    def stand_still(self, pages: int, like: Tensor) -> None:
+        """Have room for so many pages, [B, K, 0, D] as `like`."""
+        self.tree.reserve(pages, like)
+        if self.found is None:
+            self.found = torch.zeros((), dtype=torch.int64, device=like.device)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What `fixed_scores` reads and writes."""
+        return *self.tree.levels[0], self.tree.largest, self.found
+
+    def fixed_scores(self, query: Tensor, fixed: FixedMarks, now: Now, scale: float | None) -> Tensor:
+        """As `scores`, over all pages that there is room for: shapes and control follow from no length."""
         upper, lower = self.tree.bounds(query, fixed.place.shape[0])
         best = lower.topk(fixed.best.shape[0], -1).values
         scores = _possible(upper, best.gather(-1, fixed.kth.expand(*best.shape[:3], 1)).squeeze(-1))
         read = ((scores > -torch.inf) | now.always) & now.real
-        return scores, read.sum(-1) < fixed.budgets[..., 0]
+        self.found.add_((read.sum(-1) < fixed.budgets[..., 0]).sum())
+        return scores
 
     def top_pages(self, limits: list[int]) -> list[int]:
         """How many pages hold the best keys that rows which read so many look for."""

@@ -42,10 +42,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     training.add_argument(
         "--part",
         default="a,b,c,d,e",
-        help="a: sparse against dense, b: memory slope, c: SeCO's time, d: SpaCO's, e: the longest, f: one real step",
+        help="a: sparse against dense, b: memory slope, c: SeCO's time, d: SpaCO's, e: the longest, f: one real step "
+        "under S2, g: a dense one",
     )
-    training.add_argument("--length", type=int, help="tokens of part f (default 204800)")
-    training.add_argument("--offload", action="store_true", help="part f with keys and values in host memory")
+    training.add_argument("--length", type=int, help="tokens of parts f and g (default 204800)")
+    training.add_argument("--offload", action="store_true", help="parts f and g with keys and values in host memory")
     training.add_argument("--tiny", action="store_true", help="a small model on the CPU: tries the benchmark itself")
     training.set_defaults(measure=_training)
     cache = what.add_parser(
@@ -76,7 +77,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         verb.add_argument("--out", type=Path, help="write the results here as JSON")
         verb.add_argument("--commit", help="commit to record; default: this checkout's")
     for verb in (model, cache, training):
-        verb.add_argument("--append", action="store_true", help="keep what --out holds and this run does not measure")
+        verb.add_argument(
+            "--append",
+            action="store_true",
+            help="keep what --out holds and this run does not measure; rows name their commit where it is another",
+        )
     parser.set_defaults(run=run)
 
 

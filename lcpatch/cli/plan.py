@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
     from ..training.model import resolve
-    from ..training.plan import plan, window_of
+    from ..training.plan import plan, why_no_chunks, window_of
 
     config = AutoConfig.from_pretrained(resolve(args.model))
     rows = plan(config, args.length, gib, attentions=args.attention.split(","), tune=args.tune)
@@ -46,9 +46,11 @@ def run(args: argparse.Namespace) -> None:
     else:
         print(f"\nNothing fits {args.gpu}: take shorter rows, --tune lora, or --quantize 4bit")
     print(
-        "One row a step, bf16, checkpointing. Times are an H100's; measured there within 10 % for dense and S2 without "
-        "chunks, the formula's word for the rest."
+        "One row a step, bf16, checkpointing. Times are an H100's; measured there within 10 % for dense and S2, by "
+        "chunks too; the formula's word for the rest."
     )
+    if reason := why_no_chunks(config, args.length):
+        print(f"Not by chunks (--chunk-size): {reason}.")
     if window := window_of(config):
         print(
             f"Layers with a window take the time of its {window} tokens, as --dense flash_attention_2 does; sdpa "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,8 @@ SINKS_FILE = "sinks.safetensors"
 STAGING = ".incomplete"
 MAY_CHANGE = ("save_every", "keep", "resume", "evaluate_every", "log_every", "report_to", "workers", "merged", "output")
 """Settings that change no weight, so that a resumed run may have others."""
+LAUNCH = ("processes", "weights")
+"""How a run is launched: what rows a step has, and what files a checkpoint. Where no step is left it may differ."""
 
 
 def resumed_from(folder: Path, run: dict[str, Any], resume: str) -> Path | None:
@@ -48,9 +52,11 @@ def resumed_from(folder: Path, run: dict[str, Any], resume: str) -> Path | None:
         return None
     if resume == "never":
         raise ValueError(f"{folder} holds a run already; take another --output, delete it, or leave --resume out")
-    known = _known_run(file)
+    known, last = _known_run(file), last_checkpoint(folder)
+    finished = last is not None and step_of(last) >= run["steps"]
+    may_change = (*MAY_CHANGE, *LAUNCH) if finished else MAY_CHANGE
     for name in sorted(known.keys() | run.keys()):
-        if name not in MAY_CHANGE and known.get(name) != run.get(name):
+        if name not in may_change and known.get(name) != run.get(name):
             empty = [p.name for p in folder.iterdir()] == [RUN_FILE]
             instead = "delete it, as nothing was saved there," if empty else "take another --output,"
             raise ValueError(
@@ -58,11 +64,35 @@ def resumed_from(folder: Path, run: dict[str, Any], resume: str) -> Path | None:
                 "or take the same settings to go on with that run"
             )
     discard(folder / STAGING)  # left by a kill in the middle of a write
-    last = last_checkpoint(folder)
     if last is not None:
         with reading(last):
             json.loads((last / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # the first that is wanted of it
     return last
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """The folder for this process alone: two runs would write over each other's checkpoints.
+
+    Raises:
+        ValueError: another process trains there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)  # as the end of the process does, however it ends
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process trains in {folder} now: wait for it, or take another --output") from None
+    except OSError as error:  # some network file systems have no locks
+        warnings.warn(f"{folder} cannot be locked ({error}): see to it that no other run writes there", stacklevel=2)
 
 
 def claim(folder: Path, run: dict[str, Any]) -> None:

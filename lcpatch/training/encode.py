@@ -9,21 +9,73 @@ from typing import Any
 from .sources import Record
 from .tokens import Document, Encoder, fingerprint
 
+PIECE = 1 << 20
+"""Characters of a text that are tokenized at once: a tokenizer takes some 150 bytes of memory for each."""
+NEAR = 200
+"""Characters to either side of a cut that say whether it changes a token."""
+
 
 def texts(tokenizer: Any, text_field: str = "text") -> Encoder:
-    """Every record's text as a document, with what the tokenizer puts in front, and the end-of-text token behind it."""
+    """Every record's text as a document, with what the tokenizer puts in front, and the end-of-text token behind it.
+
+    A long text is tokenized in pieces, cut where that changes no token.
+    """
     eos = tokenizer.eos_token_id
 
-    def encode(records: list[Record]) -> list[Document | None]:
-        words = [_text(record, text_field) for record in records]
-        found = tokenizer(words, verbose=False).input_ids
-        made: list[Document | None] = []
-        for text, ids in zip(words, found, strict=True):
-            ends = [] if eos is None or (ids and ids[-1] == eos) else [eos]
-            made.append(Document([*ids, *ends]) if text.strip() else None)
-        return made
+    def split(record: Record) -> Iterator[Record]:
+        pieces = list(_cut(tokenizer, _text(record, text_field)))
+        for number, piece in enumerate(pieces, 1):
+            yield {"text": piece, "starts": number == 1, "ends": number == len(pieces)}
 
-    return Encoder(encode, f"text/{text_field}/{fingerprint(tokenizer)}")
+    def encode(pieces: list[Record]) -> list[Document | None]:
+        found: dict[int, list[int]] = {}
+        for starts in (True, False):
+            those = [number for number, piece in enumerate(pieces) if piece["starts"] is starts]
+            words = [pieces[number]["text"] for number in those]
+            if words:
+                encoded = tokenizer(words, add_special_tokens=starts, verbose=False).input_ids
+                found |= dict(zip(those, encoded, strict=True))
+        return [_document(piece, found[number], eos) for number, piece in enumerate(pieces)]
+
+    return Encoder(encode, f"text/{text_field}/{fingerprint(tokenizer)}", split)
+
+
+def _document(piece: Record, ids: list[int], eos: int | None) -> Document | None:
+    whole = piece["starts"] and piece["ends"]
+    if whole and not piece["text"].strip():
+        return None
+    has_eos = bool(ids) and ids[-1] == eos
+    if not piece["ends"]:
+        return Document(ids[:-1] if has_eos else ids, ends=False)
+    return Document(ids if has_eos or eos is None else [*ids, eos])
+
+
+def _cut(tokenizer: Any, text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > PIECE:
+        end, following = _place(tokenizer, text, start + PIECE)
+        yield text[start:end]
+        start = following
+    yield text[start:]
+
+
+def _place(tokenizer: Any, text: str, limit: int) -> tuple[int, int]:
+    """Where before `limit` a piece can end, and where the next one begins, so that their tokens are those of both.
+
+    Some tokenizers put a space in front of whatever they are given: for them the next piece begins behind one. Where a
+    cut changes a token wherever it is made, one token is changed.
+    """
+
+    def ids(words: str) -> list[int]:
+        return tokenizer(words, add_special_tokens=False, verbose=False).input_ids
+
+    for end in range(limit, limit - NEAR, -1):
+        before, after = text[end - NEAR : end], text[end : end + NEAR]
+        both = ids(before + after)
+        for skipped in (0, 1) if after[:1] == " " else (0,):
+            if ids(before) + ids(after[skipped:]) == both:
+                return end, end + skipped
+    return limit, limit
 
 
 def chats(tokenizer: Any, length: int) -> Encoder:
@@ -36,6 +88,9 @@ def chats(tokenizer: Any, length: int) -> Encoder:
     Raises:
         ValueError: (when records are encoded) another form, or a tokenizer without a template that can be used.
     """
+
+    def split(record: Record) -> Iterator[Record]:
+        yield _conversation(record)
 
     def encode(records: list[Record]) -> list[Document | None]:
         made: list[Document | None] = []
@@ -50,7 +105,7 @@ def chats(tokenizer: Any, length: int) -> Encoder:
         return made
 
     key = hashlib.sha256(fingerprint(tokenizer).encode()).hexdigest()
-    return Encoder(encode, f"chat/{length}/{key}")
+    return Encoder(encode, f"chat/{length}/{key}", split)
 
 
 def _text(record: Record, field: str) -> str:
@@ -70,11 +125,11 @@ def _pieces(tokenizer: Any, record: Record) -> Iterator[tuple[str, bool]]:
 
     Each piece is tokenized for itself, so that a prompt's tokens are those that inference will see.
     """
-    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+    if "prompt" in record:
         yield record["prompt"], False
         yield record["completion"] + (tokenizer.eos_token or ""), True
         return
-    messages = _messages(record)
+    messages = record["messages"]
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "this tokenizer has no chat template: take an instruction-tuned model's, or records with `prompt` and "
@@ -96,7 +151,10 @@ def _pieces(tokenizer: Any, record: Record) -> Iterator[tuple[str, bool]]:
         done = whole
 
 
-def _messages(record: Record) -> list[dict[str, str]]:
+def _conversation(record: Record) -> Record:
+    """The record as `prompt` and `completion`, or as `messages`."""
+    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+        return {name: record[name] for name in ("prompt", "completion")}
     messages = record.get("messages")
     if messages is None and isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str):
         more = record.get("input")
@@ -112,4 +170,4 @@ def _messages(record: Record) -> list[dict[str, str]]:
             "`messages` (role and content, one of them the assistant's), `prompt` and `completion`, or `instruction`, "
             "`input` and `output`"
         )
-    return list(messages)
+    return {"messages": list(messages)}

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ..hf.head import decode, decoder_of, head_of, head_parameters
 from ..hf.models import unwrap
 from .loss import IGNORE, summed_cross_entropy
-from .support import without_wrapper
+from .support import own_loss, without_wrapper
 
 
 def can_fuse(model: nn.Module) -> bool:
-    """Whether the loss is the cross-entropy alone: not so where a router's balance is part of it."""
-    return not getattr(unwrap(model).config, "output_router_logits", False)
+    """Whether the loss is the cross-entropy alone: not another one, nor with a router's balance in it."""
+    return not getattr(unwrap(model).config, "output_router_logits", False) and not own_loss(model)
 
 
 def fused_loss(model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None = None) -> Tensor:

@@ -105,13 +105,17 @@ def mix(
         How many rows each component gave.
 
     Raises:
-        ValueError: a component without data, or with too few usable records; the message says how many it needs.
+        ValueError: a component without data, or with too few usable records; the message says how many it needs. Or
+            `out` is a folder.
     """
     if missing := [name for name in components if not data.get(name)]:
         raise ValueError(f"no data for {missing[0]!r}; the mixture needs {', '.join(components)}")
     if unknown := [name for name in data if name not in components]:
         raise ValueError(f"{unknown[0]!r} is no part of the mixture; it has {', '.join(components)}")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; name the file to write, such as {out / 'mixture.jsonl'}")
     wanted = counts({name: component.share for name, component in components.items()}, rows)
+    out.parent.mkdir(parents=True, exist_ok=True)  # better now than after all the reading
     rng = random.Random(seed)
     drawn: list[dict[str, Any]] = []
     for name, component in components.items():

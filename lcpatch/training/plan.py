@@ -2,12 +2,13 @@
 
     seconds   = linear FLOPs * train_linear / linear_rate + attention FLOPs * density * 4.5 / attention_rate
     peak      = weights + trained * 16 bytes + tokens * (checkpoint of every layer + work of one layer)
-    by chunks = weights + trained * 16 bytes + 2 * keys and values of the row + chunk * (checkpoints + work)
+    by chunks: seconds = 1.12 * (the same + a forward of all chunks but the last)
+               peak    = weights + trained * 16 bytes + 2 * keys and values of the row + chunk * (checkpoints + work)
 
 4.5 is a checkpointed step's attention in forwards: one, one again, and 2.5 for the backward. The constants were fitted
 on three rows of kernels/results/model-nvidia-h100-80gb-hbm3.json (`FITTED`); the other rows of its prefills and
-training steps come out within 6 %, and the tests check that they stay within 10. Chunks, offloading and other patterns
-than S2 are the formula's word alone.
+training steps come out within 6 %, and the tests check that they stay within 10. So do chunks of 4,096 and more, whose
+factor is that of one row (`CHUNKED`). Offloading and other patterns than S2 are the formula's word alone.
 
 Of experts a token's time is that of those it is routed to, while all of them are weights. A layer with a window of its
 own takes the window's time; by chunks it still holds the whole row's keys and values, as the second pass begins at the
@@ -28,6 +29,7 @@ from ..hf.models import attention_modules, full_attention_layers
 from ..hf.state import own_spec
 from ..patching.resolve import pattern_of, sparse_layers
 from . import arms, lora
+from .support import why_inexact
 
 GIB = 2**30
 FITTED = (("prefill", "dense", 32768), ("prefill", "dense", 131072), ("train", "dense", 32768))
@@ -35,6 +37,8 @@ FITTED = (("prefill", "dense", 32768), ("prefill", "dense", 131072), ("train", "
 
 ATTENTION_PASSES = 4.5
 TRAINED_BYTES = 16  # fp32 weight, gradient and AdamW's two moments
+CHUNKED = 1.12
+"""Chunks over the formula: dense SeCO of 64K tokens in kernels/results/training-nvidia-h100-80gb-hbm3.json."""
 LOGITS_GIB = 0.5  # of the fused loss: blocks of rows in fp32, and their gradients
 
 
@@ -116,10 +120,7 @@ def sizes_of(config: Any, tune: str = "lora+") -> Sizes:
     Raises:
         UnsupportedModelError: a model that `tune` or a patch does not take.
     """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = _on_meta(config)
     modules = attention_modules(model)
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
@@ -141,6 +142,14 @@ def sizes_of(config: Any, tune: str = "lora+") -> Sizes:
         attention=shape.num_heads * head_dim,
         kv=2 * 2 * len(modules) * shape.num_kv_heads * head_dim,
     )
+
+
+def _on_meta(config: Any) -> Any:
+    """The model of a config in bf16, without weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
 def _active(config: Any, name: str, parameter: torch.Tensor) -> int:
@@ -180,6 +189,11 @@ def window_of(config: Any) -> int | None:
     return getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
 
 
+def why_no_chunks(config: Any, length: int) -> str | None:
+    """Why a model cannot be trained by chunks; None: it can."""
+    return why_inexact(_on_meta(config), config, length)
+
+
 def forward_seconds(
     sizes: Sizes, length: int, share: float, constants: Constants = H100, head_tokens: int = 0
 ) -> float:
@@ -188,11 +202,16 @@ def forward_seconds(
     return linear / constants.linear_rate + _attention(sizes, length) * share / constants.attention_rate
 
 
-def step_seconds(sizes: Sizes, length: int, share: float, constants: Constants = H100, head_tokens: int = 0) -> float:
-    """Of one row's checkpointed training step."""
+def step_seconds(
+    sizes: Sizes, length: int, share: float, constants: Constants = H100, head_tokens: int = 0, chunk: int = 0
+) -> float:
+    """Of one row's checkpointed training step; by chunks if `chunk` is their size."""
     linear = 2 * sizes.linear * length * constants.train_linear + 6 * sizes.head * head_tokens
     attention = ATTENTION_PASSES * _attention(sizes, length) * share
-    return linear / constants.linear_rate + attention / constants.attention_rate
+    seconds = linear / constants.linear_rate + attention / constants.attention_rate
+    if not 0 < chunk < length:
+        return seconds
+    return CHUNKED * (seconds + forward_seconds(sizes, length - chunk, share, constants))
 
 
 def peak_bytes(
@@ -210,7 +229,7 @@ def peak_bytes(
 def plan(
     config: Any, length: int, gib: float, *, attentions: Sequence[str] = ("full", "sf", "s2"), tune: str = "lora+"
 ) -> list[Row]:
-    """Every way to train a model on rows of `length` tokens on a GPU with `gib` of memory.
+    """Every way to train a model on rows of `length` tokens on a GPU with `gib` of memory, and that it can be trained.
 
     Args:
         config: the model's.
@@ -220,11 +239,14 @@ def plan(
         tune: as `--tune` takes it.
     """
     sizes = sizes_of(config, tune)
+    whole_rows = why_no_chunks(config, length) is not None
     rows = []
     for attention in attentions:
         for name, flags, share, chunk, offload in _ways(config, attention, length):
+            if chunk and whole_rows:
+                continue
             peak = peak_bytes(sizes, length, offload=offload, chunk=chunk) / GIB
-            seconds = step_seconds(sizes, length, share, head_tokens=length)
+            seconds = step_seconds(sizes, length, share, head_tokens=length, chunk=chunk)
             rows.append(Row(name, flags, peak, seconds, peak <= 0.9 * gib))
     return rows
 

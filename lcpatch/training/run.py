@@ -17,9 +17,10 @@ from torch.utils.data import Dataset
 
 from ..hf.demo_model import cache_folder
 from . import arms, encode, lora, rows, tokens
-from .checkpoints import arriving, claim, resumed_from, step_of
+from .checkpoints import alone_in, arriving, claim, resumed_from, step_of
 from .config import TrainConfig
 from .model import checkpointing_settings, dtype_of, enable_inputs, load_model, load_tokenizer
+from .sharded import launched_as
 from .sources import sources
 
 LOG_FILE = "log.json"
@@ -59,6 +60,11 @@ def train(config: TrainConfig, save: Save | None) -> Result:
         ValueError: a setting, model or data that do not fit; before anything is trained.
         TrainingError: the loss was not a number, or a checkpoint could not be written.
     """
+    with ExitStack() as held:
+        return _train(config, save, held)
+
+
+def _train(config: TrainConfig, save: Save | None, held: ExitStack) -> Result:
     from accelerate import PartialState
     from transformers import set_seed
 
@@ -79,6 +85,8 @@ def train(config: TrainConfig, save: Save | None) -> Result:
         train_rows, eval_rows = datasets(config, tokenizer)
     output = Path(config.output).expanduser()
     record = _record(config, train_rows)
+    if state.is_main_process:
+        held.enter_context(alone_in(output))
     with state.main_process_first():
         checkpoint = resumed_from(output, record, config.resume if state.is_main_process else "auto")
     set_seed(config.seed)
@@ -108,7 +116,7 @@ def train(config: TrainConfig, save: Save | None) -> Result:
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finished = trainer.state.global_step >= config.steps
-        metrics = trainer.evaluate() if finished and eval_rows is not None else {}
+        metrics = trainer.evaluated() if finished and eval_rows is not None else {}
     model = trainer.whole(partial(load_model, config))
     log = trainer.state.log_history
     result = Result(model, trainer.losses, metrics, finished, trainer.state.global_step, log)
@@ -233,7 +241,7 @@ def _rows(config: TrainConfig, tokenizer: Any, names: tuple[str, ...]) -> Datase
 def _record(config: TrainConfig, train_rows: Dataset) -> dict[str, Any]:
     """What a checkpoint's run must have in common with the one that goes on with it."""
     content = getattr(train_rows, "dataset", train_rows).key
-    return json.loads(json.dumps({**config.to_dict(), "data_content": content}))
+    return json.loads(json.dumps({**config.to_dict(), "data_content": content, **launched_as()}))
 
 
 def _accelerate_is_there() -> None:

@@ -7,8 +7,10 @@ DeepSpeed casts in its own way, but keeps what is trained in fp32 as well, and t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +67,19 @@ class ShardedMixin:
     def in_pieces(self) -> bool:
         """Whether processes hold pieces of what is trained."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+
+def launched_as() -> dict[str, Any]:
+    """How many processes there are, and how they keep the weights, by what accelerate was told."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    weights = "whole"
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        weights = "fsdp"
+    elif parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        weights = "deepspeed" + os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+    return {"processes": PartialState().num_processes, "weights": weights}
 
 
 def trained_of(model: nn.Module) -> dict[str, nn.Parameter]:

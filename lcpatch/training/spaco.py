@@ -91,6 +91,8 @@ def draw(
         ValueError: an unknown estimator, or a `keep` that does not fit.
     """
     if estimator == "seco":
+        if keep != 1:
+            raise ValueError(f"keep={keep} with estimator='seco', which keeps every chunk: take 'bernoulli'")
         return seco(num_chunks)
     if estimator == "bernoulli":
         probabilities = _probabilities(keep, num_chunks)

@@ -70,7 +70,7 @@ def check_model(model: nn.Module, text: Text, num_chunks: int) -> Any:
     config = getattr(base, "config", None)
     if config is None or getattr(base, "base_model", base) is base:
         raise UnsupportedModelError(f"{type(base).__name__} is not a causal language model of transformers with a head")
-    if reason := _inexact(inner, config, text.ids.shape[1]):
+    if reason := why_inexact(inner, config, text.ids.shape[1]):
         raise UnsupportedModelError(f"{config.model_type}: {reason}; {INSTEAD}")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
@@ -85,7 +85,7 @@ def check_model(model: nn.Module, text: Text, num_chunks: int) -> Any:
     return base
 
 
-def _inexact(model: nn.Module, config: Any, length: int) -> str | None:
+def why_inexact(model: nn.Module, config: Any, length: int) -> str | None:
     """Why chunks would not give this model's gradient; None: they do."""
     if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
         return "only a decoder alone can be run in chunks; load the text-only class"
@@ -97,11 +97,22 @@ def _inexact(model: nn.Module, config: Any, length: int) -> str | None:
         return f"layers of kind {', '.join(sorted(other))} carry a state that is not keys and values"
     if getattr(config, "num_kv_shared_layers", 0):
         return f"its last {config.num_kv_shared_layers} layers read other layers' keys"
+    if own_loss(model):
+        return "its loss is not the cross-entropy of the next token (model.loss_function or its class says another)"
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         return "its attention is not causal"
     if any(getattr(module, "is_causal", None) is False for module in model.modules()):
         return "an attention module of it is not causal (an encoder's is with config.is_decoder = True)"
     return _changing_rope(config, length)
+
+
+def own_loss(model: nn.Module) -> bool:
+    """Whether the model's loss is another one than transformers' for causal language models, set or by its class."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    base = unwrap(model)
+    of_its_class = LOSS_MAPPING.get(getattr(base, "loss_type", None), ForCausalLMLoss)
+    return getattr(base, "_loss_function", of_its_class) is not ForCausalLMLoss
 
 
 def _changing_rope(config: Any, length: int) -> str | None:

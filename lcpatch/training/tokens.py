@@ -1,7 +1,7 @@
 """A corpus as tokens on disk: written once per content and tokenizer, a shard at a time, and mapped into memory.
 
 A shard is one safetensors file that appears whole or not at all, so that a run that is killed goes on behind the last
-one. Shards are cut by records and characters, which are known before anything is tokenized.
+one. Shards are cut by records, or pieces of long ones, and characters, which are known before anything is tokenized.
 """
 
 from __future__ import annotations
@@ -24,29 +24,39 @@ from ..core.disk import why_unwritten
 from ..core.errors import TrainingError
 from .sources import Record, Source
 
-FORMAT = 1
+FORMAT = 2
 SHARD_RECORDS = 4096
 SHARD_CHARACTERS = 8 << 20
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document's tokens; `learn` says which of them are predicted (None: all)."""
+    """One document's tokens; `learn` says which of them are predicted (None: all).
+
+    It goes on in the next one, also in the next shard, unless it `ends`.
+    """
 
     tokens: Sequence[int]
     learn: Sequence[bool] | None = None
+    ends: bool = True
 
 
 class Encoder:
     """Makes documents of records.
 
     Args:
-        encode: a list of records -> for each a document, or None to leave it out.
+        encode: a list of what records were split into -> for each a document, or None to leave it out.
         key: tells two encoders apart that give different tokens.
+        split: a record -> what of it is encoded at a time. ValueError: a record that cannot be encoded.
     """
 
-    def __init__(self, encode: Callable[[list[Record]], list[Document | None]], key: str) -> None:
-        self.encode, self.key = encode, key
+    def __init__(
+        self,
+        encode: Callable[[list[Record]], list[Document | None]],
+        key: str,
+        split: Callable[[Record], Iterable[Record]],
+    ) -> None:
+        self.encode, self.key, self.split = encode, key, split
 
 
 class TokenStore:
@@ -128,7 +138,7 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def _write(sources: Sequence[Source], encoder: Encoder, folder: Path, text_field: str, progress: bool | None) -> None:
-    records = (record for source in sources for record in source.records(text_field))
+    records = _split(sources, encoder, text_field)
     index: dict[str, Any] = {"shards": [], "records": 0, "left_out": 0, "masked": False}
     with tqdm(desc="tokenizing", unit="record", disable=None if progress is None else not progress) as bar:
         for number, batch in enumerate(_batches(records)):
@@ -143,6 +153,16 @@ def _write(sources: Sequence[Source], encoder: Encoder, folder: Path, text_field
             index["masked"] |= facts["masked"] == "yes"
             bar.update(len(batch))
     _atomically(folder / "index.json", lambda path: path.write_text(json.dumps(index), encoding="utf-8"))
+
+
+def _split(sources: Sequence[Source], encoder: Encoder, text_field: str) -> Iterator[Record]:
+    for source in sources:
+        for number, record in enumerate(source.records(text_field), 1):
+            try:
+                pieces = list(encoder.split(record))
+            except ValueError as error:
+                raise ValueError(f"{source.name}, record {number}: {error}") from error
+            yield from pieces
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -163,7 +183,7 @@ def _write_shard(file: Path, documents: list[Document | None]) -> None:
     masked = any(document.learn is not None for document in kept)
     arrays = {
         "tokens": np.concatenate([np.zeros(0, np.int32), *(np.asarray(d.tokens, np.int32) for d in kept)]),
-        "ends": np.cumsum([len(d.tokens) for d in kept], dtype=np.int64),
+        "ends": np.cumsum([len(d.tokens) for d in kept], dtype=np.int64)[np.array([d.ends for d in kept], bool)],
     }
     if masked:
         learn = (np.ones(len(d.tokens), bool) if d.learn is None else np.asarray(d.learn, bool) for d in kept)

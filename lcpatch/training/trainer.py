@@ -30,8 +30,11 @@ from .chunkwise_trainer import ChunkwiseMixin
 from .fused import can_fuse, fused_loss
 from .parallel.trainer import ParallelMixin
 from .sharded import ShardedMixin
+from .support import RandomState
 
 MODES = {"dense": "never", "patched": "always"}
+LAUNCHED = "ACCELERATE_MIXED_PRECISION"
+"""What `accelerate launch` sets for whatever it launches."""
 
 
 class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
@@ -49,6 +52,7 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
         self.losses: list[float] = []
         """The loss of every step of this process's session, unrounded."""
         self._step_loss = 0.0
+        self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         # Where parameters are in pieces (FSDP, DeepSpeed) only the model's own forward may put them together.
         whole = self.accelerator.distributed_type in ("NO", "MULTI_GPU", "MULTI_CPU")
         self._fuses = whole and can_fuse(self.model)
@@ -119,15 +123,26 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Every metric twice: `eval_dense_…` and, if there is a pattern, `eval_patched_…` with it on."""
+        """Every metric twice: `eval_dense_…` and, if there is a pattern, `eval_patched_…` with it on.
+
+        The random numbers of training go on as if there had been no evaluation, whose loaders draw some.
+        """
         metrics: dict[str, float] = {}
+        state = RandomState([self.args.device])
         for name, mode in MODES.items():
             if mode == "always" and unwrap(self.model).config.lcpatch["mode"] == "never":
                 continue
             with arms.running(self.model, mode):
                 metrics |= super().evaluate(*args, metric_key_prefix=f"{metric_key_prefix}_{name}", **kwargs)
+        state.restore()
         self._speed.restart()
+        self._evaluated = self.state.global_step, metrics
         return metrics
+
+    def evaluated(self) -> dict[str, float]:
+        """The metrics of the last step, which may have been evaluated already."""
+        step, metrics = self._evaluated
+        return metrics if step == self.state.global_step else self.evaluate()
 
     def _saved_tensors(self) -> AbstractContextManager:
         if not self._offload:
@@ -213,10 +228,15 @@ def anywhere(here: bool, args: Any) -> bool:
 
 
 class StopOnSignal(TrainerCallback):
-    """After SIGTERM: finish the step, write a checkpoint, stop. All processes stop at the same step."""
+    """After SIGTERM: finish the step, write a checkpoint, stop. All processes stop at the same step.
+
+    `accelerate launch` of one process passes SIGTERM on to no one: it ends, and what it launched would go on unseen. So
+    that the launcher is gone means the same.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self._launcher = os.getppid() if LAUNCHED in os.environ else None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -235,7 +255,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Look at what was asked of any process."""
-        self.asked = anywhere(self.asked, args)
+        self.asked = anywhere(self.asked or self._launcher not in (None, os.getppid()), args)
         if self.asked and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 

@@ -46,9 +46,18 @@ def test_a_result_grows_by_what_is_appended(tmp_path, capsys):
     assert [row["arm"] for row in rows] == ["H2O 0.2", "DynamicCache", "Cluster 0.2"]
     assert rows[0] == first[0]
     assert rows[1] != first[1]
+    assert bench("--commit", "b", "--append", arms="H2O 0.2") == 0
+    grown = json.loads(out.read_text())
+    assert [(row["arm"], row.get("commit", grown["commit"])) for row in grown["rows"]] == [
+        ("DynamicCache", "a"),
+        ("Cluster 0.2", "a"),
+        ("H2O 0.2", "b"),
+    ]
+    assert tables.provenance(grown).endswith("commits a, b")
+    out.write_text(json.dumps({**grown, "torch": "1.0"}))
     assert bench("--commit", "b", "--append", arms="H2O 0.2") == 2
-    assert "the file has commit 'a', this run 'b'" in capsys.readouterr().err
-    assert json.loads(out.read_text())["rows"] == rows
+    assert "the file has torch '1.0', this run" in capsys.readouterr().err
+    assert json.loads(out.read_text())["rows"] == grown["rows"]
 
 
 def _rows(*names: str) -> list[dict]:

@@ -12,7 +12,7 @@ from lcpatch.core.errors import BenchmarkError
 
 def test_every_part_runs(tmp_path, capsys: pytest.CaptureFixture):
     out = tmp_path / "training.json"
-    assert main(["bench", "training", "--tiny", "--part", "a,b,c,d,e,f", "--out", str(out)]) == 0
+    assert main(["bench", "training", "--tiny", "--part", "a,b,c,d,e,f,g", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["checks"][0]["passed"]
     assert result["kappa"] == 2 * 2 * 4 * 8 * 4

@@ -54,17 +54,17 @@ def test_it_reads_and_keeps_what_is_read_and_kept_without(cut, name):
         assert one.steps is None
         full = max(one.pages.lengths) // one.reads.page
         for name in ("page_in", "used", "slot_of"):
-            mine, theirs = (getattr(x.pages.residents, name)[:, 1:] for x in (one, other))
+            mine, theirs = (getattr(x.pages.fast.residents, name)[:, 1:] for x in (one, other))
             columns = min(mine.shape[1], theirs.shape[1], *([full] if name == "slot_of" else []))
             assert torch.equal(mine[:, :columns], theirs[:, :columns])
-        assert torch.equal(one.pages.residents.clock, other.pages.residents.clock)
+        assert torch.equal(one.pages.fast.residents.clock, other.pages.fast.residents.clock)
 
 
 def test_a_choice_that_goes_wrong_within_the_step_is_seen(monkeypatch):
     from lcpatch.caches.tree import TreeIndex
 
     real = TreeIndex.fixed_scores
-    monkeypatch.setattr(TreeIndex, "fixed_scores", lambda *args: tuple(x.roll(1, 1) for x in real(*args)))
+    monkeypatch.setattr(TreeIndex, "fixed_scores", lambda *args: real(*args).roll(1, 1))
     with pytest.raises(AssertionError):
         test_it_reads_and_keeps_what_is_read_and_kept_without("prompt", "plain")
 
@@ -183,7 +183,7 @@ def test_the_compiled_step_copies_no_pages():
     shapes = [eval(shape) for code in codes for shape in re.findall(r"= empty_strided_cpu\((\([^)]*\))", code)]
     assert shapes
     layer = cache.layers[0]
-    assert max(math.prod(shape) for shape in shapes) < layer.pages.data.numel() / 4
+    assert max(math.prod(shape) for shape in shapes) < layer.pages.fast.data.numel() / 4
     assert all(op in codes[0] for op in ("take_slots", "bring_pages", "index out of bounds"))
 
 

@@ -102,6 +102,18 @@ def test_windows_count_too():
         model(ids[:, 40:41], past_key_values=cache)
 
 
+def test_a_window_ahead_of_layers_that_are_about_to_generate_in_fixed_buffers():
+    """Once these have entered, they count where nobody asks."""
+    model = build("gemma3_text", layer_types=["sliding_attention", "full_attention"], num_hidden_layers=2)
+    with pytest.warns(UserWarning, match="do not attend"):
+        cache = lcpatch.H2OCache(model, 24, compiled=True)
+    ids = tokens(2, 60)
+    feed(model, ids[:, :40], cache, [40])
+    failing(model, "model.layers.0.mlp", lambda: model(ids[:, 40:50], past_key_values=cache))
+    with pytest.raises(RuntimeError, match="failed half-way"):
+        model(ids[:, 50:51], past_key_values=cache)
+
+
 def test_what_is_refused_before_anything_is_kept_can_be_mended():
     model, ids = build(), tokens(2, 30)
     cache, right = lcpatch.H2OCache(model, 24), torch.ones(2, 30, dtype=torch.long)

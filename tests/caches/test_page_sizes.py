@@ -60,7 +60,7 @@ def test_bytes_of_the_fast_tier_hold_pages_of_every_size():
     cache = lcpatch.TieredCache(model, gpu_bytes=80_000, **OWN)
     feed(model, ids, cache, CUT)
     held = sum(x.nbytes for layer in cache.layers for x in (layer.pages.keys, layer.pages.values))
-    assert [layer.pages.slots for layer in cache.layers] == [12, 5]
+    assert [layer.pages.fast.slots for layer in cache.layers] == [12, 5]
     assert 70_000 < held <= 80_000
 
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from lcpatch import LcpatchError
 from lcpatch.caches import spill
+from lcpatch.caches.arena import Arena
 from lcpatch.caches.residents import Residents
-from lcpatch.caches.spill import Arena, Home, PageFile
+from lcpatch.caches.spill import Disk, PageFile
 
 ROOT = Path(__file__).parents[2]
 RECORD = 104
@@ -35,15 +36,14 @@ steps = st.lists(st.tuples(st.sampled_from(["append", "read"]), st.integers(0, 9
 
 @settings(max_examples=25)
 @example([("append", 0, 0), ("append", 1, 0), ("read", 1, 0)], "file")  # nothing is also a write
-@given(steps, st.sampled_from(["arena", "file", "home", "home on disk", "no host"]))
+@given(steps, st.sampled_from(["memory", "file", "disk", "no host"]))
 def test_what_is_read_is_what_was_written(tmp_path_factory, case, kind):
     folder = tmp_path_factory.mktemp("tier")
     store = {
-        "arena": lambda: Arena(RECORD, False),
+        "memory": lambda: Arena(RECORD, False),
         "file": lambda: PageFile(RECORD, folder),
-        "home": lambda: Home(RECORD, 0, None, False),
-        "home on disk": lambda: Home(RECORD, 20, folder, False),
-        "no host": lambda: Home(RECORD, 0, folder, False),
+        "disk": lambda: Disk(RECORD, folder, 20, False),
+        "no host": lambda: Disk(RECORD, folder, 0, False),
     }[kind]()
     count = 0
     for what, size, seed in case:

@@ -387,22 +387,24 @@ def test_linear_attention_is_counted_and_not_saved(tmp_path):
 
 
 def test_where_a_cache_lies_is_for_the_machine_to_choose(tmp_path):
-    """A file could else make folders, and take all memory, wherever it is loaded."""
+    """A file could else fill a disk, and take all memory, wherever it is loaded."""
     model, ids = make_model("tiered"), tokens(1, 60)
-    cache = make("tiered", model, small=True, disk=tmp_path / "one", host_bytes=0)
+    cache = make("tiered", model, small=True, disk=tmp_path, host_bytes=0)
     feed(model, ids[:, :50], cache, [50])
     path = cache.save(tmp_path / "cache")
     assert store.read_header(path)["options"].keys().isdisjoint({"disk", "host_bytes"})
-    loaded, on_disk = lcpatch.load_cache(path, model), lcpatch.load_cache(path, model, disk=tmp_path / "two")
+    loaded, on_disk = lcpatch.load_cache(path, model), lcpatch.load_cache(path, model, disk=tmp_path)
     want = feed(model, ids[:, 50:], cache, [1] * 10)
     for x in (loaded, on_disk):
         assert torch.equal(feed(model, ids[:, 50:], x, [1] * 10), want)
     assert "disk" not in loaded.memory()
     assert on_disk.memory()["disk"] > 0
+    with pytest.raises(lcpatch.LcpatchError, match="give a folder that is there"):
+        lcpatch.load_cache(path, model, disk=tmp_path / "none")
     with pytest.raises(ValueError, match="cannot be chosen for a tiered cache, only: disk, host_bytes"):
         lcpatch.load_cache(path, model, budget=12)
     for options, words in (
-        ({"disk": str(tmp_path / "three")}, "for this machine to choose"),
+        ({"disk": str(tmp_path)}, "for this machine to choose"),
         ({"budget": -1}, "must be"),
     ):
         header = store.read_header(path)

@@ -179,6 +179,15 @@ def test_stats_and_bytes_per_tier(tmp_path):
     assert held["disk"] >= 2 * 2 * 3 * (129 // PAGE) * 4096  # a record takes a block of the disk
 
 
+def test_what_several_tokens_bring_in_is_counted():
+    """In each turn, of every group, the full pages that the fast tier does not hold."""
+    model = build()
+    cache = lcpatch.TieredCache(model, **SMALL)
+    feed(model, tokens(2, 100), cache, [60, 40])
+    groups = 2 * model.config.num_key_value_heads * model.config.num_hidden_layers
+    assert cache.stats()["from_host"] == groups * (60 // PAGE - READS + 100 // PAGE - READS)
+
+
 def test_a_query_that_does_not_change_finds_its_pages():
     """The second of two equal queries asks for what the first brought."""
     layer = layer_for()
@@ -290,21 +299,23 @@ def test_what_cannot_work_says_why(options, error, message):
         lcpatch.TieredCache(build(), **options)
 
 
-def test_a_folder_that_cannot_be_used_is_said_at_the_first_step(tmp_path):
+def test_a_folder_that_cannot_be_used_is_said_at_once_and_none_is_made(tmp_path):
     model = build()
     (tmp_path / "file").write_text("")
-    cache = lcpatch.TieredCache(model, **SMALL, disk=str(tmp_path / "file"))
-    with pytest.raises(lcpatch.LcpatchError, match="no file can be made there"):
-        feed(model, tokens(1, 10), cache, [10])
+    for folder in (tmp_path / "file", tmp_path / "none", str(tmp_path / "none" / "deeper")):
+        with pytest.raises(lcpatch.LcpatchError, match=r"no file can be made there: .* give a folder that is there"):
+            lcpatch.TieredCache(model, **SMALL, disk=folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_random_schedules_on_disk_are_those_in_memory(seed, tmp_path):
-    """Little room, steps taken back, rows chosen and repeated: where the pages lie changes no bit."""
-    rng, model = random.Random(seed), build()
+@pytest.mark.parametrize(("seed", "options"), [(0, {}), (1, {}), (2, {"codec": "int4", "ahead": True})])
+def test_random_schedules_on_disk_are_those_in_memory(seed, options, tmp_path):
+    """Little room, steps taken back, rows chosen and repeated: where the pages lie changes no bit. With a codec, which
+    pages have left does, and so fetching ahead."""
+    rng, model, options = random.Random(seed), build(), {**SMALL, **options}
     caches = [
-        lcpatch.TieredCache(model, **SMALL),
-        lcpatch.TieredCache(model, **SMALL, disk=str(tmp_path), host_bytes=rng.choice([0, 20000])),
+        lcpatch.TieredCache(model, **options),
+        lcpatch.TieredCache(model, **options, disk=str(tmp_path), host_bytes=rng.choice([0, 20000])),
     ]
     texts, pads, seen = [tokens(1, 300, seed=n)[0] for n in range(2)], [0, rng.choice([0, 21])], 0
     while seen < 130:

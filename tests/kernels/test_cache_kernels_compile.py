@@ -24,7 +24,7 @@ def test_kernels_fit(arch):
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout)
     assert {(r["kernel"], r["dtype"]) for r in rows} == {
-        (k, d) for k in ("match", "merge", "bounds", "scores", "decode", "gather", "take", "bring") for d in DTYPES
+        (k, d) for k in ("match", "merge", "bounds", "scores", "decode", "take", "bring") for d in DTYPES
     }
     assert not [r for r in rows if r["shared"] > SHARED[arch]]
 
@@ -32,9 +32,8 @@ def test_kernels_fit(arch):
 def main(arch: int) -> None:
     from lcpatch_kernels.cluster_merge import TRITON_MAX_BYTES
     from lcpatch_kernels.cluster_merge import triton as merging
-    from lcpatch_kernels.gather_records import triton as gathering
     from lcpatch_kernels.page_scores import triton as paging
-    from lcpatch_kernels.resident_pages import BITS
+    from lcpatch_kernels.resident_pages import KINDS, RecordLayout
     from lcpatch_kernels.resident_pages import triton as tiering
     from lcpatch_kernels.sparse_decode import triton as decoding
 
@@ -43,12 +42,12 @@ def main(arch: int) -> None:
     assert constants == {"HALF", "D", "BLOCK_D", "UPCAST", "BLOCK_N", "BLOCK_O", "WEIGHTED"}, constants
     rows = []
     for dtype in DTYPES:
-        rows.append(build("gather", gathering._gather_kernel, {"BLOCK": gathering.BLOCK}, dtype, arch, 4))
         for slots in (16, 512, 4096):
             sizes = {"BLOCK_M": 128, "BLOCK_S": slots}
             rows.append(build("take", tiering._take_kernel, sizes, dtype, arch, max(4, slots // 256)))
-        for kind, bits in BITS.items():
+        for kind in KINDS:
             if kind != "fp64":
+                bits = RecordLayout(kind, 0).bits
                 layout = {"KIND": kind, "BITS": bits, "SCALES": 8192, "LOWS": 9216, "GROUP": 32}
                 piece = {"HALF": 32 * 128, "BLOCK": tiering.BLOCK}
                 rows.append(build("bring", tiering._bring_kernel, layout | piece, dtype, arch, 4))
@@ -81,8 +80,6 @@ def build(kernel: str, function, constants: dict, dtype: str, arch: int, num_war
     from triton.compiler import ASTSource
 
     kinds = {"p_size": "fp32", "p_size_out": "fp32", "p_target": "i32", "p_bounds": "i32"}
-    if kernel == "gather":  # words, whatever they stand for
-        kinds = dict.fromkeys(("p_table", "p_numbers", "p_out"), "i64")
     if kernel in ("take", "bring"):
         kinds = {name: "i64" for name in function.arg_names if name not in ("p_slots", "p_data")} | {"p_slots": "i32"}
     if kernel == "scores":

@@ -16,7 +16,7 @@ from lcpatch.core.errors import UnsupportedModelError
 from lcpatch.eval.perplexity import token_nll
 from lcpatch.hf.state import ATTRIBUTE
 from lcpatch.training import chunkwise, support
-from lcpatch.training.fused import fused_loss
+from lcpatch.training.fused import can_fuse, fused_loss
 
 
 @pytest.mark.parametrize("prefix", ["DiffLlama", "JetMoe"])
@@ -129,3 +129,16 @@ def test_an_encoder_with_a_head():
     for name, p in decoder.named_parameters():
         p.requires_grad_(not name.endswith("key.bias"))  # which has no gradient but rounding
     assert_same(chunked(decoder, ids, ids, 16), plain(decoder, ids, ids), rounding(decoder))
+
+
+def test_a_model_with_a_loss_of_its_own():
+    """Set by the user, or by its class: chunks refuse it, and the trainer leaves it to the model."""
+    ids = tokens(2)
+    own = build()
+    own.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.square().mean()
+    tags = transformers.LlamaForTokenClassification(transformers.LlamaConfig(**SIZES, num_labels=VOCAB))
+    for model in (own, tags):
+        assert not can_fuse(model)
+        with pytest.raises(UnsupportedModelError, match="its loss is not the cross-entropy of the next token"):
+            chunked(model, ids, ids, 16)
+    assert can_fuse(build())

@@ -121,6 +121,8 @@ def test_refusals(model, ids):
     for keep in (0.0, 1.5, [0.5, 0.5], [0.5, 0.5, 0.5, 0.5, -1.0]):
         with pytest.raises(ValueError, match=r"keep"):
             chunked(model, ids, ids, SIZE, estimator="bernoulli", keep=keep)
+    with pytest.raises(ValueError, match=r"keep=0.5 with estimator='seco', which keeps every chunk: take 'bernoulli'"):
+        chunked(model, ids, ids, SIZE, keep=0.5)
     with pytest.raises(ValueError, match=r"'spaco' is not one of seco, bernoulli, paper"):
         chunked(model, ids, ids, SIZE, estimator="spaco")
     with pytest.raises(ValueError, match=r"plan speaks of 3 chunks, but the text has 5"):

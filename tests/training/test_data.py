@@ -292,7 +292,10 @@ def test_first_fit(sizes):
         ('{"text": "a"}\n{"text"', "line 2 is not JSON"),
         ("[1]\n", "line 1 is list, not an object"),
         ('{"body": "a"}\n', "a record has no text in 'text'; its fields: body. Name the right one with --text-field"),
-        ('{"text": 3}\n', "a record has text=3, which is not text; mend it, or name another --text-field"),
+        (
+            '{"text": "a"}\n{"text": 3}\n',
+            "x.jsonl, record 2: a record has text=3, which is not text; mend it, or name another --text-field",
+        ),
         ('{"text": "a"}\n{"text": "\udcff"}\n', "x.jsonl line 2 is not UTF-8 text; convert the file"),
     ],
 )
@@ -328,8 +331,9 @@ def test_too_little_data(tmp_path):
 
 @pytest.mark.parametrize("record", [{"text": "a"}, {"messages": []}, {"messages": [{"role": "user", "content": "x"}]}])
 def test_records_that_are_no_chats(tmp_path, chatty, record):
-    with pytest.raises(ValueError, match=r"no conversation with an answer; its fields: .*Wanted: `messages`"):
-        store(tmp_path, [record], encode.chats(chatty, 100))
+    says = r"data.jsonl, record 4: a record is no conversation with an answer; its fields: .*Wanted: `messages`"
+    with pytest.raises(ValueError, match=says):
+        store(tmp_path, [*CHATS, record], encode.chats(chatty, 100))
 
 
 def test_templates_that_cannot_be_used(tmp_path, chatty):

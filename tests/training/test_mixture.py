@@ -106,3 +106,11 @@ def test_bad_data(data, tmp_path):
     with pytest.raises(ValueError, match=r"rows=3 leave none for 'longqa'"):
         mix(data, tmp_path / "a.jsonl", rows=3)
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_where_it_is_written(data, tmp_path):
+    """Known before anything is read, which takes long."""
+    with pytest.raises(ValueError, match=r"is a folder; name the file to write, such as .*mixture.jsonl"):
+        mix({name: ["nothing"] for name in data}, tmp_path, rows=50)
+    mix(data, tmp_path / "a" / "b" / "c.jsonl", rows=50)
+    assert len(written(tmp_path / "a" / "b" / "c.jsonl")) == 50

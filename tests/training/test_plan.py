@@ -50,6 +50,25 @@ def test_the_other_rows_are_within_a_tenth(measured):
     assert checked == 6
 
 
+def test_chunks_are_within_a_tenth(measured):
+    """Dense and S2, of 32K to 200K tokens; the factor is the first row's."""
+    config, sizes, _ = measured
+    results = [json.loads(file.read_text()) for file in sorted(RESULTS.parent.glob("training*nvidia-h100*.json"))]
+    rows = {(row["arm"], row["length"]): row for result in results for row in result["rows"]}
+    arms = {
+        ("16 of 16 chunks", 65536): ("full", 4096),
+        ("SeCO 4096, lcpatch, checkpointed", 32768): ("full", 4096),
+        ("SeCO 8192, lcpatch, checkpointed", 32768): ("full", 8192),
+        ("SeCO, S2", 204800): ("s2", 4096),
+    }
+    for n, (key, (arm, chunk)) in enumerate(arms.items()):
+        length = key[1]
+        share = plan.density(config, arm, {}, None, length)
+        seconds = plan.step_seconds(sizes, length, share, head_tokens=LOSS_TOKENS, chunk=chunk)
+        assert seconds == pytest.approx(rows[key]["seconds"], rel=LIMIT if n else 0.01), key
+        assert plan.peak_bytes(sizes, length, chunk=chunk) / plan.GIB == pytest.approx(rows[key]["peak_gib"], rel=LIMIT)
+
+
 def test_sizes_are_the_models(measured):
     _, sizes, _ = measured
     assert sizes.weights == 2 * 8_030_261_248  # Llama-3.1-8B

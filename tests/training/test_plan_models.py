@@ -105,3 +105,15 @@ def test_what_a_plan_cannot_say(tmp_path, capsys):
     assert "gemma3 has several parts; patch its language model" in capsys.readouterr().err
     with pytest.raises(ValueError, match="other: its config has no num_experts_per_tok, which a plan needs"):
         plan._active(SimpleNamespace(model_type="other"), "layers.0.experts.down_proj", torch.zeros(2, 3))
+
+
+def test_a_model_that_chunks_refuse_is_planned_without_them(tmp_path, capsys):
+    """What is said to fit can be trained; and why the rest is not there is said."""
+    sizes = {**SIZES, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "head_dim": 16, **EXPERTS}
+    config = transformers.Qwen3NextConfig(**sizes)
+    config.save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--length", "1000", "--attention", "full"]) == 0
+    said = capsys.readouterr().out
+    assert "SeCO" not in said
+    assert "Not by chunks (--chunk-size): layers of kind linear_attention carry a state" in said
+    assert plan.why_no_chunks(made("mixtral"), 1000) is None

@@ -264,6 +264,15 @@ def test_a_stopped_run_goes_on_exactly(trained, base, tmp_path: Path, interrupt,
     assert rest.metrics["eval_dense_loss"] == whole.metrics["eval_dense_loss"]
 
 
+def test_evaluation_changes_no_step(base, tmp_path: Path):
+    """With dropout, too, whose masks are random: a run may go on with another --evaluate-every."""
+    settings = SETTINGS["longlora"] | {"steps": 4, "save_every": 0, "lora_dropout": 0.3}
+    never, often = (run(base, tmp_path / str(every), evaluate_every=every, **settings) for every in (0, 1))
+    assert often.losses == never.losses
+    assert [line["step"] for line in often.log if "eval_patched_loss" in line] == [1, 2, 3, 4]  # the last one once
+    assert often.metrics["eval_dense_loss"] == never.metrics["eval_dense_loss"]
+
+
 def test_a_finished_run_takes_no_further_step(base, tmp_path: Path):
     """Run again it has nothing left to do; where its model is missing, that is written from the last checkpoint."""
     settings = SETTINGS["sinklora"] | {"steps": 4, "save_every": 4}

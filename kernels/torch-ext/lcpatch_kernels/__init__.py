@@ -6,7 +6,6 @@ Needs torch, and triton where a kernel runs; imports nothing of lcpatch.
 from .attn_mass import attn_mass
 from .block_sparse import DENSE, UNBOUNDED, BlockSparseSpec, Rule, block_sparse, block_sparse_backward
 from .cluster_merge import cluster_merge
-from .gather_records import block_table, gather_records
 from .page_scores import page_bounds, page_scores
 from .resident_pages import RecordLayout, bring_pages, take_slots
 from .sparse_decode import sparse_decode
@@ -21,11 +20,9 @@ __all__ = [
     "attn_mass",
     "block_sparse",
     "block_sparse_backward",
-    "block_table",
     "bring_pages",
     "cluster_merge",
     "flash_attn_forward",
-    "gather_records",
     "page_bounds",
     "page_scores",
     "sparse_decode",

@@ -7,7 +7,6 @@ Nothing is read back: shapes follow from how many pages are asked for, so both s
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,29 +14,9 @@ from torch import Tensor
 from .._check import check_tensor
 from .._impl import Impl, choose
 from .._ops import add_op_namespace_prefix
+from .layout import KINDS, RecordLayout
 
-__all__ = ["RecordLayout", "bring_pages", "take_slots"]
-
-Kind = Literal["int8", "int4", "fp8", "bf16", "fp16", "fp32", "fp64"]
-BITS = {"int8": 8, "int4": 4, "fp8": 8, "bf16": 16, "fp16": 16, "fp32": 32, "fp64": 64}
-
-
-class RecordLayout(NamedTuple):
-    """How a page [2, page, D] of keys and values lies as bytes: its elements first, in order, then what they are
-    multiplied by, then what is added.
-
-    Args:
-        kind: of an element. "int4": two in a byte, the even one in the low half; "fp8": e4m3.
-        nbytes: of a record, a multiple of 8.
-        scales, lows: where the fp32 scales and, of "int4", offsets begin; multiples of 8.
-        group: elements that share one; 0: there are none.
-    """
-
-    kind: Kind
-    nbytes: int
-    scales: int = 0
-    lows: int = 0
-    group: int = 0
+__all__ = ["KINDS", "RecordLayout", "bring_pages", "take_slots"]
 
 
 def take_slots(
@@ -121,8 +100,8 @@ def bring_pages(
     check_tensor("fresh", fresh, (None, None, None), torch.int64, device)
     check_tensor("slots", slots, fresh.shape, torch.int32, device)
     check_tensor("address", address, (*fresh.shape[:2], None), torch.int64, device)
-    if layout.kind not in get_args(Kind):
-        raise ValueError(f"kind={layout.kind!r} is not one of {', '.join(map(repr, get_args(Kind)))}")
+    if layout.kind not in KINDS:
+        raise ValueError(f"kind={layout.kind!r} is not one of {', '.join(map(repr, KINDS))}")
     if not data.is_contiguous() or data.shape[3] % page_size or layout.nbytes % 8:
         raise ValueError(
             f"data must be contiguous, of whole pages of {page_size} tokens, and a record of whole words of 8 bytes; "

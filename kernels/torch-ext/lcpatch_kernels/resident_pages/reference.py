@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from . import RecordLayout
-
-DTYPES = {
-    "int8": torch.int8,
-    "int4": torch.uint8,
-    "fp8": torch.float8_e4m3fn,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
+from .layout import RecordLayout
 
 
 def take(
@@ -79,7 +67,7 @@ def decode(records: Tensor, shape: tuple[int, int, int], layout: RecordLayout) -
         packed = part(0, num // 2, torch.uint8)
         x = torch.stack([packed & 15, packed >> 4], -1).flatten(1).float()
     else:
-        x = part(0, num, DTYPES[layout.kind])
+        x = part(0, num, layout.dtype)
     if layout.group:
         groups = x.float().unflatten(1, (-1, layout.group))
         x = groups * part(layout.scales, groups.shape[1], torch.float32)[..., None]

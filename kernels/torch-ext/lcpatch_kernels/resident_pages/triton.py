@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from . import RecordLayout
+from .layout import RecordLayout
 
 BLOCK = 512  # words of 8 bytes of a program: enough of them are under way to fill the bus
 
@@ -44,10 +41,8 @@ def bring(fresh: Tensor, slots: Tensor, address: Tensor, data: Tensor, page_size
     """As `reference.bring`. Multiplies and adds apart, as torch does: fused, the last bit would differ."""
     if not fresh.numel():
         return
-    from . import BITS
-
     fresh, slots = fresh.contiguous(), slots.contiguous()
-    half, bits = page_size * data.shape[4], BITS[layout.kind]
+    half, bits = page_size * data.shape[4], layout.bits
     grid = (fresh.shape[2], fresh.shape[0] * fresh.shape[1], triton.cdiv(2 * half * bits, 64 * BLOCK))
     with torch.cuda.device_of(data):
         _bring_kernel[grid](
