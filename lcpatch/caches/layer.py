@@ -288,7 +288,7 @@ class LongCache(Cache):
         self = super().__new__(cls)
         self._given = (args[1:], {k: v for k, v in kwargs.items() if k != "model"})
         model = args[0] if args else kwargs.get("model")
-        self._model = None if model is None else weakref.ref(model)
+        self._model = weakref.ref(model) if isinstance(model, nn.Module) else None
         self._steps: dict[torch.device, Steps] = {}
         return self
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..core.errors import UnsupportedModelError
-from .models import weights_of
+from .models import attention_modules, weights_of
 
 FIXED = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the length; those of "dynamic" and "longrope" do."""
@@ -44,7 +44,7 @@ def rotations_of(base: nn.Module, modules: dict[int, nn.Module], owner: str) -> 
         raise UnsupportedModelError(
             f"{owner}: a model on the meta device has no frequencies to turn keys by; load its weights first"
         )
-    asked = _keys(base)
+    asked = _keys(base, owner)
     return {index: _rotation(module, rotaries[index], asked[index], owner) for index, module in modules.items()}
 
 
@@ -56,8 +56,8 @@ def _rotary(base: nn.Module, module: nn.Module) -> nn.Module | None:
 
 def _rotation(module: nn.Module, rotary: nn.Module | None, asked: Tensor, owner: str) -> Rotation:
     """Of one layer, whose keys [3, K, 1, D] of one token at the positions `ASKED` are `asked`."""
-    zero, seven, eighteen = asked.float().unsqueeze(1)
-    if _same(zero, seven, asked.dtype):
+    zero, seven, eighteen = asked.unsqueeze(1)
+    if _same(zero, seven):
         return lambda keys, positions: keys  # a layer without positions, of a model that has them in others
     apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if rotary is None or apply is None:
@@ -79,7 +79,7 @@ def _rotation(module: nn.Module, rotary: nn.Module | None, asked: Tensor, owner:
     def on(keys: Tensor, by: int) -> Tensor:
         return turn(keys, torch.tensor([by], device=keys.device))
 
-    if not (_same(on(zero, 7), seven, asked.dtype) and _same(on(seven, 11), eighteen, asked.dtype)):
+    if not (_same(on(zero, 7), seven) and _same(on(seven, 11), eighteen)):
         raise UnsupportedModelError(
             f"{owner}: {module.config.model_type}'s rotary embedding is not one rotation per position; {INSTEAD}"
         )
@@ -87,33 +87,49 @@ def _rotation(module: nn.Module, rotary: nn.Module | None, asked: Tensor, owner:
 
 
 @torch.no_grad()
-def _keys(base: nn.Module) -> dict[int, Tensor]:
-    """Each layer's keys of one token at the positions `ASKED`, [3, K, 1, D].
+def _keys(base: nn.Module, owner: str) -> dict[int, Tensor]:
+    """Each layer's keys [3, K, 1, D] of one token at the positions `ASKED`, and of one hidden state.
 
-    A token that sees itself alone gets its own value wherever it is, so only the positions tell a layer's keys apart.
+    Raises:
+        UnsupportedModelError: hidden states hold positions already.
     """
     embedding = base.get_input_embeddings()
-    weight = next(weights_of(embedding))
+    device = next(x.device for x in weights_of(base) if not x.is_meta)  # others are offloaded
     noise = torch.randn(1, 1, embedding.embedding_dim, generator=torch.Generator().manual_seed(0))
-    cache = DynamicCache(config=base.config)
+    cache, modules = DynamicCache(config=base.config), list(attention_modules(base).values())
+
+    def alike(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        first = hidden[:1].expand_as(hidden)
+        if module is modules[0] and not _same(hidden, first):
+            raise UnsupportedModelError(
+                f"{owner}: {base.config.model_type} has no rotary embedding to turn, it adds positions to its tokens; "
+                f"{INSTEAD}"
+            )
+        return ((first, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": first})
+
+    hooks = [module.register_forward_pre_hook(alike, with_kwargs=True) for module in modules]
     modes = {module: module.training for module in base.modules()}
     base.eval()  # dropout would tell them apart too
     try:
         base.get_decoder()(
-            inputs_embeds=noise.to(weight.device, base.dtype).expand(len(ASKED), -1, -1),
-            position_ids=torch.tensor(ASKED, device=weight.device)[:, None],
+            inputs_embeds=noise.to(device, base.dtype).expand(len(ASKED), -1, -1),
+            position_ids=torch.tensor(ASKED, device=device)[:, None],
             past_key_values=cache,
             use_cache=True,
         )
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return {index: layer.keys for index, layer in enumerate(cache.layers) if hasattr(layer, "keys")}
+        for hook in hooks:
+            hook.remove()
+    return {module.layer_idx: cache.layers[module.layer_idx].keys for module in modules}
 
 
-def _same(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
-    """Whether keys are equal but for rounding in `dtype`."""
-    return bool((x - y).norm() <= 16 * torch.finfo(dtype).eps * y.norm())
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Whether they are equal but for rounding, at best that of fp32."""
+    eps = max(torch.finfo(kind).eps for kind in (x.dtype, y.dtype, torch.float32))
+    return bool((x.float() - y.float()).norm() <= 16 * eps * y.float().norm())
 
 
 def _kind(module: nn.Module) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,16 @@ ROUTED = "_lcpatch_dense"
 without effect."""
 
 
+class Note(threading.local):
+    """What a thread's forward has noted of its cache; threads share a model, each with a cache of its own."""
+
+    def __init__(self) -> None:  # for every thread; dynamo guards on what is in its dictionary, so not on the class
+        self.layer: Any = None
+
+    def __reduce__(self) -> tuple[type[Note], tuple[()]]:
+        return Note, ()  # a model that is copied or pickled is between forwards
+
+
 @dataclass
 class LayerState:
     """State of one attention module.
@@ -44,9 +55,9 @@ class LayerState:
         own: what the layer attends to without a pattern: everything before, or its own sliding window. Built ahead,
             as a spec cannot be built under tracing.
         routed: the model is not patched and came here for its cache only (see `route`).
-        layer: reference to the cache layer that this forward's attention is to ask, until it does (see `watch`).
         parallel: the ranks that this layer's attention reaches over (see `training.parallel`), with
             `attend(layer, call, shard) -> (out, lse)`; None: this process has all tokens.
+        note: its `layer` refers to the cache layer that this forward's attention is to ask (see `watch`).
     """
 
     method: str | None
@@ -58,8 +69,8 @@ class LayerState:
     max_positions: int | None = None
     own: BlockSparseSpec | None = None
     routed: bool = False
-    layer: Any = None
     parallel: Any = None
+    note: Note = field(default_factory=Note, init=False, repr=False, compare=False)
 
     def active_spec(self, module: nn.Module) -> BlockSparseSpec | None:
         """The spec to run now, or None to leave this call to the dense implementation.

@@ -78,12 +78,12 @@ def unwatch(module: nn.Module) -> None:
     if (handle := module.__dict__.pop(WATCH, None)) is not None:
         handle.remove()
     if (state := module.__dict__.get(ATTRIBUTE)) is not None:
-        state.layer = None
+        state.note.layer = None
 
 
 def take_layer(state: LayerState) -> AttendingLayer | None:
     """The cache layer that attends for this call, or None."""
-    layer, state.layer = state.layer, None
+    layer, state.note.layer = state.note.layer, None
     return None if layer is None else layer()
 
 
@@ -105,11 +105,11 @@ def _note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     state = state_of(module)
     if state is None:
         return
-    state.layer = None  # of a forward that failed before its attention
+    state.note.layer = None  # of a forward that failed before its attention
     cache = next((x for x in kwargs.values() if getattr(x, "attends", False)), None)
     if cache is None or module.config._attn_implementation != NAME:
         return
     layer = cache.layers[module.layer_idx]
     if hasattr(layer, "attend"):
         layer.expected = True
-        state.layer = weakref.ref(layer)  # a forward that fails half-way must not keep the cache alive
+        state.note.layer = weakref.ref(layer)  # a forward that fails half-way must not keep the cache alive

@@ -108,7 +108,7 @@ def _listening(base: Any, specs: dict[int, BlockSparseSpec], sums: dict[int, Ten
     states = {n: state_of(modules[n]) for n in specs}
 
     def note(module: nn.Module, *_: Any) -> None:
-        states[module.layer_idx].layer = lambda: listeners[module.layer_idx]
+        states[module.layer_idx].note.layer = lambda: listeners[module.layer_idx]
 
     hooks = [modules[n].register_forward_pre_hook(note) for n in specs]
     try:
@@ -117,7 +117,7 @@ def _listening(base: Any, specs: dict[int, BlockSparseSpec], sums: dict[int, Ten
         for hook in hooks:
             hook.remove()
         for state in states.values():
-            state.layer = None
+            state.note.layer = None
 
 
 class _Listener:

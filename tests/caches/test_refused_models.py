@@ -42,3 +42,11 @@ def test_the_meta_device(name):
     model = build().to("meta")
     with pytest.raises(lcpatch.UnsupportedModelError, match=r"a model on the meta device has no .*; load its weights"):
         model(torch.zeros(1, 9, dtype=torch.long, device="meta"), past_key_values=caches.get(name)(model))
+
+
+@pytest.mark.parametrize("model", [None, "HuggingFaceTB/SmolLM2-135M-Instruct"])
+def test_what_is_no_model(model):
+    with pytest.raises(
+        lcpatch.UnsupportedModelError, match="is not a transformers model; wanted: a decoder-only model"
+    ):
+        lcpatch.H2OCache(model)

@@ -149,6 +149,18 @@ def test_an_embedding_that_is_no_rotation_is_refused():
         rotations_of(model, attention_modules(model), "SinkCache")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_rotation_is_found_in_every_dtype(dtype):
+    lcpatch.SinkCache(build("gpt_neox", num_hidden_layers=12).to(dtype))
+
+
+def test_positions_that_are_added_to_tokens_are_refused():
+    model = make("OPT").eval()
+    with pytest.raises(lcpatch.UnsupportedModelError, match="opt has no rotary embedding to turn, it adds positions"):
+        lcpatch.SinkCache(model)
+    lcpatch.SinkCache(model, positions="absolute")
+
+
 def test_wrong_positions():
     with pytest.raises(ValueError, match="positions='relative' is not one of"):
         lcpatch.SinkCache(build(), positions="relative")

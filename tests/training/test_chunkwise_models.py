@@ -42,7 +42,7 @@ def test_a_patched_model_that_does_more_than_attend(monkeypatch: pytest.MonkeyPa
     want, budget = plain(copy.deepcopy(model).double(), ids, ids), plain(model, ids, ids)
     monkeypatch.setattr(support, "_has_kernel", lambda base: True)
     assert_same(chunked(model, ids, ids, 16), want, 2 * far(budget[1], want[1]))
-    assert all(m.__dict__[ATTRIBUTE].layer is None for m in model.modules() if ATTRIBUTE in m.__dict__)
+    assert all(m.__dict__[ATTRIBUTE].note.layer is None for m in model.modules() if ATTRIBUTE in m.__dict__)
 
 
 def test_a_model_that_attends_to_other_keys_than_its_cache_returned(monkeypatch: pytest.MonkeyPatch):
