@@ -82,7 +82,7 @@ def _cluster_compiled(model: nn.Module, *_: int) -> ClusterCache:
 
 
 def _retrieval_compiled(model: nn.Module, *_: int) -> RetrievalCache:
-    return RetrievalCache(model, 4096, compiled=True)
+    return RetrievalCache(model, 4096, scorer="quest", compiled=True)  # of the scorers what reads most
 
 
 def _tiered_compiled(model: nn.Module, *_: int) -> TieredCache:
@@ -100,7 +100,7 @@ ARMS = (
     Arm("Cluster 0.2", lambda model, batch, most: ClusterCache(model, budget=0.2), CHUNK),
     Arm("Cluster 0.2, compiled", _cluster_compiled, CHUNK, new=COMPILED_TOKENS),
     Arm("Cluster 0.2, compiled, decode_ahead", _cluster_compiled, CHUNK, new=COMPILED_TOKENS, loop=decode_ahead),
-    Arm("Retrieval 4K", lambda model, batch, most: RetrievalCache(model, budget=4096), CHUNK, partial=True),
+    Arm("Retrieval 4K", lambda model, batch, most: RetrievalCache(model, 4096, scorer="quest"), CHUNK, partial=True),
     Arm("Retrieval 4K, compiled", _retrieval_compiled, CHUNK, partial=True, new=COMPILED_TOKENS),
     Arm(
         "Retrieval 4K, compiled, decode_ahead",

@@ -20,7 +20,7 @@ CACHES = {
     "as it is": lambda model, **more: lcpatch.TieredCache(model, **SMALL, codec=None, **more),
     "int8": lambda model, **more: lcpatch.TieredCache(model, **SMALL, codec="int8", **more),
     "int4": lambda model, **more: lcpatch.TieredCache(model, **SMALL, codec="int4", **more),
-    "retrieval": lambda model, **more: lcpatch.RetrievalCache(model, 64, page=8, recent=8, **more),
+    "retrieval": lambda model, **more: lcpatch.RetrievalCache(model, 64, page=8, recent=8, scorer="quest", **more),
     "retrieval, mean": lambda model, **more: lcpatch.RetrievalCache(
         model, 64, page=8, recent=8, scorer="mean", group="softmax", **more
     ),

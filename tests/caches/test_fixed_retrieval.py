@@ -15,7 +15,7 @@ from lcpatch.caches.scorers import Bookmarks
 
 SMALL = {"budget": 32, "page": 4, "recent": 4}
 CACHES = {
-    "quest": {},
+    "quest": {"scorer": "quest"},
     "mean": {"scorer": "mean"},
     "softmax of groups": {"scorer": "mean", "group": "softmax"},
     "offloaded": {"offload": True},
