@@ -20,9 +20,10 @@ from transformers import DynamicCache, StaticCache, StoppingCriteria
 
 from lcpatch_kernels import attn_mass
 
+from ..caches.cache import LongCache
 from ..caches.cluster import ClusterCache
 from ..caches.h2o import H2OCache
-from ..caches.layer import LongCache, bytes_held
+from ..caches.held import bytes_held
 from ..caches.retrieval import RetrievalCache
 from ..caches.tiered import TieredCache
 from ..core.errors import BenchmarkError

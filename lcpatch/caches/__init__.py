@@ -1,5 +1,6 @@
 """What is kept of the past: caches for `generate(past_key_values=…)`. One file a method."""
 
-from .layer import GrowingLayer, LongCache, caches
+from .cache import LongCache, caches
+from .growing import GrowingLayer
 
 __all__ = ["GrowingLayer", "LongCache", "caches"]

@@ -28,9 +28,10 @@ from lcpatch_kernels import cluster_merge
 from lcpatch_kernels.cluster_merge import MergeImpl
 
 from .budget import Budget, check_whole
+from .cache import LongCache, caches, routed_layers
 from .evicting import EvictingLayer
 from .fixed import check_codec, check_layer
-from .layer import LongCache, caches, routed_layers, to_list
+from .layer import to_list
 from .slots import Slots
 from .state import wholes
 

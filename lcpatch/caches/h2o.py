@@ -21,9 +21,9 @@ from lcpatch_kernels import attn_mass
 
 from . import scattered
 from .budget import Budget, check_whole
+from .cache import LongCache, caches, routed_layers
 from .evicting import EvictingLayer, Step
 from .fixed import check_codec, check_layer
-from .layer import LongCache, caches, routed_layers
 
 SCORES = ("sum", "mean", "decay")
 GROUPS = ("sum", "mean", "max")

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core.config import SPECS
 from ..hf.models import unwrap
-from .layer import tensors_in
+from .held import tensors_in
 
 GEOMETRY = (
     "model_type",

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..hf.models import unwrap
 from ..hf.watch import Call, ask, attend
-from .layer import LongCache, routed_layers
+from .cache import LongCache, routed_layers
 from .paged import PagedLayer, Reads
 from .pages import Pages
 from .tree import TreeIndex

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from .budget import check_whole
+from .cache import LongCache, caches, routed_layers
 from .codec import Plain
 from .fixed import check_layer
 from .fixed_pages import FixedMarks, FixedPages, Now
-from .layer import DenseLayer, LongCache, caches, routed_layers
+from .growing import DenseLayer
 from .paged import Marks, PagedLayer, Reads
 from .pages import Pages
 from .recall import recall

@@ -28,7 +28,9 @@ from ..core.errors import UnsupportedModelError
 from ..hf.layers import state_of
 from ..hf.models import unwrap
 from ..hf.watch import Call, attend, watch
-from .layer import AttendingLayer, DenseLayer, LongCache, caches, decode, negative, stock_layers, to_list
+from .cache import LongCache, caches, stock_layers
+from .growing import DenseLayer
+from .layer import AttendingLayer, decode, negative, to_list
 from .state import fitting, whole, wholes
 
 FAR_GRAIN = 16  # pages by which the far store grows: 1,024 tokens of blocks of 64

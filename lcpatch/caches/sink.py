@@ -20,9 +20,9 @@ from ..hf.models import attention_modules, full_attention_layers, unwrap
 from ..hf.rotation import Rotation, rotations_of
 from ..hf.watch import Call
 from .budget import Budget
+from .cache import LongCache, caches, routed_layers
 from .evicting import EvictingLayer
 from .fixed import Steps, check_codec, check_layer
-from .layer import LongCache, caches, routed_layers
 from .state import fitting, wholes
 
 POSITIONS = ("rolling", "absolute")

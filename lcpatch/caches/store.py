@@ -22,8 +22,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ..core.errors import LcpatchError, StoreError
 from ..hf.models import attention_modules, unwrap, weights_of
+from .cache import LongCache, caches
 from .identity import identity_of, tokenizer_identity
-from .layer import LongCache, caches
 from .state import fitting, whole
 
 FORMAT = 1

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from ..hf.models import attention_modules, full_attention_layers, unwrap
 from ..hf.watch import Call
 from .budget import check_whole
+from .cache import LongCache, caches, routed_layers
 from .codec import codec_named
 from .fixed import check_layer
 from .fixed_pages import FixedPages
-from .layer import LongCache, caches, routed_layers
 from .page_sizes import PAGE, page_sizes
 from .paged import PagedLayer, Reads
 from .pages import alike

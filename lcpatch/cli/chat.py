@@ -83,7 +83,7 @@ def _whole(model: Any) -> Any:
 
 def _held(cache: Any) -> str:
     """What a cache has seen, keeps and holds, in words."""
-    from ..caches.layer import bytes_held
+    from ..caches.held import bytes_held
 
     seen = cache.get_seq_length()
     kept = cache.stats()["kept"] if hasattr(cache, "stats") else seen

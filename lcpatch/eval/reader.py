@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..caches.layer import DenseLayer, GrowingLayer, bytes_held
+from ..caches.growing import DenseLayer, GrowingLayer
+from ..caches.held import bytes_held
 from ..patching.apply import unwrap
 from .perplexity import token_nll
 

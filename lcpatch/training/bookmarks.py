@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..caches.layer import AttendingLayer, LongCache, routed_layers
+from ..caches.cache import LongCache, routed_layers
+from ..caches.layer import AttendingLayer
 from ..caches.scattered import is_dense
 from ..caches.scorers import Bookmarks
 from ..core.errors import TrainingError

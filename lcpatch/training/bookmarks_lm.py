@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..caches.layer import AttendingLayer, LongCache, routed_layers
+from ..caches.cache import LongCache, routed_layers
+from ..caches.layer import AttendingLayer
 from ..caches.paged import Reads
 from ..caches.scattered import is_dense
 from ..caches.scorers import Bookmarks

@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lcpatch.bench import cache, measure, peers, tables
 from lcpatch.bench.geometry import TINY
 from lcpatch.caches.h2o import H2OLayer
-from lcpatch.caches.layer import bytes_held
+from lcpatch.caches.held import bytes_held
 from lcpatch.cli import main
 from lcpatch.core.errors import BenchmarkError
 from lcpatch.hf.decode_ahead import decode_ahead

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import lcpatch
-from lcpatch.caches import layer
+from lcpatch.caches import cache as container
 from lcpatch.hf import decode_ahead as module
 
 NEW = 20
@@ -235,7 +235,7 @@ def log(monkeypatch):
     for name in ("item", "cpu", "__bool__", "__int__", "__float__", "__index__"):
         note(torch.Tensor, name, "wait")
     note(module._News, "read", "read")
-    note(layer, "get_ready", "announced")
+    note(container, "get_ready", "announced")
     return entries
 
 

@@ -7,7 +7,7 @@ from models import tokens
 
 import lcpatch
 from lcpatch.caches import slots
-from lcpatch.caches.layer import GrowingLayer
+from lcpatch.caches.growing import GrowingLayer
 from lcpatch.caches.pages import Pages
 from lcpatch.caches.slots import GRAIN, LEAP, Slots, enlarged, grown
 
