@@ -33,8 +33,9 @@ GPU_NAME  = $(shell $(GPU_ENV) $(PYTHON) -c "import torch; print(torch.cuda.get_
 RESULTS  ?= kernels/results
 
 # The results that the README's tables are made of: `lcpatch bench tables … --write README.md`
-README_RESULTS := $(wildcard kernels/results/*-nvidia-h100-80gb-hbm3.json kernels/results/parallel-bytes.json \
-	kernels/results/quality-smollm2.json)
+H100_TABLES := attention decode model shapes
+README_RESULTS := $(H100_TABLES:%=kernels/results/%-nvidia-h100-80gb-hbm3.json) \
+	$(wildcard kernels/results/*-nvidia-h200.json) kernels/results/parallel-bytes.json kernels/results/quality-smollm2.json
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: help venv demo test test-slow test-versions test-kernels test-all quality format gpu gpu-multi wheel clean distclean
