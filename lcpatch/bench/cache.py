@@ -78,6 +78,10 @@ def _h2o_compiled(model: nn.Module, *_: int) -> H2OCache:
     return H2OCache(model, 0.2, compiled=True)
 
 
+def _all_compiled(model: nn.Module, batch: int, most: int) -> H2OCache:
+    return H2OCache(model, most, compiled=True)
+
+
 def _cluster_compiled(model: nn.Module, *_: int) -> ClusterCache:
     return ClusterCache(model, 0.2, compiled=True)
 
@@ -95,6 +99,7 @@ ARMS = (
     Arm("StaticCache, compiled", _static, CHUNK, all_rows=True, new=COMPILED_TOKENS),
     Arm("H2O 0.2", lambda model, batch, most: H2OCache(model, budget=0.2), CHUNK),
     Arm("H2O 0.2, at once", lambda model, batch, most: H2OCache(model, budget=0.2)),
+    Arm("H2O, nothing evicted, compiled", _all_compiled, CHUNK, new=COMPILED_TOKENS),  # the same path, uncompressed
     Arm("H2O 0.2, compiled", _h2o_compiled, CHUNK, new=COMPILED_TOKENS),
     Arm("H2O 0.2, compiled, decode_ahead", _h2o_compiled, CHUNK, new=COMPILED_TOKENS, loop=decode_ahead),
     Arm("H2O 0.2, int8", lambda model, batch, most: H2OCache(model, budget=0.2, codec="int8"), CHUNK),
