@@ -45,6 +45,17 @@ class Index(Protocol):
     def select_rows(self, rows: list[int]) -> None:
         """Keep these batch rows, in that order; where there are as many, in the same tensors."""
 
+    # For a file, where the keys that it was made of do not come back as they were; `like` [B, K, 0, D] is as they.
+
+    def state(self, pages: int, like: Tensor) -> dict[str, Tensor]:
+        """What is known of each row's first `pages`, [B, K, pages, …]."""
+
+    def likes(self, like: Tensor) -> dict[str, Tensor]:
+        """What the tensors of `state` are like."""
+
+    def append_known(self, known: dict[str, Tensor], rows: list[int], room: int) -> None:
+        """Take that of the first pages of `rows`, which have none."""
+
 
 class Reads:
     """How many pages a token of a row reads, and which of them always.
@@ -217,6 +228,8 @@ class PagedLayer(AttendingLayer):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `load_state` takes: tensors, and numbers as JSON."""
         tensors, numbers = self.pages.state()
+        if not self.pages.lossless:  # its keys are no longer what the index knows of them
+            tensors |= self.index.state(max(self.pages.lengths) // self.reads.page, tensors["keys"][:, :, :0])
         online = [int(on) for on in self.online]
         return tensors, {**numbers, "seen": self.seen, "pads": self.pads, "budgets": self.budgets, "online": online}
 
@@ -238,6 +251,9 @@ class PagedLayer(AttendingLayer):
     def _load_pages(
         self, tensors: dict[str, Tensor], numbers: dict[str, Any], lengths: list[int], like: Tensor
     ) -> None:
+        if not self.pages.lossless:
+            self._restore_pages(tensors, numbers, lengths, like)
+            return
         found = fitting(tensors, {"keys": like, "values": like}, len(lengths), max(lengths))
         self.pages.allow(self.budgets or [self.reads.least] * len(lengths))
         self.pages.load(found["keys"], found["values"], lengths, numbers)
@@ -245,6 +261,18 @@ class PagedLayer(AttendingLayer):
             if (full := lengths[rows[0]] // self.reads.page) > 0:
                 keys = found["keys"][rows, :, : full * self.reads.page]
                 self.index.append(keys, rows, 0, self.pages.room)
+
+    def _restore_pages(
+        self, tensors: dict[str, Tensor], numbers: dict[str, Any], lengths: list[int], like: Tensor
+    ) -> None:
+        """The same where pages lost something: those that left stay as they lie, and what was known of them too."""
+        full, likes = [n // self.reads.page for n in lengths], self.index.likes(like)
+        known = {name: x for name, x in tensors.items() if name in likes}
+        known = fitting(known, likes, len(lengths), max(full))
+        self.pages.restore({name: x for name, x in tensors.items() if name not in likes}, lengths, numbers, like)
+        for rows in alike(full):
+            if end := full[rows[0]]:
+                self.index.append_known({name: x[rows, :, :end] for name, x in known.items()}, rows, self.pages.room)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens."""

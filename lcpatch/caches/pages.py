@@ -25,6 +25,7 @@ class Pages:
     """
 
     apart = False  # whether most pages may lie elsewhere
+    lossless = True  # whether every page is what came
 
     def __init__(self, page: int) -> None:
         self.page = page

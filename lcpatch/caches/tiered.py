@@ -35,10 +35,9 @@ from .fixed import check_layer
 from .fixed_pages import FixedPages
 from .page_sizes import PAGE, page_sizes
 from .paged import PagedLayer, Reads
-from .pages import alike
 from .recall import recall
 from .spill import scratch_file
-from .state import fitting, whole
+from .state import whole
 from .tiers import TieredPages, traffic
 from .tree import TreeIndex
 
@@ -250,12 +249,7 @@ class TieredLayer(FixedPages, PagedLayer):
         super().lazy_initialization(key_states, value_states)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """As every paged layer; with a lossy codec also the bounds of the keys as they came."""
         tensors, numbers = super().state()
-        if "records" in tensors:
-            full = tensors["records"].shape[2]
-            bounds = [x[:, :, :full] for x in self.index.tree.levels[0]] if full else [tensors["keys"][:, :, :0]] * 2
-            tensors |= dict(zip(("low", "high"), bounds, strict=True))
         return tensors, numbers | ({} if self.held is None else {"held": self.held})
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
@@ -265,22 +259,6 @@ class TieredLayer(FixedPages, PagedLayer):
             self.held = whole(numbers, "held")
             self.reads = Reads(self.held * page, page, sinks, recent)
         super().load_state(tensors, numbers, like)
-
-    def _load_pages(
-        self, tensors: dict[str, Tensor], numbers: dict[str, Any], lengths: list[int], like: Tensor
-    ) -> None:
-        names = {"keys", "values", "records", "page_in", "used", "low", "high"}
-        if tensors.keys() != names:
-            return super()._load_pages(tensors, numbers, lengths, like)
-        full = [n // self.reads.page for n in lengths]
-        bounds = {name: tensors[name] for name in ("low", "high")}
-        bounds = fitting(bounds, dict.fromkeys(bounds, like), len(lengths), max(full))
-        self.pages.restore(tensors, lengths, numbers, like)
-        for rows in alike(full):
-            if full[rows[0]]:
-                self.index.tree.append_bounds(
-                    *(bounds[name][rows, :, : full[rows[0]]] for name in ("low", "high")), rows
-                )
 
     def _limits(self, lengths: list[int]) -> list[int]:
         page, most = self.reads.page, max(self.most // self.reads.page, self.reads.least)

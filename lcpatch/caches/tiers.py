@@ -27,6 +27,7 @@ from .pages import alike, spare
 from .records import Record
 from .state import whole, wholes
 
+RESTORED = ("keys", "values", "page_in", "used", "records")
 TRAFFIC = ("wanted", "missed", "fetched_ahead", "from_host", "from_disk", "fetched_bytes")
 
 
@@ -66,6 +67,11 @@ class TieredPages:
                 setattr(new, name, copy.deepcopy(getattr(self, name)))
             new._coming = Ahead(self.counts.device)
         return new
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every page comes back as it left."""
+        return self.codec.lossless
 
     @property
     def keys(self) -> Tensor:
@@ -204,7 +210,7 @@ class TieredPages:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `load` takes, or, where a page that comes back is not what it was, `restore`."""
-        if self.codec.lossless:
+        if self.lossless:
             return dict(zip(("keys", "values"), self.whole(), strict=True)), {}
         self._land()
         tensors, clock = self.fast.state()
@@ -226,6 +232,8 @@ class TieredPages:
         Raises:
             ValueError: tensors or numbers that do not fit.
         """
+        if tensors.keys() != set(RESTORED):
+            raise ValueError(f"tensors {sorted(tensors)} where {sorted(RESTORED)} are wanted")
         full = [n // self.page for n in lengths]
         self._begin(like.expand(len(lengths), -1, -1, -1))
         self.lengths, self.limits = lengths, wholes(numbers, "limits", len(lengths))

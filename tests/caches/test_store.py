@@ -19,6 +19,8 @@ from lcpatch.caches.store import KEY
 
 LENGTH = 110
 PADS = [0, 37]
+CODEC = {"codec": "int8"}
+LOSSY = {"offload": True, **CODEC}
 
 
 def saved(name, tmp_path, small=True, model=None, **options):
@@ -62,14 +64,25 @@ def test_codecs_are_saved_as_they_lie(codec, tmp_path):
     assert torch.equal(continued(model, loaded, *text), continued(model, cache, *text))
 
 
+APART = {
+    "tiered": {},
+    "retrieval": {"offload": True},
+    "retrieval by bounds": {"offload": True, "scorer": "quest"},
+    "retrieval compiled": {"offload": True, "compiled": True},
+}
+"""Caches whose pages lie elsewhere, in what a codec makes of them."""
+
+
 @pytest.mark.parametrize("codec", ["int8", "int4"])
 @pytest.mark.parametrize("cut", [0, 9])
-def test_a_tiered_cache_keeps_what_the_fast_tier_held(codec, cut, tmp_path):
-    """Pages that have not lost anything yet, and which of them leaves next."""
-    _, cache, model, (ids, mask) = saved("tiered", tmp_path, small=True, codec=codec)
+@pytest.mark.parametrize("name", APART)
+def test_a_file_keeps_what_the_fast_tier_held_and_what_pages_are_known_by(name, codec, cut, tmp_path):
+    """Pages that have not lost anything yet, which of them leaves next, and summaries of keys that are gone."""
+    _, cache, model, (ids, mask) = saved(name.split()[0], tmp_path, small=True, codec=codec, **APART[name])
     cache.crop(-cut)
     feed(model, ids[:, 80 - cut : 80], cache, [1] * cut, mask[:, :80]) if cut else None
     loaded = lcpatch.load_cache(cache.save(tmp_path / "later.safetensors"), model)
+    assert cut or loaded.memory() == cache.memory()  # a generated token's query is held, and not saved
     assert torch.equal(continued(model, loaded, ids, mask), continued(model, cache, ids, mask))
     assert cache.stats()["hit_rate"] < 1
 
@@ -87,6 +100,16 @@ def test_a_broken_table_of_a_tiered_cache_is_refused(tmp_path):
         save_file(wrong, tmp_path / "wrong.safetensors", metadata=header)
         with pytest.raises(lcpatch.LcpatchError, match=message):
             lcpatch.load_cache(tmp_path / "wrong.safetensors", model)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_pages_that_lie_elsewhere_are_saved_before_one_is_full(name, tmp_path):
+    model = make_model(name.split()[0])
+    cache = make(name.split()[0], model, small=True, codec="int8", **APART[name])
+    feed(model, tokens(1, 3), cache, [3])
+    loaded = lcpatch.load_cache(cache.save(tmp_path / "prefix"), model)
+    turn = tokens(1, 40, seed=1)
+    assert torch.equal(feed(model, turn, loaded, [1] * 40), feed(model, turn, cache, [1] * 40))
 
 
 def test_rows_repeated_in_a_fast_tier_of_bytes_are_loaded(tmp_path):
@@ -229,10 +252,10 @@ def test_a_changed_header_is_refused(change, word, tmp_path):
         lcpatch.load_cache(rewritten(path, change), model)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_fuzzed_numbers_and_tensors_never_load_into_nonsense(name, tmp_path):
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in ALL), ("retrieval", LOSSY), ("tiered", CODEC)])
+def test_fuzzed_numbers_and_tensors_never_load_into_nonsense(name, options, tmp_path):
     """Every number of a layer replaced by something wrong, every tensor by one that does not fit."""
-    path, _, model, _ = saved(name, tmp_path)
+    path, _, model, _ = saved(name, tmp_path, **options)
     with safe_open(path, framework="pt") as file:
         numbers = json.loads(file.metadata()[KEY])["layers"][0]["numbers"]
     for key, value in numbers.items():
