@@ -67,7 +67,7 @@ class TieredCache(LongCache):
         num_sinks, recent: tokens at the row's begin and end whose pages are always read.
         codec: how a page is stored off the fast tier: "int8", "int4", "fp8", "bf16", or None (as it is).
         disk: folder, which must exist, of the slowest tier, which then holds every page; None: host memory does.
-        host_bytes: with a disk, what host memory holds of the pages used last, for all layers together.
+        host_bytes: with a disk, the most that host memory holds of the pages used last, for all layers together.
         ahead: fetch for the next layer by this layer's query; default: with a disk, which takes longer to answer than
             a layer to compute. From host memory, choosing twice takes longer than fetching once.
         compiled: generate in buffers that never move: on a GPU `generate` then compiles the decode step, once, and
