@@ -322,13 +322,14 @@ class PagedLayer(AttendingLayer):
         """Which share of the full softmax the keys read by the last generated token hold: [B, H], fp32 (float64 for
         float64), NaN for a row without keys; None where the last step was no generated token. See `recall.recall`.
 
-        One more attention of that token, over everything: sum over its keys of exp(score) is exp(lse) in both.
+        One more attention of that token, over everything: sum over its keys of exp(score) is exp(lse) in both. What is
+        read for it is no hit and no miss.
         """
         if self._asked is None:
             return None
         call, lse = self._asked
         bounds = torch.tensor([[0, n] for n in self.pages.lengths], dtype=torch.int32).to(self.device)
-        _, full = decode(call, *self.pages.whole(), spec=call.spec, bounds=bounds)
+        _, full = decode(call, *self.pages.look(), spec=call.spec, bounds=bounds)
         return (lse - full).exp().clamp(max=1)[..., 0]
 
 

@@ -80,6 +80,10 @@ class Pages:
         most = max(self.lengths)
         return self.keys[:, :, :most], self.values[:, :, :most]
 
+    def look(self) -> tuple[Tensor, Tensor]:
+        """The same for who only measures."""
+        return self.whole()
+
     def close(self) -> Iterable[tuple[list[int], int, int]]:
         """Pages that single tokens have filled since `append`, which yields them at once."""
         return ()

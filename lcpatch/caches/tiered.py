@@ -272,18 +272,6 @@ class TieredLayer(FixedPages, PagedLayer):
             self.proven = self.proven + self.index.found
         self.index.found.zero_()
 
-    def recalled(self) -> Tensor | None:
-        """As every paged layer; what it reads for this is no hit and no miss."""
-        self.leave_fixed()
-        if self._asked is None:
-            return None
-        store = self.pages.home.store
-        counts = store.from_host, store.from_disk
-        try:
-            return super().recalled()
-        finally:
-            store.from_host, store.from_disk = counts
-
     def _retrieve(self, call: Call) -> tuple[Tensor, Tensor]:
         out = super()._retrieve(call)
         if self._over():
