@@ -12,7 +12,7 @@ what is neither recent nor among the highest sums goes. Departures:
 from __future__ import annotations
 
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from .budget import Budget, check_whole
 from .cache import LongCache, caches, routed_layers
 from .evicting import EvictingLayer, Step
 from .fixed import check_codec, check_layer
+from .layer import to_list
+from .state import fitting
 
 SCORES = ("sum", "mean", "decay")
 GROUPS = ("sum", "mean", "max")
@@ -93,6 +95,22 @@ class H2OCache(LongCache):
 
         super().__init__(layers=routed_layers(model, "H2OCache", make))
 
+    def stats(self, measure: bool = False) -> dict[str, Any]:
+        """Besides what every cache says:
+
+        `mass_kept`: of all the attention that tokens were given so far (`group` puts query heads together), the share
+        that tokens which are still kept were given; the mean over layers, rows and KV heads, and `mass_kept_by_layer`.
+        Each query gave its attention to what was kept when it came. So this is not the share of full attention that a
+        token sees now: what is gone was given nothing since, and could be what the next token would look for. It falls
+        with what is evicted and rises with every token after that, up to 1. None before the first token, and for
+        score="decay", whose sums forget.
+        """
+        told = super().stats(measure)
+        shares = {n: layer.mass_kept() for n, layer in enumerate(self.layers) if isinstance(layer, H2OLayer)}
+        by_layer = {n: float(x.nanmean()) for n, x in shares.items() if x is not None}
+        mean = sum(by_layer.values()) / len(by_layer) if by_layer else None
+        return {**told, "mass_kept": mean, "mass_kept_by_layer": by_layer}
+
 
 class H2OLayer(EvictingLayer):
     """One layer: the attention that each kept token was given so far, in fp32."""
@@ -114,6 +132,14 @@ class H2OLayer(EvictingLayer):
     ) -> None:
         super().__init__(budget, codec, fixed)
         self.kind, self.decay, self.group, self.grace = score, decay, group, grace
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.gone: Tensor | None = None  # fp32 [B, K, 1]: what evicted tokens had been given
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.gone = torch.zeros(*key_states.shape[:2], 1, device=self.device)
 
     def observe(self, step: Step) -> None:
         """Add what the step's queries gave."""
@@ -147,3 +173,39 @@ class H2OLayer(EvictingLayer):
         if self.grace:
             worth = worth.masked_fill(position >= self.seen - self.grace, torch.finfo(torch.float32).max)
         return worth
+
+    def evict(self, targets: list[int]) -> None:
+        before = self._held(self.counts)
+        super().evict(targets)
+        self.gone = self.gone + before - self._held(targets)
+
+    def mass_kept(self) -> Tensor | None:
+        """[B, K]: the share of what was given so far that kept tokens were given; NaN for a row without tokens."""
+        self.leave_fixed()
+        if not self.is_initialized or self.kind == "decay":
+            return None
+        held = self._held(self.counts)
+        return (held / (held + self.gone))[..., 0]
+
+    def _held(self, counts: list[int]) -> Tensor:
+        """What the last `counts[r]` slots of every row were given, [B, K, 1]."""
+        mass = self.slots["mass"]
+        first = mass.shape[2] - self._column(counts)
+        return mass.masked_fill(torch.arange(mass.shape[2], device=self.device) < first, 0).sum(-1, keepdim=True)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.is_initialized:
+            self.gone = self.gone[to_list(indices)]
+
+    def memory(self) -> int:
+        return super().memory() + (0 if self.gone is None else self.gone.untyped_storage().nbytes())
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, numbers = super().state()
+        return {**tensors, "gone": self.gone}, numbers
+
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
+        gone = {name: x for name, x in tensors.items() if name == "gone"}
+        super().load_state({name: x for name, x in tensors.items() if name != "gone"}, numbers, like)
+        self.gone = fitting(gone, {"gone": self.gone[:1]}, len(self.pads), 1)["gone"]

@@ -93,7 +93,7 @@ class Home:
     def state(self, pages: int) -> Tensor:
         """On the host, the records [B, K, pages, bytes] of each row's first pages, zero where there is none."""
         table = self.table[:, :, :pages].cpu()
-        records = self.store.read(table.clamp(min=0).flatten()).view(*table.shape, -1)
+        records = self.store.read(table.clamp(min=0).flatten()).view(*table.shape, self.record.nbytes)
         return records.masked_fill_(table[..., None] < 0, 0)
 
     def restore(self, records: Tensor, full: list[int]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,27 +23,7 @@ from .tiers import TieredPages
 
 if TYPE_CHECKING:
     from .fixed_pages import Now
-
-
-class Index(Protocol):
-    """What is known of a layer's full pages without reading them."""
-
-    nbytes: int
-
-    def append(self, keys: Tensor, rows: list[int], begin: int, room: int) -> None:
-        """Take the keys [rows, K, tokens, D] of the pages from `begin` on; `room` pages are reserved in all."""
-
-    def scores(self, query: Tensor, marks: Marks, scale: float | None) -> Tensor:
-        """How well the pages before each row's newest fit, fp32 [B, K, most of a row]; -inf: not at all.
-
-        `scale` is the attention's factor of q k; None: 1 / sqrt(D).
-        """
-
-    def cut(self, row: int, pages: int) -> None:
-        """Forget the pages of a row from `pages` on."""
-
-    def select_rows(self, rows: list[int]) -> None:
-        """Keep these batch rows, in that order; where there are as many, in the same tensors."""
+    from .index import Index
 
 
 class Reads:
@@ -217,6 +197,8 @@ class PagedLayer(AttendingLayer):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `load_state` takes: tensors, and numbers as JSON."""
         tensors, numbers = self.pages.state()
+        if not self.pages.lossless:  # its keys are no longer what the index knows of them
+            tensors |= self.index.state(max(self.pages.lengths) // self.reads.page, tensors["keys"][:, :, :0])
         online = [int(on) for on in self.online]
         return tensors, {**numbers, "seen": self.seen, "pads": self.pads, "budgets": self.budgets, "online": online}
 
@@ -238,6 +220,9 @@ class PagedLayer(AttendingLayer):
     def _load_pages(
         self, tensors: dict[str, Tensor], numbers: dict[str, Any], lengths: list[int], like: Tensor
     ) -> None:
+        if not self.pages.lossless:
+            self._restore_pages(tensors, numbers, lengths, like)
+            return
         found = fitting(tensors, {"keys": like, "values": like}, len(lengths), max(lengths))
         self.pages.allow(self.budgets or [self.reads.least] * len(lengths))
         self.pages.load(found["keys"], found["values"], lengths, numbers)
@@ -245,6 +230,18 @@ class PagedLayer(AttendingLayer):
             if (full := lengths[rows[0]] // self.reads.page) > 0:
                 keys = found["keys"][rows, :, : full * self.reads.page]
                 self.index.append(keys, rows, 0, self.pages.room)
+
+    def _restore_pages(
+        self, tensors: dict[str, Tensor], numbers: dict[str, Any], lengths: list[int], like: Tensor
+    ) -> None:
+        """The same where pages lost something: those that left stay as they lie, and what was known of them too."""
+        full, likes = [n // self.reads.page for n in lengths], self.index.likes(like)
+        known = {name: x for name, x in tensors.items() if name in likes}
+        known = fitting(known, likes, len(lengths), max(full))
+        self.pages.restore({name: x for name, x in tensors.items() if name not in likes}, lengths, numbers, like)
+        for rows in alike(full):
+            if end := full[rows[0]]:
+                self.index.append_known({name: x[rows, :, :end] for name, x in known.items()}, rows, self.pages.room)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens."""
@@ -294,13 +291,14 @@ class PagedLayer(AttendingLayer):
         """Which share of the full softmax the keys read by the last generated token hold: [B, H], fp32 (float64 for
         float64), NaN for a row without keys; None where the last step was no generated token. See `recall.recall`.
 
-        One more attention of that token, over everything: sum over its keys of exp(score) is exp(lse) in both.
+        One more attention of that token, over everything: sum over its keys of exp(score) is exp(lse) in both. What is
+        read for it is no hit and no miss.
         """
         if self._asked is None:
             return None
         call, lse = self._asked
         bounds = torch.tensor([[0, n] for n in self.pages.lengths], dtype=torch.int32).to(self.device)
-        _, full = decode(call, *self.pages.whole(), spec=call.spec, bounds=bounds)
+        _, full = decode(call, *self.pages.look(), spec=call.spec, bounds=bounds)
         return (lse - full).exp().clamp(max=1)[..., 0]
 
 

@@ -25,6 +25,7 @@ class Pages:
     """
 
     apart = False  # whether most pages may lie elsewhere
+    lossless = True  # whether every page is what came
 
     def __init__(self, page: int) -> None:
         self.page = page
@@ -78,6 +79,10 @@ class Pages:
         """All keys and values, [B, K, tokens, D], as views."""
         most = max(self.lengths)
         return self.keys[:, :, :most], self.values[:, :, :most]
+
+    def look(self) -> tuple[Tensor, Tensor]:
+        """The same for who only measures."""
+        return self.whole()
 
     def close(self) -> Iterable[tuple[list[int], int, int]]:
         """Pages that single tokens have filled since `append`, which yields them at once."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .budget import check_whole
 from .cache import LongCache, caches, routed_layers
-from .codec import Plain
+from .codec import codec_named
 from .fixed import check_layer
 from .fixed_pages import FixedMarks, FixedPages, Now
 from .growing import DenseLayer
@@ -51,6 +51,10 @@ class RetrievalCache(LongCache):
         group: how the scores of a KV head's query heads are put together: "max", or "softmax" (their sum).
         dense_layers: so many of the first layers read everything (Quest's choice is 2).
         offload: keep the pages in host memory, and on the device those read last, within the budget.
+        codec: with `offload`, how a full page lies in host memory: "int8", "int4", "fp8", "bf16", or None (as it is).
+            On the device it is as it came, so a page has lost something once it has left and is read again; several
+            tokens at a time (a later turn) read all that have left. Scorers sum up the keys as they came; only a page
+            that `crop` opens again after it has left is filled up, and then summed up, from what came back.
         compiled: generate in buffers that never move: on a GPU `generate` then compiles the decode step, and replays it
             as a CUDA graph until there is room no more (for 4,096 tokens or a quarter of the text, whichever is more;
             then it compiles once more). The same is read and kept as without. Read long prompts by `cache.read(ids,
@@ -77,11 +81,18 @@ class RetrievalCache(LongCache):
         group: str = "max",
         dense_layers: int = 0,
         offload: bool = False,
+        codec: str | None = None,
         compiled: bool = False,
     ) -> None:
         if group not in GROUPS:
             raise ValueError(f"group={group!r} is not one of {', '.join(map(repr, GROUPS))}")
         check_whole("dense_layers", dense_layers, 0)
+        stored = codec_named(codec)
+        if codec is not None and not offload:
+            raise ValueError(
+                f"codec={codec!r} is how pages lie in host memory, and with offload=False none do: give offload=True, "
+                "or leave codec out"
+            )
         if compiled and dense_layers:
             raise ValueError(
                 f"compiled=True generates in buffers that stay, and dense_layers={dense_layers} grow with every token: "
@@ -100,7 +111,7 @@ class RetrievalCache(LongCache):
                 compiled,
                 reads,
                 lambda reads, rows: ScorerIndex(by_layer[index], page, group, rows),
-                lambda: TieredPages(page, Plain()) if offload else Pages(page),
+                lambda: TieredPages(page, stored) if offload else Pages(page),
             )
 
         super().__init__(layers=routed_layers(model, "RetrievalCache", make))
@@ -146,7 +157,9 @@ class ScorerIndex:
         self.summary: tuple[Tensor, ...] = ()
 
     def append(self, keys: Tensor, rows: list[int], begin: int, room: int) -> None:
-        new = self.scorer.summarise(keys, self.page)
+        self._append(self.scorer.summarise(keys, self.page), rows, begin, room)
+
+    def _append(self, new: tuple[Tensor, ...], rows: list[int], begin: int, room: int) -> None:
         self._reserve(room, new)
         for own, x in zip(self.summary, new, strict=True):
             own[rows, :, begin : begin + x.shape[2]] = x
@@ -192,6 +205,18 @@ class ScorerIndex:
     def fixed_scores(self, query: Tensor, fixed: FixedMarks, now: Now, scale: float | None) -> Tensor:
         """As `scores`, over all pages that there is room for: shapes and control follow from no length."""
         return self._scores(query, tuple(x[:, :, : fixed.place.shape[0]] for x in self.summary), now.real, scale)
+
+    # For a file.
+
+    def state(self, pages: int, like: Tensor) -> dict[str, Tensor]:
+        self.stand_still(pages, like)
+        return {f"summary{n}": x[:, :, :pages] for n, x in enumerate(self.summary)}
+
+    def likes(self, like: Tensor) -> dict[str, Tensor]:
+        return {f"summary{n}": x for n, x in enumerate(self.scorer.summarise(_one_page(like, self.page), self.page))}
+
+    def append_known(self, known: dict[str, Tensor], rows: list[int], room: int) -> None:
+        self._append(tuple(known.values()), rows, 0, room)
 
     def top_pages(self, limits: list[int]) -> list[int]:
         """None: it looks for no keys."""

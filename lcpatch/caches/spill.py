@@ -25,7 +25,7 @@ from .arena import words
 from .residents import Residents
 
 ALIGNMENT = 4096  # of a record in the file: no read touches a block of the disk more than it must
-FILE_GROWTH = 1.25
+GROWTH = 1.25  # of the file, and of host memory before it
 
 
 def scratch_file(folder: str | Path) -> BinaryIO:
@@ -112,7 +112,7 @@ class PageFile:
     def _reserve(self, count: int) -> None:
         if count <= self.reserved:
             return
-        reserved = max(count, int(self.reserved * FILE_GROWTH))
+        reserved = max(count, int(self.reserved * GROWTH))
         begin, size = self.reserved * self.stride, (reserved - self.reserved) * self.stride
         try:
             if hasattr(os, "posix_fallocate"):
@@ -136,16 +136,15 @@ class Disk:
     Args:
         record: bytes, in whole words of 8.
         folder: of the file.
-        room: how many records host memory may hold.
+        room: how many records host memory may hold; it is reserved as they come.
         pinned: whether what is read goes to a GPU.
     """
 
     def __init__(self, record: int, folder: str | Path, room: int, pinned: bool) -> None:
-        self.record, self.pinned = record, pinned
+        self.record, self.room, self.pinned = record, room, pinned
         self.file = PageFile(record, folder)
-        self.host = torch.empty(room, record, dtype=torch.uint8)
+        self.host = torch.empty(0, record, dtype=torch.uint8)
         self.resident = Residents(1, 0)
-        self.resident.grow(room, torch.tensor([room]))
         self.from_host = self.from_disk = 0  # records read
         self._lock = Lock()  # a thread reads ahead
 
@@ -181,8 +180,18 @@ class Disk:
         return {"host": self.host.nbytes, "disk": self.file.nbytes}
 
     def _admit(self, numbers: Tensor, records: Tensor) -> None:
-        if room := len(self.host):
+        if room := self.room:
             numbers, records = numbers[-room:], records[-room:]
+            self._widen()
             self.resident.reserve(self.file.count)
             slots = self.resident.take(numbers[None, None])[0].flatten().long()
             words(self.host)[slots] = words(records)
+
+    def _widen(self) -> None:
+        """Have slots for every record that there is, as far as host memory may hold them."""
+        held, wanted = len(self.host), min(self.file.count, self.room)
+        if wanted > held:
+            slots = min(self.room, max(wanted, int(held * GROWTH)))
+            self.host, old = torch.empty(slots, self.record, dtype=torch.uint8), self.host
+            self.host[:held] = old
+            self.resident.grow(slots, torch.tensor([slots]))

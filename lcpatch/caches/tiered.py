@@ -35,10 +35,9 @@ from .fixed import check_layer
 from .fixed_pages import FixedPages
 from .page_sizes import PAGE, page_sizes
 from .paged import PagedLayer, Reads
-from .pages import alike
 from .recall import recall
 from .spill import scratch_file
-from .state import fitting, whole
+from .state import whole
 from .tiers import TieredPages, traffic
 from .tree import TreeIndex
 
@@ -68,7 +67,7 @@ class TieredCache(LongCache):
         num_sinks, recent: tokens at the row's begin and end whose pages are always read.
         codec: how a page is stored off the fast tier: "int8", "int4", "fp8", "bf16", or None (as it is).
         disk: folder, which must exist, of the slowest tier, which then holds every page; None: host memory does.
-        host_bytes: with a disk, what host memory holds of the pages used last, for all layers together.
+        host_bytes: with a disk, the most that host memory holds of the pages used last, for all layers together.
         ahead: fetch for the next layer by this layer's query; default: with a disk, which takes longer to answer than
             a layer to compute. From host memory, choosing twice takes longer than fetching once.
         compiled: generate in buffers that never move: on a GPU `generate` then compiles the decode step, once, and
@@ -250,12 +249,7 @@ class TieredLayer(FixedPages, PagedLayer):
         super().lazy_initialization(key_states, value_states)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """As every paged layer; with a lossy codec also the bounds of the keys as they came."""
         tensors, numbers = super().state()
-        if "records" in tensors:
-            full = tensors["records"].shape[2]
-            bounds = [x[:, :, :full] for x in self.index.tree.levels[0]] if full else [tensors["keys"][:, :, :0]] * 2
-            tensors |= dict(zip(("low", "high"), bounds, strict=True))
         return tensors, numbers | ({} if self.held is None else {"held": self.held})
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
@@ -265,22 +259,6 @@ class TieredLayer(FixedPages, PagedLayer):
             self.held = whole(numbers, "held")
             self.reads = Reads(self.held * page, page, sinks, recent)
         super().load_state(tensors, numbers, like)
-
-    def _load_pages(
-        self, tensors: dict[str, Tensor], numbers: dict[str, Any], lengths: list[int], like: Tensor
-    ) -> None:
-        names = {"keys", "values", "records", "page_in", "used", "low", "high"}
-        if tensors.keys() != names:
-            return super()._load_pages(tensors, numbers, lengths, like)
-        full = [n // self.reads.page for n in lengths]
-        bounds = {name: tensors[name] for name in ("low", "high")}
-        bounds = fitting(bounds, dict.fromkeys(bounds, like), len(lengths), max(full))
-        self.pages.restore(tensors, lengths, numbers, like)
-        for rows in alike(full):
-            if full[rows[0]]:
-                self.index.tree.append_bounds(
-                    *(bounds[name][rows, :, : full[rows[0]]] for name in ("low", "high")), rows
-                )
 
     def _limits(self, lengths: list[int]) -> list[int]:
         page, most = self.reads.page, max(self.most // self.reads.page, self.reads.least)
@@ -293,18 +271,6 @@ class TieredLayer(FixedPages, PagedLayer):
             self.searches += taken * self.pages.num_heads * len(self.pads)
             self.proven = self.proven + self.index.found
         self.index.found.zero_()
-
-    def recalled(self) -> Tensor | None:
-        """As every paged layer; what it reads for this is no hit and no miss."""
-        self.leave_fixed()
-        if self._asked is None:
-            return None
-        store = self.pages.home.store
-        counts = store.from_host, store.from_disk
-        try:
-            return super().recalled()
-        finally:
-            store.from_host, store.from_disk = counts
 
     def _retrieve(self, call: Call) -> tuple[Tensor, Tensor]:
         out = super()._retrieve(call)

@@ -27,6 +27,7 @@ from .pages import alike, spare
 from .records import Record
 from .state import whole, wholes
 
+RESTORED = ("keys", "values", "page_in", "used", "records")
 TRAFFIC = ("wanted", "missed", "fetched_ahead", "from_host", "from_disk", "fetched_bytes")
 
 
@@ -66,6 +67,11 @@ class TieredPages:
                 setattr(new, name, copy.deepcopy(getattr(self, name)))
             new._coming = Ahead(self.counts.device)
         return new
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every page comes back as it left."""
+        return self.codec.lossless
 
     @property
     def keys(self) -> Tensor:
@@ -175,6 +181,14 @@ class TieredPages:
             out[which, :, :, end - rest : end] = self.fast.open_pages(which)[:, :, :, :rest]
         return out[:, :, 0, :most], out[:, :, 1, :most]
 
+    def look(self) -> tuple[Tensor, Tensor]:
+        """The same for who only measures: what is read counts nowhere."""
+        store = self.home.store
+        counts = store.from_host, store.from_disk
+        found = self.whole()
+        store.from_host, store.from_disk = counts
+        return found
+
     def cut(self, lengths: list[int]) -> None:
         """Forget the tokens of each row from its new length on; a full page that is cut is open again."""
         if self.fast is None:
@@ -204,7 +218,7 @@ class TieredPages:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `load` takes, or, where a page that comes back is not what it was, `restore`."""
-        if self.codec.lossless:
+        if self.lossless:
             return dict(zip(("keys", "values"), self.whole(), strict=True)), {}
         self._land()
         tensors, clock = self.fast.state()
@@ -226,6 +240,8 @@ class TieredPages:
         Raises:
             ValueError: tensors or numbers that do not fit.
         """
+        if tensors.keys() != set(RESTORED):
+            raise ValueError(f"tensors {sorted(tensors)} where {sorted(RESTORED)} are wanted")
         full = [n // self.page for n in lengths]
         self._begin(like.expand(len(lengths), -1, -1, -1))
         self.lengths, self.limits = lengths, wholes(numbers, "limits", len(lengths))

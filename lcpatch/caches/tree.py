@@ -233,6 +233,16 @@ class TreeIndex:
     def _tops(self, limits: list[int]) -> list[int]:
         return [self.top or max((pages - 1) * self.reads.page // 4, 1) for pages in limits]
 
+    def state(self, pages: int, like: Tensor) -> dict[str, Tensor]:
+        self.tree.reserve(pages, like)
+        return {name: x[:, :, :pages] for name, x in zip(("low", "high"), self.tree.levels[0], strict=True)}
+
+    def likes(self, like: Tensor) -> dict[str, Tensor]:
+        return {"low": like, "high": like}
+
+    def append_known(self, known: dict[str, Tensor], rows: list[int], room: int) -> None:
+        self.tree.append_bounds(known["low"], known["high"], rows)
+
     def cut(self, row: int, pages: int) -> None:
         self.tree.cut(row, pages)
 

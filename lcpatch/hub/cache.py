@@ -42,8 +42,7 @@ def load_cache(
     """The cache that `cache.save` or `lcpatch.push_to_hub` wrote: `model.generate(**inputs, past_key_values=cache)`.
 
     The inputs are the whole text, the saved prefix in front, as in any later turn. Continuing gives what continuing
-    the saved cache gives, to the bit; but a tiered cache with a lossy codec forgets which pages the fast tier held as
-    they came: there the two differ by what the codec loses.
+    the saved cache gives, to the bit.
 
     Args:
         id_or_path: the file, a folder that holds it, or a repository on the Hub.

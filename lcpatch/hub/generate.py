@@ -12,6 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from .. import __version__
 from ..caches import caches
 from .about import About
@@ -60,15 +64,15 @@ def export_generate(
         The files.
 
     Raises:
-        UnknownNameError: no such cache.
-        ValueError: an option that it does not have or that is no plain value; a README.md of somebody else's in `out`.
+        UnknownNameError: no such cache, or no such scorer.
+        ValueError: an option that it does not have, a value that it refuses or that is no plain one, a place on this
+            machine (`disk`); a README.md of somebody else's in `out`.
     """
     kind, folder, about = caches.get(name), Path(out), About.of(about)
     _check(kind, options)
     card = _card(kind, repo_id or f"me/{name}", options, about)
     written = write_card(folder, card, {})
-    code = SOURCE.format(name=name, version=__version__, options=options, class_name=kind.__name__)
-    files = {"generate.py": code, "requirements.txt": f"lcpatch>={__version__}\n"}
+    files = {"generate.py": _source(kind, options), "requirements.txt": f"lcpatch>={__version__}\n"}
     (folder / "custom_generate").mkdir(exist_ok=True)
     for file, content in files.items():
         (folder / "custom_generate" / file).write_text(content, encoding="utf-8")
@@ -106,12 +110,32 @@ def push_generate(
 
 
 def _check(kind: type, options: Mapping[str, Any]) -> None:
+    """Refuse what whoever uses the file would be refused, with the sentence that they would read."""
     known = list(inspect.signature(kind).parameters)[1:]
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"{kind.name} cache has no option {unknown[0]!r}; options: {', '.join(known) or 'none'}")
     for option, value in options.items():
         if not isinstance(value, (str, int, float, bool, type(None))):
             raise ValueError(f"{option}={value!r} must be a plain value to be written into a file")
+        if option in kind.places:
+            raise ValueError(
+                f"{option}={value!r} is for whoever generates to choose, on their machine: leave it out here, and give "
+                f"it to generate as cache_options={{{option!r}: …}}"
+            )
+    if options:  # without, a cache is what it is by default
+        kind(_any_model(), **options)
+
+
+def _any_model() -> nn.Module:
+    """A tiny one with random weights, of the kind that caches with options take; random numbers go on as they were."""
+    sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), 8)
+    heads = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
+    with torch.random.fork_rng(devices=[]):
+        return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+
+
+def _source(kind: type, options: Mapping[str, Any]) -> str:
+    return SOURCE.format(name=kind.name, version=__version__, options=dict(options), class_name=kind.__name__)
 
 
 def _card(kind: type, repo_id: str, options: Mapping[str, Any], about: About) -> str:

@@ -46,7 +46,7 @@ def test_it_keeps_what_is_kept_without(cut, name):
         one.leave_fixed()
         assert torch.equal(one.key_positions(), other.key_positions())
         assert (one.counts, one.intact) == (other.counts, other.intact)
-    assert fixed.stats() == plain.stats()
+    assert fixed.stats() == {n: x if x is None else pytest.approx(x, rel=1e-5) for n, x in plain.stats().items()}
 
 
 def test_a_row_is_filled_up_to_whole_lines():

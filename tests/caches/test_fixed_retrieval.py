@@ -19,6 +19,8 @@ CACHES = {
     "mean": {"scorer": "mean"},
     "softmax of groups": {"scorer": "mean", "group": "softmax"},
     "offloaded": {"offload": True},
+    "offloaded int8": {"offload": True, "codec": "int8"},
+    "offloaded int4, by bounds": {"offload": True, "codec": "int4", "scorer": "quest"},
     "a share": {"budget": 0.4},
     "all of it": {"budget": 1 << 20},
     "longer pages": {"page": 16, "budget": 64},
@@ -115,7 +117,9 @@ def test_every_turn_generates_in_the_same_tensors_and_memory_is_told():
     assert len(places) == 1
 
 
-@pytest.mark.parametrize("options", [{}, {"offload": True}, {"scorer": "mean", "group": "softmax"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"offload": True}, {"offload": True, "codec": "fp8"}, {"scorer": "mean", "group": "softmax"}]
+)
 def test_the_decode_step_compiles_once(options):
     """In `generate`, as on a GPU: no graph break, and nothing compiled anew, whatever the length and the cache."""
     model, ids, graphs = build(), tokens(2, 70), []

@@ -23,6 +23,7 @@ class Definition:
 
     def __init__(self, layer: H2OLayer) -> None:
         self.layer, self.kept = layer, [[] for _ in range(KV_HEADS)]  # per KV head: [position, key, value, mass]
+        self.gone = [0.0] * KV_HEADS
         self.seen = 0
 
     def step(self, q, k, v):
@@ -64,6 +65,7 @@ class Definition:
                 worth.append(torch.inf if n < sinks or n >= len(items) - recent else 1e30 if young else mass)
             best = sorted(range(len(items)), key=lambda n: (-worth[n], n))[:target]
             self.kept[head] = [items[n] for n in sorted(best)]
+            self.gone[head] += sum(items[n][3] for n in range(len(items)) if n not in best)
 
 
 def run(budget: Budget, sizes, **options):
@@ -99,6 +101,45 @@ def test_h2o_is_its_definition(sizes, options):
     mass = layer.slots["mass"][0].double()
     want = torch.tensor([[item[3] for item in items] for items in definition.kept], dtype=torch.float64)
     assert (mass - want).abs().max() <= len(sizes) * torch.finfo(torch.float32).eps * want.max()
+    if layer.kind == "decay":
+        assert layer.mass_kept() is None
+        return
+    held, gone = want.sum(-1), torch.tensor(definition.gone, dtype=torch.float64)
+    eps = torch.finfo(torch.float32).eps
+    assert (layer.mass_kept()[0] - held / (held + gone)).abs().max() <= 2 * len(sizes) * eps
+    assert layer.mass_kept().max() < 0.99
+    if layer.group == "sum":  # every query of both heads gives 1 in all
+        given = (mass.sum(-1) + layer.gone[0, :, 0]) / (2 * definition.seen)
+        assert (given - 1).abs().max() <= len(sizes) * eps
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_share_of_attention_kept_is_told_whatever_happens_to_a_cache(compiled, tmp_path):
+    """Of rows with pads alone, of copies in another order, of a file, of what was taken back; 1 with room for all."""
+    model, pads = build(), [0, 31]
+    ids, mask = tokens(2, LENGTH), left_padding(pads)
+    cache = lcpatch.H2OCache(model, budget=24, compiled=compiled)
+    assert cache.stats()["mass_kept"] is None
+    feed(model, ids, cache, [60, *[1] * 30], mask)
+    shares = torch.stack([layer.mass_kept() for layer in cache.layers], 1)
+    assert cache.stats()["mass_kept"] == pytest.approx(float(shares.mean()))
+    assert list(cache.stats()["mass_kept_by_layer"]) == [0, 1]
+    assert 0 < shares.min() <= shares.max() < 1
+    for row, skip in enumerate(pads):
+        alone = lcpatch.H2OCache(model, budget=24)
+        feed(model, ids[row : row + 1, skip:], alone, [60 - skip, *[1] * 30])
+        assert distance(torch.stack([layer.mass_kept()[0] for layer in alone.layers]), shares[row]) <= 1e-5
+    loaded = lcpatch.load_cache(cache.save(tmp_path / "prefix"), model)
+    assert loaded.stats() == cache.stats()
+    cache.reorder_cache(torch.tensor([1, 1, 0]))
+    now = torch.stack([layer.mass_kept() for layer in cache.layers], 1)
+    assert torch.equal(now, shares[[1, 1, 0]])
+    cache.reset()
+    assert cache.stats()["mass_kept"] is None
+    wide = lcpatch.H2OCache(model, budget=500, compiled=compiled)
+    feed(model, ids, wide, [60, *[1] * 30], mask)
+    wide.crop(-3)
+    assert wide.stats()["mass_kept"] == 1
 
 
 @pytest.mark.parametrize("budget", [Budget(0.25, 2), Budget(40, 4, 10, evict_every=5), Budget(0.5, 0, 3)])

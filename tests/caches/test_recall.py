@@ -116,6 +116,15 @@ def test_measuring_changes_nothing_and_not_measuring_costs_nothing(tmp_path, mon
     assert counted[0] == counted[1]
 
 
+def test_what_is_read_to_measure_is_no_traffic():
+    model = build()
+    cache = make("retrieval", model, small=True, offload=True, codec="int8")
+    feed(model, tokens(2, LENGTH), cache, CUT)
+    before = cache.stats()
+    assert 0 < cache.stats(measure=True)["mass_recalled"] < 1
+    assert cache.stats() == before
+
+
 @pytest.mark.parametrize("name", [n for n in ALL if n not in SELECTING])
 def test_what_is_gone_is_not_measured(name):
     model = make_model(name)

@@ -4,14 +4,14 @@ import itertools
 
 import pytest
 import torch
-from cache_cases import LENGTH, feed, make, make_model, randn, step
+from cache_cases import LENGTH, feed, left_padding, make, make_model, randn, step
 from models import build, tokens
 from noise import distance, model_budget
 from transformers import DynamicCache
 
 import lcpatch
 import lcpatch_kernels
-from lcpatch.caches.codec import Plain
+from lcpatch.caches.codec import codec_named
 from lcpatch.caches.paged import PagedLayer, Reads
 from lcpatch.caches.pages import Pages
 from lcpatch.caches.retrieval import ScorerIndex
@@ -22,13 +22,13 @@ PAGE, SINKS, RECENT, READS = 4, 4, 4, 6
 EPS = torch.finfo(torch.float64).eps
 
 
-def layer_for(scorer="quest", group="max", offload=False):
+def layer_for(scorer="quest", group="max", offload=False, codec=None):
     (made,) = make_scorers(scorer, 1)
     return PagedLayer(
         "RetrievalCache",
         Reads(READS * PAGE, PAGE, SINKS, RECENT),
         lambda reads, rows: ScorerIndex(made, PAGE, group, rows),
-        lambda: TieredPages(PAGE, Plain()) if offload else Pages(PAGE),
+        lambda: TieredPages(PAGE, codec_named(codec)) if offload else Pages(PAGE),
     )
 
 
@@ -134,6 +134,43 @@ def test_pages_in_host_memory_have_a_hit_rate():
     assert "hit_rate" not in here.stats()
     assert 0 < away.stats()["hit_rate"] < 1
     assert away.stats()["from_host"] > 0
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", "fp8", "bf16"])
+@pytest.mark.parametrize("scorer", ["quest", "mean"])
+def test_a_codec_changes_what_comes_back_and_not_what_is_known_of_it(scorer, codec):
+    """Of the same keys and values: the same summaries and pages; attention loses what the codec loses, and no more."""
+    bound = {"int8": 1 / 254, "int4": 1 / 15, "fp8": 2**-4, "bf16": 2**-8}[codec]
+    layers = [layer_for(scorer, offload=True, codec=c) for c in (None, codec)]
+    q, k, v = randn(2, 6, 130, 8, seed=1), randn(2, 3, 130, 8, seed=2), randn(2, 3, 130, 8, seed=3)
+    k, lost = k / 100, 0  # attention is near the mean of the values: what keys lose is not felt
+    for cut in (slice(0, 60), *(slice(n, n + 1) for n in range(60, 130))):
+        (want, _), (got, _) = (step(layer, *(x[:, :, cut] for x in (q, k, v))) for layer in layers)
+        lost = max(lost, distance(got, want))
+    assert 0 < lost <= 1.1 * bound * v.abs().max()
+    for mine, theirs in zip(*(layer.index.summary for layer in layers), strict=True):
+        assert torch.equal(mine, theirs)
+    assert layers[0].pages.traffic()["missed"] == layers[1].pages.traffic()["missed"] > 0
+    assert layers[1].tiers()["host"] < layers[0].tiers()["host"]
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", "fp8", "bf16"])
+def test_what_the_budget_holds_never_loses_anything(codec):
+    model, ids = build(), tokens(2, LENGTH)
+    cache = make("retrieval", model, offload=True, codec=codec)
+    want = feed(model, ids, DynamicCache(config=model.config), [50, *[1] * 40])
+    assert distance(feed(model, ids, cache, [50, *[1] * 40]), want) <= model_budget(model, ids)
+
+
+def test_with_a_codec_a_row_does_not_depend_on_the_rows_beside_it():
+    model, pads, cut = build(), [0, 61, 33], [100, *[1] * 40]
+    ids, mask = tokens(3, sum(cut)), left_padding(pads, sum(cut))
+    options = {"budget": 0.3, "page": PAGE, "recent": 4, "offload": True, "codec": "int4"}
+    got = feed(model, ids, lcpatch.RetrievalCache(model, **options), cut, mask)
+    for row, skip in enumerate(pads):
+        one = lcpatch.RetrievalCache(model, **options)
+        alone = feed(model, ids[row : row + 1, skip:], one, [cut[0] - skip, *cut[1:]])
+        assert distance(got[row : row + 1, skip:], alone) <= model_budget(model, ids)
 
 
 def test_a_share_of_the_row_grows_with_it():
@@ -266,6 +303,8 @@ def test_the_scorers_are_registered():
         ({"dense_layers": -1}, ValueError, "dense_layers=-1 must be an integer >= 0"),
         ({"recent": 0}, ValueError, "recent=0 must be"),
         ({"budget": 170}, ValueError, "at least 176 with page=16"),
+        ({"codec": "int2", "offload": True}, ValueError, "codec='int2' is not one of"),
+        ({"codec": "int8"}, ValueError, "codec='int8' is how pages lie in host memory, .* give offload=True"),
         ({"group": "mean"}, ValueError, "group='mean' is not one of"),
         ({"scorer": "quset"}, lcpatch.UnknownNameError, "Did you mean 'quest'"),
         ({"scorer": 3}, ValueError, "scorer=3 must be one of"),

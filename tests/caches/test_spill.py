@@ -56,6 +56,18 @@ def test_what_is_read_is_what_was_written(tmp_path_factory, case, kind):
     assert list(folder.iterdir()) == [], "the file has no name"
 
 
+def test_host_memory_is_taken_as_records_come(tmp_path):
+    """And no more of it than there is room for: only then some are read from the file."""
+    disk, count = Disk(RECORD, tmp_path, 100, False), 0
+    assert disk.nbytes()["host"] == 0
+    for size in (0, 3, 1, 10, 2, 50, 30, 40, 7):
+        disk.append(records(count, size))
+        count += size
+        assert min(count, 100) <= disk.nbytes()["host"] // RECORD <= min(100, 1.25 * count)
+        assert torch.equal(disk.read(torch.arange(count)), records(0, count))
+        assert (disk.from_disk == 0) == (count <= 100)
+
+
 @settings(max_examples=40)
 @given(
     st.lists(st.lists(st.integers(0, 30), unique=True, max_size=6), max_size=15),

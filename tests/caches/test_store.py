@@ -19,6 +19,8 @@ from lcpatch.caches.store import KEY
 
 LENGTH = 110
 PADS = [0, 37]
+CODEC = {"codec": "int8"}
+LOSSY = {"offload": True, **CODEC}
 
 
 def saved(name, tmp_path, small=True, model=None, **options):
@@ -60,44 +62,6 @@ def test_codecs_are_saved_as_they_lie(codec, tmp_path):
     path, cache, model, text = saved("sink", tmp_path, codec=codec)
     loaded = lcpatch.load_cache(path, model)
     assert torch.equal(continued(model, loaded, *text), continued(model, cache, *text))
-
-
-@pytest.mark.parametrize("codec", ["int8", "int4"])
-@pytest.mark.parametrize("cut", [0, 9])
-def test_a_tiered_cache_keeps_what_the_fast_tier_held(codec, cut, tmp_path):
-    """Pages that have not lost anything yet, and which of them leaves next."""
-    _, cache, model, (ids, mask) = saved("tiered", tmp_path, small=True, codec=codec)
-    cache.crop(-cut)
-    feed(model, ids[:, 80 - cut : 80], cache, [1] * cut, mask[:, :80]) if cut else None
-    loaded = lcpatch.load_cache(cache.save(tmp_path / "later.safetensors"), model)
-    assert torch.equal(continued(model, loaded, ids, mask), continued(model, cache, ids, mask))
-    assert cache.stats()["hit_rate"] < 1
-
-
-def test_a_broken_table_of_a_tiered_cache_is_refused(tmp_path):
-    path, _, model, _ = saved("tiered", tmp_path, small=True, codec="int8")
-    with safe_open(path, "pt") as file:
-        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for name, value, message in (
-        ("page_in", 1 << 40, "full pages of each row"),
-        ("page_in", 0, "each once"),
-        ("used", -1, "times from 0"),
-    ):
-        wrong = {**tensors, f"0.{name}": torch.full_like(tensors[f"0.{name}"], value)}
-        save_file(wrong, tmp_path / "wrong.safetensors", metadata=header)
-        with pytest.raises(lcpatch.LcpatchError, match=message):
-            lcpatch.load_cache(tmp_path / "wrong.safetensors", model)
-
-
-def test_rows_repeated_in_a_fast_tier_of_bytes_are_loaded(tmp_path):
-    model, ids = make_model("tiered"), tokens(1, 60)
-    page = 2 * 2 * model.config.num_key_value_heads * 4 * model.config.head_dim * 4
-    cache = lcpatch.TieredCache(model, gpu_bytes=9 * page, page=4, recent=4)
-    feed(model, ids, cache, [60])
-    cache.batch_repeat_interleave(3)
-    loaded = lcpatch.load_cache(cache.save(tmp_path / "prefix.safetensors"), model)
-    turn = tokens(3, 20, seed=1)
-    assert torch.equal(feed(model, turn, loaded, [1] * 20), feed(model, turn, cache, [1] * 20))
 
 
 @pytest.mark.filterwarnings("ignore:.* keep transformers' own cache")
@@ -229,10 +193,10 @@ def test_a_changed_header_is_refused(change, word, tmp_path):
         lcpatch.load_cache(rewritten(path, change), model)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_fuzzed_numbers_and_tensors_never_load_into_nonsense(name, tmp_path):
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in ALL), ("retrieval", LOSSY), ("tiered", CODEC)])
+def test_fuzzed_numbers_and_tensors_never_load_into_nonsense(name, options, tmp_path):
     """Every number of a layer replaced by something wrong, every tensor by one that does not fit."""
-    path, _, model, _ = saved(name, tmp_path)
+    path, _, model, _ = saved(name, tmp_path, **options)
     with safe_open(path, framework="pt") as file:
         numbers = json.loads(file.metadata()[KEY])["layers"][0]["numbers"]
     for key, value in numbers.items():

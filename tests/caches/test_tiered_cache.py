@@ -179,6 +179,18 @@ def test_stats_and_bytes_per_tier(tmp_path):
     assert held["disk"] >= 2 * 2 * 3 * (129 // PAGE) * 4096  # a record takes a block of the disk
 
 
+def test_host_memory_before_a_disk_is_no_more_than_what_is_held(tmp_path):
+    """A gibibyte is allowed."""
+    model, ids = build(), tokens(2, 130)
+    here, disk = (lcpatch.TieredCache(model, **SMALL, disk=folder) for folder in (None, str(tmp_path)))
+    for cache in (here, disk):
+        feed(model, ids, cache, [100, *[1] * 30])
+    records = 2 * 2 * 3 * (130 // PAGE)
+    record = disk.layers[0].pages.home.record.nbytes
+    assert records * record <= disk.memory()["host"] <= 1.25 * records * record
+    assert disk.stats()["from_disk"] == 0
+
+
 def test_what_several_tokens_bring_in_is_counted():
     """In each turn, of every group, the full pages that the fast tier does not hold."""
     model = build()

@@ -140,6 +140,13 @@ def test_a_budget_that_is_too_small_for_a_prompt_still_answers(folders, monkeypa
     assert "5 kept" in out
 
 
+def test_what_is_read_and_how_it_is_stored_are_chosen_apart(folders, monkeypatch, capsys):
+    words = "--cache retrieval --budget 48 --page 4 --recent 4 --offload --codec int8 --new-tokens 8"
+    status, out, err = chat(monkeypatch, capsys, folders["plain"], *words.split())
+    assert status == 0, err
+    assert len(re.findall(r"tokens seen, \d+ kept a head", out)) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -147,6 +154,7 @@ def test_a_budget_that_is_too_small_for_a_prompt_still_answers(folders, monkeypa
         ("--cache h2o --budgt 3", "no option 'budgt'. Did you mean 'budget'? the cache 'h2o' has budget, codec, "),
         ("--budget 3", "options are of a --method or a --cache: name one"),
         ("--chunk 4", "--chunk 4 is for a cache of lcpatch's: add --cache CACHE"),
+        ("--cache retrieval --codec int8", "give offload=True, or leave codec out"),
         ("--cache retrieval --budget 100", "at least 176 with page=16, or smaller pages"),
         ("--cache s2", "or --method s2"),
         ("--cache h2o --budget 0", "budget=0 must be"),

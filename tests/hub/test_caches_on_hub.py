@@ -20,6 +20,7 @@ from lcpatch.hub import export_generate
 from lcpatch.hub.about import About
 from lcpatch.hub.cache import CACHE_FILE, cache_card
 from lcpatch.hub.card_files import is_ours
+from lcpatch.hub.generate import _source
 
 PUSH = """
 from lcpatch.hub import push_generate
@@ -181,24 +182,58 @@ def test_the_command_pushes_a_file_and_exports_a_generate(saved: Path, tmp_path:
     assert "unknown cache 'h3o'" in capsys.readouterr().err
     assert main(["push", "h2o", "me/h2o", "--dry-run", "--bugdet", "30"]) == 2
     assert "no option 'bugdet'" in capsys.readouterr().err
+    assert main(["push", "h2o", "me/h2o", "--dry-run", "--budget", "1.5"]) == 2
+    assert "budget=1.5 must be tokens per KV head" in capsys.readouterr().err
     assert main(["push", str(saved), "me/book", "--dry-run", "--budget", "30"]) == 2
     assert "is an option of a cache" in capsys.readouterr().err
 
 
-def test_options_are_values_not_code(tmp_path: Path):
+def test_options_are_values_not_code():
     text = "'); import os; ('"
-    export_generate("h2o", tmp_path, score=text)
     made: dict[str, Any] = {}
-    exec((tmp_path / "custom_generate" / "generate.py").read_text(), made)
+    exec(_source(lcpatch.H2OCache, {"score": text}), made)
     assert made["OPTIONS"] == {"score": text}
-    with pytest.raises(ValueError, match="plain value"):
-        export_generate("h2o", tmp_path, score=["sum"])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("h2o", {"score": ["sum"]}, "must be a plain value"),
+        ("h2o", {"budget": 1.5}, r"budget=1.5 must be tokens per KV head .* or a share"),
+        ("h2o", {"score": "summ"}, "score='summ' is not one of 'sum', 'mean', 'decay'"),
+        ("h2o", {"codec": "int4", "compiled": True}, "which codec='int4' does not allow"),
+        ("sink", {"positions": "rollng"}, "positions='rollng' is not one of"),
+        ("retrieval", {"codec": "int8"}, "give offload=True, or leave codec out"),
+        ("retrieval", {"scorer": "quset"}, "Did you mean 'quest'"),
+        ("tiered", {"attend": 8}, "attend=8 must hold"),
+        ("tiered", {"disk": "/scratch"}, "for whoever generates to choose.*cache_options={'disk': …}"),
+    ],
+)
+def test_what_the_cache_refuses_is_not_exported(name: str, options: dict[str, Any], message: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=message):
+        export_generate(name, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_check_leaves_random_numbers_alone(tmp_path: Path):
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    export_generate("h2o", tmp_path, budget=0.3)
+    assert torch.equal(torch.rand(3), want)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sink": {"positions": "rolling", "num_sinks": 2, "codec": "int4"},
+    "retrieval": {"budget": 48, "page": 4, "recent": 4, "scorer": "quest", "offload": True, "codec": "int8"},
+    "tiered": {"budget": 48, "page": 4, "recent": 4, "codec": "int4"},
+}
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_cache_has_a_generate(name: str, tmp_path: Path):
     model = make_model(name)
-    export_generate(name, tmp_path)
+    export_generate(name, tmp_path, **OPTIONS.get(name, {}))
     made: dict[str, Any] = {}
     exec((tmp_path / "custom_generate" / "generate.py").read_text(), made)
     out = made["generate"](model, input_ids=tokens(), max_new_tokens=3, do_sample=False)
