@@ -12,6 +12,7 @@ Each key belongs to exactly one step. Names: i_ an index, b_ a block, p_ a point
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -52,15 +53,32 @@ class PackTable:
 
 @lru_cache(maxsize=256)
 def pack_table(spec: BlockSparseSpec, num_kv_heads: int, max_heads: int | None, device: torch.device) -> PackTable:
-    """Cached, because filling it copies from the host, which a CUDA graph cannot record: the first call warms up."""
+    """Cached, because filling it copies from the host, which a CUDA graph cannot record: the first call warms up.
+
+    Made on another thread, as torch.compile directs what this one allocates while it warms up into the memory of its
+    graphs, and refuses to go on where any of that lives longer than the graph's results.
+    """
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_pack_table, spec, num_kv_heads, max_heads, device, stream).result()
+
+
+def _pack_table(
+    spec: BlockSparseSpec,
+    num_kv_heads: int,
+    max_heads: int | None,
+    device: torch.device,
+    stream: torch.cuda.Stream | None,
+) -> PackTable:
     packs = spec.packs(num_kv_heads, max_heads)
     rules = [_simplest(rule) for rule in spec.rules]
     rows = [[p.first_head, p.num_heads, p.kv_head, *_fields(rules[p.rule])] for p in packs]
     starts = [next((n for n, p in enumerate(packs) if p.kv_head >= head), len(packs)) for head in range(num_kv_heads)]
     used = [rules[p.rule] for p in packs]
+    with torch.cuda.stream(stream):
+        tensors = [torch.tensor(x, dtype=torch.int32).to(device) for x in (rows, [*starts, len(packs)])]
     return PackTable(
-        torch.tensor(rows, dtype=torch.int32).to(device),
-        torch.tensor([*starts, len(packs)], dtype=torch.int32).to(device),
+        *tensors,
         {
             "HAS_SINK": any(r.sinks for r in used),
             "HAS_STRIPE": any(r.stride for r in used),
