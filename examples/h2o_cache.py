@@ -28,8 +28,9 @@ ids = tokenizer(topics["compound"], return_tensors="pt").input_ids[:, :1000]
 cache = lcpatch.H2OCache(model, budget=0.2)  # a fifth of the prompt's tokens; or an integer: tokens per KV head
 out = model.generate(ids, past_key_values=cache, max_new_tokens=16, do_sample=False, prefill_chunk_size=256)
 print(f"after {ids.shape[1]} tokens it writes {tokenizer.decode(out[0, ids.shape[1] :])!r}")
-seen, kept, held = cache.stats()["seen"], cache.stats()["kept"], cache.memory()["device"]
-print(f"{seen} tokens seen, {kept} kept per KV head, {held:,} bytes")
+stats, held = cache.stats(), cache.memory()["device"]
+print(f"{stats['seen']} tokens seen, {stats['kept']} kept per KV head, {held:,} bytes")
+print(f"{stats['mass_kept']:.0%} of the attention given so far went to those that are kept")
 
 with tempfile.TemporaryDirectory() as folder:  # read once, continue in any later process
     loaded = lcpatch.load_cache(cache.save(f"{folder}/prefix.safetensors"), model)

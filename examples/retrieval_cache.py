@@ -27,11 +27,12 @@ ids = tokenizer(topics["compound"], return_tensors="pt").input_ids[:, :1000]
 full = model.generate(ids, max_new_tokens=16, do_sample=False)
 print(f"reading everything, it writes {tokenizer.decode(full[0, ids.shape[1] :])!r}")
 
-options = {"budget": 256, "page": 16, "recent": 32}
-for more in ({"scorer": "quest"}, {"scorer": "mean"}, {"offload": True}):  # or a trained one: recipes/retrieval.py
-    cache = lcpatch.RetrievalCache(model, **options, **more)
+# Pages are scored by their mean key, or by bounds of their keys; or by a trained scorer: recipes/retrieval.py
+for options in ({}, {"scorer": "quest"}, {"offload": True, "codec": "int8"}):
+    cache = lcpatch.RetrievalCache(model, budget=256, recent=32, **options)
     out = model.generate(ids, past_key_values=cache, max_new_tokens=16, do_sample=False)
-    read, held = cache.stats()["attended"], cache.stats()["kept"]
-    print(f"{more}: reading {read} of {held} tokens it writes {tokenizer.decode(out[0, ids.shape[1] :])!r}")
+    stats, text = cache.stats(measure=True), tokenizer.decode(out[0, ids.shape[1] :])
+    read = f"{stats['attended']} of {stats['kept']} tokens, {stats['mass_recalled']:.0%} of the attention"
+    print(f"{options}: reading {read}, it writes {text!r}")
 print(f"bytes per tier: {cache.memory()}")  # of the last one, whose pages lie in host memory
 lcpatch.remove(model)  # the model's attention is its own again

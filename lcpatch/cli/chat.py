@@ -12,7 +12,7 @@ from typing import Any
 
 from ._load import load_model
 
-HINT = "Options of METHOD and CACHE follow as `--name value`: `lcpatch chat demo --cache h2o --budget 0.2`."
+HINT = "Options of METHOD and CACHE follow as `--name value`: `lcpatch chat demo --cache h2o --budget 512`."
 
 
 def add_parser(subparsers: Any) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..hf.demo_model import REPOSITORY
 from .arms import Arm
 from .store import Store
 
@@ -70,7 +71,8 @@ class Study:
         fixed = self.config.to_dict()
         for name in ("attention", "options", "layers", "seed", "output"):
             fixed.pop(name)
-        fixed |= {"model": Path(self.config.model).name, "data": [Path(name).name for name in self.config.data]}
+        model = REPOSITORY if self.config.model == "demo" else self.config.model  # one model, however it was named
+        fixed |= {"model": Path(model).name, "data": [Path(name).name for name in self.config.data]}
         judged = {
             "lengths": list(self.lengths),
             "windows": self.windows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..eval.markdown import NAMES, difference_of, mean_of
@@ -46,8 +47,10 @@ class Measured:
     def of(cls, report: Report) -> Measured:
         run, made_with = report.header, report.made_with
         seeds = sorted({row["seed"] for row in report.rows})
+        model = Path(run["model"])
+        name = model.name if model.is_absolute() else run["model"]  # where it lay is no one's business
         facts = [
-            ("Model", f"{run['model']}, {run['parameters'] / 1e6:.1f}M parameters, {run['dtype']}"),
+            ("Model", f"{name}, {run['parameters'] / 1e6:.1f}M parameters, {run['dtype']}"),
             ("Hardware", made_with["device"]),
             ("Versions", ", ".join(f"{name} {made_with[name]}" for name in ("lcpatch", "torch", "transformers"))),
             ("Text", f"{run['text']}, {run['text_tokens']} tokens (sha256 {run['text_hash']})"),

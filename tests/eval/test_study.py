@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +80,19 @@ def test_a_study_goes_on_where_it_stopped(reproduce, words, tmp_path, monkeypatc
     rows |= {row["arm"]: row for row in lines(tmp_path)[1:]}
     assert rows["seco"]["train_losses"] == pytest.approx(rows["full"]["train_losses"], rel=1e-5)  # exact gradients
     assert rows["spaco"]["settings"] == {"attention": "full", "chunk_size": 16, "keep_chunks": 0.25}
-    with pytest.raises(ValueError, match="holds a run with training="):
+    with pytest.raises(ValueError, match=r"holds a run with training\.steps=2, this one has 3: take another --out"):
         reproduce.main([*words, *out, "--steps", "3"])
     with pytest.raises(ValueError, match=r"--arms: 'nothing' is not one of untuned, full, short, shift"):
         reproduce.main([*words, "--out", str(tmp_path), "--arms", "nothing"])
+
+
+def test_the_published_command_goes_on_with_the_published_runs(reproduce):
+    """RESULTS.md says how its runs were made, and that the same command makes those that are missing."""
+    recipes = ROOT / "recipes"
+    page = (recipes / "RESULTS.md").read_text()
+    command = re.search(r"python recipes/reproduce.py (.*?)\n(?=python)", page, re.DOTALL)
+    args = reproduce.parse(shlex.split(command[1].replace("\\\n", " "), comments=True))
+    assert {"schema": 1, **reproduce.study(args).header()} == lines(recipes / args.out.name)[0]
 
 
 def test_half_precision_weights(words, tmp_path, monkeypatch):

@@ -99,6 +99,13 @@ def test_it_says_what_changed_and_what_it_costs():
         assert f"]({name})" in card
 
 
+def test_it_does_not_say_where_the_measured_model_lay():
+    found = report()
+    for name, said in (("/home/me/runs/tiny", "tiny"), ("org/tiny", "org/tiny")):
+        found["run"]["model"] = name
+        assert f"- Model: {said}, 0.0M parameters" in make_card(plain(), About(), found)[0]
+
+
 def test_its_metadata_is_what_the_hub_reads():
     from huggingface_hub import ModelCard
 

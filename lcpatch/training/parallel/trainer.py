@@ -80,8 +80,9 @@ def group_of(context_parallel: int) -> dist.ProcessGroup:
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world % context_parallel:
         raise ParallelError(
-            f"context_parallel={context_parallel} does not divide the {world} processes of this run: start a multiple, "
-            f"as in accelerate launch --num_processes {context_parallel}"
+            f"context_parallel={context_parallel} does not divide the {world} process{'es' * (world > 1)} of this run: "
+            f"accelerate launch --config_file recipes/configs/ddp.yaml --num_processes {context_parallel} starts "
+            "enough (on a machine without GPUs, not without that file)"
         )
     groups = [dist.new_group(range(n, n + context_parallel)) for n in range(0, world, context_parallel)]
     return groups[dist.get_rank() // context_parallel]
