@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from .. import __version__
 from ..caches import caches
@@ -128,6 +127,8 @@ def _check(kind: type, options: Mapping[str, Any]) -> None:
 
 def _any_model() -> nn.Module:
     """A tiny one with random weights, of the kind that caches with options take; random numbers go on as they were."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # here: importing lcpatch.hub needs no model's code
+
     sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), 8)
     heads = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
     with torch.random.fork_rng(devices=[]):
