@@ -1,4 +1,7 @@
-"""Generating from tiers in buffers that never move: the tokens of without, and a step compiled once."""
+"""Generating from pages in buffers that never move: the tokens of without, and a step compiled once.
+
+What is a tiered cache's alone, and what a retrieval cache shares with it; its own is in test_fixed_retrieval.py.
+"""
 
 import copy
 import math
@@ -15,7 +18,10 @@ import lcpatch
 
 LENGTH = 130
 CUTS = {"prompt": [70, *[1] * 60], "turns": [30, *[1] * 30, 20, *[1] * 50], "tokens": [3, *[1] * 127]}
-SMALL = {"budget": 48, "attend": 32, "page": 4, "recent": 4}
+KINDS = {
+    "tiered": (lcpatch.TieredCache, {"budget": 48, "attend": 32, "page": 4, "recent": 4}),
+    "retrieval": (lcpatch.RetrievalCache, {"budget": 32, "page": 4, "recent": 4}),
+}
 CACHES = {
     "plain": {"codec": None},
     "int8": {"codec": "int8"},
@@ -29,9 +35,10 @@ CACHES = {
 PADS = {"a share": [0, 1, 0]}  # a share needs a prompt in every row
 
 
-def both(model, **options):
-    given = {**SMALL, **options}
-    return lcpatch.TieredCache(model, **given), lcpatch.TieredCache(model, **given, compiled=True)
+def both(model, kind="tiered", **options):
+    cache, small = KINDS[kind]
+    given = {**small, **options}
+    return cache(model, **given), cache(model, **given, compiled=True)
 
 
 def how(backend=None, mode=None):
@@ -69,15 +76,18 @@ def test_a_choice_that_goes_wrong_within_the_step_is_seen(monkeypatch):
         test_it_reads_and_keeps_what_is_read_and_kept_without("prompt", "plain")
 
 
-def test_generate_with_beams_turns_copies_and_a_file(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "exact", "stored"), [("tiered", {"codec": None}, {"codec": "int8"}), ("retrieval", {}, {})]
+)
+def test_generate_with_beams_turns_copies_and_a_file(kind, exact, stored, tmp_path):
     model, ids = build(), tokens(2, 70)
     options = {"max_new_tokens": 15, "do_sample": False}
     for more in ({}, {"num_beams": 3}):
-        plain, fixed = both(model, codec=None)
+        plain, fixed = both(model, kind, **exact)
         want, got = (model.generate(ids, past_key_values=c, **options, **more) for c in (plain, fixed))
         assert torch.equal(got, want)
     turn = torch.cat([want, tokens(2, 9, seed=5)], 1)
-    plain, fixed = both(model, codec="int8")
+    plain, fixed = both(model, kind, **stored)
     for cache in (plain, fixed):
         model.generate(ids, past_key_values=cache, **options)
     twin = copy.deepcopy(fixed)
@@ -88,9 +98,10 @@ def test_generate_with_beams_turns_copies_and_a_file(tmp_path):
         assert torch.equal(model.generate(turn, past_key_values=cache, **options), want)
 
 
-def test_steps_are_taken_back_and_rows_chosen():
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_taken_back_and_rows_chosen(kind):
     model, ids = build(), tokens(2, LENGTH)
-    plain, fixed = both(model, codec="int8")
+    plain, fixed = both(model, kind)
     for cache in (plain, fixed):
         feed(model, ids[:, :80], cache, [70, *[1] * 10])
         cache.crop(-7)
@@ -103,14 +114,15 @@ def test_steps_are_taken_back_and_rows_chosen():
 
 def addresses(cache):
     """Of all that a graph of the step reads and writes."""
-    every = [(*layer.pages.tensors, *layer.index.tree.levels[0], layer.index.tree.largest) for layer in cache.layers]
-    assert all(hasattr(x, "_dynamo_static_input_type") for tensors in every for x in tensors)
-    return [x.data_ptr() for tensors in every for x in tensors]
+    every = [x for layer in cache.layers for x in (*layer.pages.tensors, *layer.index.tensors)]
+    assert all(hasattr(x, "_dynamo_static_input_type") for x in every)
+    return [x.data_ptr() for x in every]
 
 
-def test_every_turn_generates_in_the_same_tensors_and_memory_is_told():
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_turn_generates_in_the_same_tensors_and_memory_is_told(kind):
     model, ids = build(), tokens(2, 299)
-    _, cache = both(model, codec="int8")
+    _, cache = both(model, kind)
     turns, places = [[70, *[1] * 10], [1] * 50, [40, *[1] * 30], [1] * 99], set()
     for part, cut in zip(ids.split([sum(cut) for cut in turns], 1), turns, strict=True):
         feed(model, part, cache, cut)
@@ -122,8 +134,18 @@ def test_every_turn_generates_in_the_same_tensors_and_memory_is_told():
     assert len(places) == 1
 
 
-@pytest.mark.parametrize("codec", [None, "int8"])
-def test_the_decode_step_compiles_once(codec):
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("tiered", {"codec": None}),
+        ("tiered", {"codec": "int8"}),
+        ("retrieval", {}),
+        ("retrieval", {"offload": True}),
+        ("retrieval", {"offload": True, "codec": "fp8"}),
+        ("retrieval", {"scorer": "mean", "group": "softmax"}),
+    ],
+)
+def test_the_decode_step_compiles_once(kind, given):
     """In `generate`, as on a GPU: no graph break, and nothing compiled anew, whatever the length and the cache."""
     model, ids, graphs = build(), tokens(2, 70), []
 
@@ -133,17 +155,19 @@ def test_the_decode_step_compiles_once(codec):
 
     torch._dynamo.reset()
     options = {"max_new_tokens": 40, "do_sample": False}
-    plain, cache = both(model, codec=codec)
+    plain, cache = both(model, kind, **given)
     want = model.generate(ids, past_key_values=plain, **options)
     got = model.generate(ids, past_key_values=cache, compile_config=how(backend), **options)
     assert torch.equal(got, want)
     assert len(graphs) == 1
     turn = torch.cat([got, tokens(2, 13, seed=3)], 1)
     model.generate(turn, past_key_values=cache, compile_config=how(backend), **options)
-    other = both(model, codec=codec)[1]
+    other = both(model, kind, **given)[1]
     again = model.generate(ids, past_key_values=other, compile_config=how(backend), **options)
     assert torch.equal(again, want)
     assert len(graphs) == 1
+    if kind == "retrieval":
+        return
     weights = {id(x) for x in (*model.parameters(), *model.buffers())}
     others = [x for x in graphs[0] if id(x) not in weights]
     assert len(others) == 2 + 2 + 4 + 11 * len(model.model.layers)  # token and position, counts, marks, a layer's own
