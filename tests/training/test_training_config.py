@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch import distributed
 
 from lcpatch.cli import main
 from lcpatch.cli.train import recipe_module
@@ -180,3 +181,11 @@ def test_a_recipe_tells_a_users_error_in_a_sentence(monkeypatch, capsys):
     assert said.startswith("sinklora.py: ")
     assert "nothing.yaml" in said
     assert len(said.splitlines()) == 1
+
+
+def test_a_recipe_ends_its_group_before_python_ends():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    with pytest.raises(SystemExit) as stopped:
+        recipe.script(lambda: recipe.STOPPED)
+    assert stopped.value.code == recipe.STOPPED
+    assert not distributed.is_initialized()
