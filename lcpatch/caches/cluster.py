@@ -31,7 +31,7 @@ from .budget import Budget, check_whole
 from .cache import LongCache, caches, routed_layers
 from .evicting import EvictingLayer
 from .fixed import check_codec, check_layer
-from .layer import to_list
+from .rows import alike, as_index, to_list
 from .slots import Slots
 from .state import wholes
 
@@ -160,9 +160,9 @@ class ClusterLayer(EvictingLayer):
     def evict(self, targets: list[int]) -> None:
         length, most = self.slots.length, max(targets)
         out = self._empty(most)
-        for rows, count, target in self._alike(targets):
-            row = rows[0]
-            which = self._which(rows)
+        for rows in alike(zip(self.counts, targets, self.budgets, self.centroids, self.pads, strict=True)):
+            row, which = rows[0], as_index(rows, len(self.pads))
+            count, target = self.counts[row], targets[row]
             old, new = length - count, most - target
             if target == count:
                 for name, x in self.slots.tensors.items():
@@ -181,18 +181,6 @@ class ClusterLayer(EvictingLayer):
                 self.centroids[row] = target - sinks - recent
         self.slots = Slots(out, most)
 
-    def _alike(self, targets: list[int]) -> list[tuple[list[int], int, int]]:
-        """`(rows, count, target)`, rows grouped by state: without padding, one group."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for row, target in enumerate(targets):
-            state = (self.counts[row], target, self.budgets[row], self.centroids[row], self.pads[row])
-            groups.setdefault(state, []).append(row)
-        return [(rows, state[0], state[1]) for state, rows in groups.items()]
-
-    def _which(self, rows: list[int]) -> slice | Tensor:
-        """The rows as an index: all of them as a slice, which copies nothing and does not wait for the device."""
-        return slice(None) if len(rows) == len(self.pads) else torch.tensor(rows, device=self.device)
-
     def _empty(self, most: int) -> dict[str, Tensor]:
         """Buffers for `most` slots: those from before the step, if they fit."""
         capacity = max(self._capacity(most), most)
@@ -201,7 +189,7 @@ class ClusterLayer(EvictingLayer):
             return old.tensors
         return {n: x.new_zeros(*x.shape[:2], capacity, *x.shape[3:]) for n, x in self.slots.tensors.items()}
 
-    def _clusters(self, which: slice | Tensor, begin: int, end: int) -> Clusters:
+    def _clusters(self, which: list[int] | slice, begin: int, end: int) -> Clusters:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         tensors = {name: x[which, :, begin:end] for name, x in self.slots.tensors.items()}
         keys, values = (self._decoded(Slots(tensors, end - begin), name, like) for name in ("keys", "values"))

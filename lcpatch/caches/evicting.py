@@ -27,7 +27,8 @@ from . import scattered
 from .budget import Budget
 from .codec import BFloat16, Plain, codec_named
 from .fixed import FixedDecoding, room
-from .layer import AttendingLayer, decode, negative, to_list
+from .layer import AttendingLayer, decode, negative
+from .rows import to_list
 from .slots import GRAIN, Slots, grown, most_room
 from .state import fitting, whole, wholes
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .pages import by_group
-from .residents import Residents, rearranged
+from .residents import Residents
+from .rows import rearranged
 from .state import fitting
 
 

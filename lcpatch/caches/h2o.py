@@ -24,7 +24,7 @@ from .budget import Budget, check_whole
 from .cache import LongCache, caches, routed_layers
 from .evicting import EvictingLayer, Step
 from .fixed import check_codec, check_layer
-from .layer import to_list
+from .rows import to_list
 from .state import fitting
 
 SCORES = ("sum", "mean", "decay")

@@ -15,7 +15,8 @@ from lcpatch_kernels import bring_pages
 from .arena import Arena
 from .pages import by_group
 from .records import Record
-from .residents import GRAIN, rearranged
+from .residents import GRAIN
+from .rows import rearranged
 from .spill import Disk
 from .state import fitting
 

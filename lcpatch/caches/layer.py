@@ -158,8 +158,3 @@ def negative(tokens_to_remove: Any) -> int:
     if tokens_to_remove > 0:
         raise ValueError(f"crop({tokens_to_remove}): give a negative number, how many tokens to remove from the end")
     return tokens_to_remove
-
-
-def to_list(indices: Tensor) -> list[int]:
-    """Host copy of a small index tensor; reading it back waits for the device."""
-    return torch.as_tensor(indices).tolist()

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..hf.watch import Call, attend
 from .budget import Budget, check_whole
-from .layer import AttendingLayer, decode, negative, to_list
-from .pages import Pages, alike
+from .layer import AttendingLayer, decode, negative
+from .pages import Pages
+from .rows import alike, to_list
 from .scattered import is_dense
 from .state import fitting, whole, wholes
 from .tiers import TieredPages

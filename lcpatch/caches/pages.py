@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .residents import GRAIN, rearranged
+from .residents import GRAIN
+from .rows import alike, as_index, rearranged
 from .slots import enlarged, most_room
 from .state import whole
 
@@ -50,12 +51,9 @@ class Pages:
         for rows in alike(zip(self.lengths, skip, strict=True)):
             length, first = self.lengths[rows[0]], skip[rows[0]]
             end = length + keys.shape[2] - first
-            every = len(rows) == len(self.lengths)
+            which = as_index(rows, len(self.lengths))
             for own, new in ((self.keys, keys), (self.values, values)):
-                if every:
-                    own[:, :, length:end] = new[:, :, first:]
-                else:
-                    own[rows, :, length:end] = new[rows, :, first:]
+                own[which, :, length:end] = new[which, :, first:]
             for row in rows:
                 self.lengths[row] = end
             if end // self.page > length // self.page:
@@ -72,8 +70,7 @@ class Pages:
 
     def tokens(self, rows: list[int], begin: int, end: int) -> Tensor:
         """Keys of the pages [begin, end) of `rows`: [rows, K, tokens, D]."""
-        which = self.keys if len(rows) == len(self.lengths) else self.keys[rows]
-        return which[:, :, begin * self.page : end * self.page]
+        return self.keys[as_index(rows, len(self.lengths)), :, begin * self.page : end * self.page]
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """All keys and values, [B, K, tokens, D], as views."""
@@ -167,14 +164,6 @@ class Pages:
 def spare(pages: int) -> int:
     """How many pages to have room for beside so many: each time that they are used up, what was compiled is again."""
     return max(pages // 4, GRAIN)
-
-
-def alike(states: Iterable[object]) -> list[list[int]]:
-    """Rows grouped by their state: without padding, one group."""
-    groups: dict[object, list[int]] = {}
-    for row, state in enumerate(states):
-        groups.setdefault(state, []).append(row)
-    return list(groups.values())
 
 
 def by_group(data: Tensor, page: int) -> Tensor:

@@ -11,6 +11,8 @@ from torch.nn.functional import pad
 
 from lcpatch_kernels import take_slots
 
+from .rows import rearranged
+
 NEVER = 1 << 62  # when a slot was used that its group may not have: it never leaves first
 
 GRAIN = 256  # pages by which a table of them grows
@@ -95,9 +97,3 @@ class Residents:
         """Room for pages 0 … pages - 1."""
         if (missing := 1 + pages - self.slot_of.shape[1]) > 0:
             self.slot_of = pad(self.slot_of, (0, -(-missing // GRAIN) * GRAIN), value=-1)
-
-
-def rearranged(x: Tensor, rows: Tensor | list[int]) -> Tensor:
-    """x[rows]; where that is as large, as with beams, in the same place, whose address a graph may know."""
-    new = x[rows]
-    return x.copy_(new) if new.shape == x.shape else new

@@ -27,7 +27,7 @@ from .growing import DenseLayer
 from .paged import Marks, PagedLayer, Reads
 from .pages import Pages
 from .recall import recall
-from .residents import rearranged
+from .rows import rearranged
 from .scorers import Scorer, make_scorers
 from .tiers import TieredPages, traffic
 

@@ -30,7 +30,8 @@ from ..hf.models import unwrap
 from ..hf.watch import Call, attend, watch
 from .cache import LongCache, caches, stock_layers
 from .growing import DenseLayer
-from .layer import AttendingLayer, decode, negative, to_list
+from .layer import AttendingLayer, decode, negative
+from .rows import alike, as_index, to_list
 from .state import fitting, whole, wholes
 
 FAR_GRAIN = 16  # pages by which the far store grows: 1,024 tokens of blocks of 64
@@ -290,13 +291,10 @@ class S2Layer(AttendingLayer):
             if offset == 0:
                 new_block = True
                 self._open_block(rows, block)
-            everyone = len(rows) == len(self.pads)
+            which = as_index(rows, len(self.pads))
             for pages, new in zip(self._pages, (keys, values), strict=True):
                 page = pages[:, :, block % self.ring, offset]
-                if everyone:
-                    page.copy_(new[:, :, 0])
-                else:
-                    page[rows] = new[rows, :, 0]
+                page[which] = new[which, :, 0]
         self.seen += 1
         if new_block:
             self._lists = None
@@ -323,11 +321,8 @@ class S2Layer(AttendingLayer):
             self._pages = tuple(torch.cat([x, x.new_zeros(*x.shape[:2], extra, *x.shape[3:])], 2) for x in self._pages)
 
     def _alike(self) -> list[list[int]]:
-        """Rows grouped by state: rows with equal pads have equal blocks. Without padding, one group."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for row, state in enumerate(zip(self.pads, self.gone, strict=True)):
-            groups.setdefault(state, []).append(row)
-        return list(groups.values())
+        """Rows with equal pads have equal blocks."""
+        return alike(zip(self.pads, self.gone, strict=True))
 
     def _is_far(self, rule: Rule, block: int) -> bool:
         return block < self.num_sinks or (rule.stride > 0 and block % rule.stride == rule.residue)

@@ -23,6 +23,7 @@ from .budget import Budget
 from .cache import LongCache, caches, routed_layers
 from .evicting import EvictingLayer
 from .fixed import Steps, check_codec, check_layer
+from .rows import to_list
 from .state import fitting, wholes
 
 POSITIONS = ("rolling", "absolute")
@@ -125,7 +126,7 @@ class SinkLayer(EvictingLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         if self.is_initialized:
-            rows = torch.as_tensor(indices).tolist()
+            rows = to_list(indices)
             self.lost = [self.lost[r] for r in rows]
             self.first = None if self.first is None else self.first[rows]
 

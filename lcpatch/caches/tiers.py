@@ -23,8 +23,9 @@ from .ahead import Ahead
 from .codec import Plain
 from .fast_tier import FastTier
 from .home import Home
-from .pages import alike, spare
+from .pages import spare
 from .records import Record
+from .rows import alike, as_index
 from .state import whole, wholes
 
 RESTORED = ("keys", "values", "page_in", "used", "records")
@@ -102,7 +103,7 @@ class TieredPages:
             self._begin(keys)
         self._land()
         for rows in alike(zip(self.lengths, self.limits, skip, strict=True)):
-            which, first = self._rows(rows), skip[rows[0]]
+            which, first = as_index(rows, len(self.lengths)), skip[rows[0]]
             yield from self._append(rows, torch.stack([x[which, :, first:] for x in (keys, values)], 2))
 
     def tokens(self, rows: list[int], begin: int, end: int) -> Tensor:
@@ -115,7 +116,7 @@ class TieredPages:
         for some in alike([(self.lengths[row], self.limits[row]) for row in full]):
             rows = [full[n] for n in some]
             end = self.lengths[rows[0]] // self.page
-            pages = self.fast.open_pages(self._rows(rows))
+            pages = self.fast.open_pages(as_index(rows, len(self.lengths)))
             self._settle(rows, end - 1, pages[:, :, None])
             self._fresh = pages[:, :, 0]
             yield rows, end - 1, end
@@ -177,7 +178,8 @@ class TieredPages:
         place = torch.arange(full, device=out.device).expand_as(away)
         self.home.bring(place.masked_fill(~away, -1), place.int(), out)
         for rows in alike(self.lengths):
-            which, end, rest = self._rows(rows), self.lengths[rows[0]], self.lengths[rows[0]] % self.page
+            which, end = as_index(rows, len(self.lengths)), self.lengths[rows[0]]
+            rest = end % self.page
             out[which, :, :, end - rest : end] = self.fast.open_pages(which)[:, :, :, :rest]
         return out[:, :, 0, :most], out[:, :, 1, :most]
 
@@ -230,7 +232,7 @@ class TieredPages:
         self._begin(keys)
         self.lengths = [0] * len(lengths)
         for rows in alike(zip(lengths, self.limits, strict=True)):
-            which, end = self._rows(rows), lengths[rows[0]]
+            which, end = as_index(rows, len(self.lengths)), lengths[rows[0]]
             for _ in self._append(rows, torch.stack([x[which, :, :end] for x in (keys, values)], 2)):
                 pass
 
@@ -279,7 +281,7 @@ class TieredPages:
 
     def _append(self, rows: list[int], new: Tensor) -> Iterator[tuple[list[int], int, int]]:
         """Store the tokens [rows, K, 2, T, D] of rows that are alike."""
-        page, length, which = self.page, self.lengths[rows[0]], self._rows(rows)
+        page, length, which = self.page, self.lengths[rows[0]], as_index(rows, len(self.lengths))
         rest, begin, single = length % page, length // page, new.shape[3] == 1
         length += new.shape[3]
         end = length // page
@@ -300,7 +302,7 @@ class TieredPages:
 
     def _settle(self, rows: list[int], begin: int, full: Tensor) -> None:
         """Send full pages [rows, K, n, 2, page, D] home, and keep the last of them on the device."""
-        which, end = self._rows(rows), begin + full.shape[2]
+        which, end = as_index(rows, len(self.lengths)), begin + full.shape[2]
         self.home.put(which, begin, self.home.record.pack(full.flatten(0, 2)).unflatten(0, full.shape[:3]))
         self.fast.widen(end, self.limits)
         self.fast.keep(which, end, full[:, :, max(0, full.shape[2] - self.limits[rows[0]]) :])
@@ -321,10 +323,6 @@ class TieredPages:
     def _land(self) -> None:
         if self._coming is not None:
             self._coming.land()
-
-    def _rows(self, rows: list[int]) -> list[int] | slice:
-        """An index of rows that costs nothing where all are meant."""
-        return slice(None) if len(rows) == len(self.lengths) else rows
 
 
 def traffic(stores: list[TieredPages]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from lcpatch_kernels import page_bounds, page_scores
 
-from .residents import rearranged
+from .rows import rearranged
 
 if TYPE_CHECKING:
     from .fixed_pages import FixedMarks, Now
