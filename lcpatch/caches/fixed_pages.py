@@ -9,61 +9,19 @@ nobody chooses before it is full: so nothing has to be prepared until there is n
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..hf.watch import Call
 from .fixed import FixedLayer, Steps, still
 from .layer import decode
-from .paged import Reads
+from .marks import FixedMarks
 from .scattered import is_dense
 
 
-class Now(NamedTuple):
-    """What a choice of pages needs of the rows' lengths at one token, as `Marks`: tensors [B, 1, 1 or pages]."""
-
-    newest: Tensor
-    num_keys: Tensor
-    real: Tensor
-    always: Tensor
-    beyond: Tensor
-    chosen: int
-
-
-class FixedMarks:
-    """The part of it that does not change while a page fills, for all layers of a device with pages of this size.
-
-    Sizes are those of tensors: a number that changes from one turn to the next would be compiled as a variable.
-
-    Args:
-        limits: pages that each row reads.
-        tops: of these rows, how many pages hold the best keys that are looked for; empty: none are.
-        room: pages that there may be.
-    """
-
-    def __init__(self, limits: list[int], tops: list[int], room: int, device: torch.device) -> None:
-        self.state = limits, tops, room
-        self.budgets = torch.tensor(limits, device=device)[:, None, None]
-        self.kth = torch.tensor(tops, device=device)[:, None, None, None] - 1
-        self.place, self.rank = torch.arange(room, device=device), torch.arange(max(limits) - 1, device=device)
-        self.best = torch.empty(max(tops, default=0), device=device)  # for its size
-        still(self.budgets, self.kth, self.place, self.rank, self.best)
-
-    def now(self, length: Tensor, reads: Reads, num_heads: int) -> Now:
-        """At rows of `length` [B] tokens, the newest included."""
-        page, chosen = reads.page, self.rank.shape[0]
-        length = length.long()[:, None, None]
-        newest = (length - 1) // page
-        real = self.place < newest
-        always = (self.place < reads.sink_pages) | (self.place >= (length - reads.recent) // page)
-        num_keys = (chosen * page + length - newest * page)[:, :, 0].expand(-1, num_heads).to(torch.int32).contiguous()
-        return Now(newest, num_keys, real, always, self.rank >= self.budgets - 1, chosen)
-
-
 class FixedPages(FixedLayer):
-    """The part of a `PagedLayer` that generates so."""
+    """The part of a `PagedLayer` that generates so. Its index is a `FixedIndex`; over `Pages`, an `OpenIndex`."""
 
     unit = "pages"
 

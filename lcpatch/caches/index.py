@@ -1,13 +1,12 @@
-"""What a `PagedLayer` asks of an index: `retrieval.ScorerIndex` and `tree.TreeIndex` are some."""
+"""What layers of pages ask of an index: `ScorerIndex` and `TreeIndex` are some."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .paged import Marks
+from .marks import FixedMarks, Marks, Now
 
 
 class Index(Protocol):
@@ -40,3 +39,26 @@ class Index(Protocol):
 
     def append_known(self, known: dict[str, Tensor], rows: list[int], room: int) -> None:
         """Take that of the first pages of `rows`, which have none."""
+
+
+class FixedIndex(Index, Protocol):
+    """The same for a layer that generates in tensors which never move (`fixed_pages`)."""
+
+    tensors: tuple[Tensor, ...]
+    """What `fixed_scores` and `put` read and write."""
+
+    def stand_still(self, pages: int, like: Tensor) -> None:
+        """Have room for so many pages, [B, K, 0, D] as `like`: `tensors` stay where they are while those suffice."""
+
+    def top_pages(self, limits: list[int]) -> list[int]:
+        """Of rows that read so many pages, how many hold the best keys that are looked for; empty: none are."""
+
+    def fixed_scores(self, query: Tensor, fixed: FixedMarks, now: Now, scale: float | None) -> Tensor:
+        """As `scores`, over all pages that there is room for: shapes and control follow from no length."""
+
+
+class OpenIndex(FixedIndex, Protocol):
+    """The same where all pages lie on the device, so that no step between two tokens tells it of a full one."""
+
+    def put(self, keys: Tensor, newest: Tensor) -> None:
+        """Take the page [B, K, page, D] of every row, its open one, as number `newest` [B, 1, 1], full or not."""

@@ -20,8 +20,9 @@ from transformers.cache_utils import DynamicLayer
 from ..hf.models import unwrap
 from ..hf.watch import Call, ask, attend
 from .cache import LongCache, routed_layers
-from .paged import PagedLayer, Reads
+from .paged import PagedLayer
 from .pages import Pages
+from .reads import Reads
 from .tree import TreeIndex
 
 PAGE = 32

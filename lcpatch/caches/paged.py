@@ -8,52 +8,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..hf.watch import Call, attend
-from .budget import Budget, check_whole
+from .index import Index
 from .layer import AttendingLayer, decode, negative
+from .marks import Marks, Now
 from .pages import Pages
+from .reads import Reads
 from .rows import alike, to_list
 from .scattered import is_dense
 from .state import fitting, whole, wholes
 from .tiers import TieredPages
-
-if TYPE_CHECKING:
-    from .fixed_pages import Now
-    from .index import Index
-
-
-class Reads:
-    """How many pages a token of a row reads, and which of them always.
-
-    Raises:
-        ValueError: options out of range, or a budget that the pages always read fill.
-    """
-
-    def __init__(self, budget: int | float, page: int, num_sinks: int, recent: int) -> None:
-        if type(page) is not int or page < 1 or page & (page - 1):
-            raise ValueError(f"page={page!r} must be a power of two")
-        if not isinstance(recent, int) or recent < 1:
-            raise ValueError(f"recent={recent!r} must be tokens (an integer >= 1)")
-        check_whole("num_sinks", num_sinks, 0)
-        self.page, self.recent = page, recent
-        self.sink_pages = -(-num_sinks // page)
-        # Recent tokens may begin within a page, and there is one page to choose at least.
-        self.least = self.sink_pages + -(-recent // page) + 2
-        if isinstance(budget, int) and 0 < budget < self.least * page:  # said at once, whatever else is too little
-            raise ValueError(
-                f"budget={budget} must hold the pages of {num_sinks} sinks and {recent} recent tokens and one more: at "
-                f"least {self.least * page} with page={page}, or smaller pages"
-            )
-        self.budget = Budget(budget, num_sinks, recent)
-
-    def of(self, real: int) -> int:
-        """The pages that a row of `real` tokens reads."""
-        return max(self.budget.of(real) // self.page, self.least)
 
 
 class PagedLayer(AttendingLayer):
@@ -301,38 +270,3 @@ class PagedLayer(AttendingLayer):
         bounds = torch.tensor([[0, n] for n in self.pages.lengths], dtype=torch.int32).to(self.device)
         _, full = decode(call, *self.pages.look(), spec=call.spec, bounds=bounds)
         return (lse - full).exp().clamp(max=1)[..., 0]
-
-
-class Marks:
-    """Where each row's newest page is, and what else the choice of pages needs of it, as tensors [B, 1, 1 or pages].
-
-    Args:
-        lengths: tokens of each row.
-        state: of each row its newest page and the first of its recent ones, -1 or less: none.
-        limits: pages that each row reads.
-        reads: tokens a page, and the pages that are always read.
-        num_heads, device: of the pages.
-    """
-
-    def __init__(
-        self,
-        lengths: list[int],
-        state: list[tuple[int, int]],
-        limits: list[int],
-        reads: Reads,
-        num_heads: int,
-        device: torch.device,
-    ) -> None:
-        self.lengths, self.state, self.limits, page = list(lengths), state, limits, reads.page
-        self.most = max(0, *(newest for newest, _ in state))  # pages to choose from
-        self.chosen = min(max(limits) - 1, self.most)
-        self.some_whole = any(newest < limit for (newest, _), limit in zip(state, limits, strict=True))
-        counts = [self.chosen * page + n - newest * page for n, (newest, _) in zip(lengths, state, strict=True)]
-        rows = [[newest, recent, most, n] for (newest, recent), most, n in zip(state, limits, counts, strict=True)]
-        table = torch.tensor(rows).to(device)
-        self.newest, recent, self.budgets = (table[:, n, None, None] for n in range(3))
-        self.num_keys = table[:, 3:].expand(-1, num_heads).to(torch.int32).contiguous()
-        place = torch.arange(max(self.most, self.chosen), device=device)
-        self.real = place[: self.most] < self.newest  # pages that a row may choose
-        self.always = (place[: self.most] < reads.sink_pages) | (place[: self.most] >= recent)
-        self.beyond = place[: self.chosen] >= self.budgets - 1  # ranks of chosen pages that a row does not read

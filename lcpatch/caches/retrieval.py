@@ -22,10 +22,12 @@ from .budget import check_whole
 from .cache import LongCache, caches, routed_layers
 from .codec import codec_named
 from .fixed import check_layer
-from .fixed_pages import FixedMarks, FixedPages, Now
+from .fixed_pages import FixedPages
 from .growing import DenseLayer
-from .paged import Marks, PagedLayer, Reads
+from .marks import FixedMarks, Marks, Now
+from .paged import PagedLayer
 from .pages import Pages
+from .reads import Reads
 from .recall import recall
 from .rows import rearranged
 from .scorers import Scorer, make_scorers

@@ -34,7 +34,8 @@ from .codec import codec_named
 from .fixed import check_layer
 from .fixed_pages import FixedPages
 from .page_sizes import PAGE, page_sizes
-from .paged import PagedLayer, Reads
+from .paged import PagedLayer
+from .reads import Reads
 from .recall import recall
 from .spill import scratch_file
 from .state import whole

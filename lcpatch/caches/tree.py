@@ -12,7 +12,6 @@ batched product; every node it visits was at least as good as the k-th lower bou
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,11 +19,9 @@ from torch.nn.functional import pad
 
 from lcpatch_kernels import page_bounds, page_scores
 
+from .marks import FixedMarks, Marks, Now
+from .reads import Reads
 from .rows import rearranged
-
-if TYPE_CHECKING:
-    from .fixed_pages import FixedMarks, Now
-    from .paged import Marks, Reads
 
 FANOUT = 8  # children a node: 128K tokens in leaves of 32 are four levels, the highest of 8 nodes
 WIDEST = 16  # nodes of a level that needs no parents

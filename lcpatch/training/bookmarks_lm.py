@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..caches.cache import LongCache, routed_layers
 from ..caches.layer import AttendingLayer
-from ..caches.paged import Reads
+from ..caches.reads import Reads
 from ..caches.scattered import is_dense
 from ..caches.scorers import Bookmarks
 from ..hf.watch import Call, attend

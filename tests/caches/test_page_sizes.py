@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import lcpatch
 from lcpatch.caches.page_sizes import _Probe, recall_by_page
-from lcpatch.caches.paged import Reads
+from lcpatch.caches.reads import Reads
 from lcpatch.caches.tiered import page_sizes
 from lcpatch.hf.state import own_spec
 from lcpatch.hf.watch import Call

@@ -9,8 +9,9 @@ from noise import distance
 import lcpatch
 from lcpatch.caches import paged
 from lcpatch.caches.codec import codec_named
-from lcpatch.caches.paged import PagedLayer, Reads
+from lcpatch.caches.paged import PagedLayer
 from lcpatch.caches.pages import Pages
+from lcpatch.caches.reads import Reads
 from lcpatch.caches.retrieval import ScorerIndex
 from lcpatch.caches.scorers import Mean
 from lcpatch.caches.tiered import TieredLayer

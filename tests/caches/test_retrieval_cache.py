@@ -12,8 +12,9 @@ from transformers import DynamicCache
 import lcpatch
 import lcpatch_kernels
 from lcpatch.caches.codec import codec_named
-from lcpatch.caches.paged import PagedLayer, Reads
+from lcpatch.caches.paged import PagedLayer
 from lcpatch.caches.pages import Pages
+from lcpatch.caches.reads import Reads
 from lcpatch.caches.retrieval import ScorerIndex
 from lcpatch.caches.scorers import Bookmark, Bookmarks, Mean, Quest, make_scorers, scorers
 from lcpatch.caches.tiers import TieredPages

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import lcpatch
 from lcpatch.caches.codec import codec_named
-from lcpatch.caches.paged import Reads
+from lcpatch.caches.reads import Reads
 from lcpatch.caches.records import Record
 from lcpatch.caches.tiered import TieredLayer
 from lcpatch.caches.tiers import TieredPages

@@ -9,7 +9,7 @@ from models import build, tokens
 from torch.nn import functional as F
 
 import lcpatch
-from lcpatch.caches.paged import Reads
+from lcpatch.caches.reads import Reads
 from lcpatch.caches.scorers import Bookmarks
 from lcpatch.training import bookmarks_lm
 from lcpatch.training.bookmarks_lm import measure_reading, reading_loss, tune_bookmarks
