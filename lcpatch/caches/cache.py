@@ -17,9 +17,9 @@ from ..core.errors import UnsupportedModelError
 from ..core.registry import Registry
 from ..hf.models import attention_modules, full_attention_layers, unwrap, why_no_full_attention
 from ..hf.route import route
-from .fixed import HALF_WAY, Steps, get_ready
+from .fixed import Steps, check_layer, get_ready
 from .held import bytes_held
-from .layer import AttendingLayer
+from .layer import HALF_WAY, AttendingLayer
 
 caches: Registry[type[LongCache]] = Registry("cache", package="lcpatch.caches")
 
@@ -205,14 +205,15 @@ def stock_layers(config: Any, modules: Iterable[int], owner: str) -> list[Any]:
     return layers
 
 
-def routed_layers(model: nn.Module, owner: str, make: Callable[[int, nn.Module], Any]) -> list[Any]:
+def routed_layers(model: nn.Module, owner: str, make: Callable[[int], Any], compiled: bool = False) -> list[Any]:
     """The layers of a cache for `model`, whose attention will ask them.
 
-    `make(index, module)` for every layer that attends to its whole past; transformers' own for the others (windows,
-    linear attention), which is said.
+    `make(index)` for every layer that attends to its whole past; transformers' own for the others (windows, linear
+    attention), which is said.
 
     Raises:
         UnsupportedModelError: an encoder-decoder, no full-attention layer, or attention that cannot be exchanged.
+        ValueError: `compiled`, and a layer that attends by a pattern.
     """
     base = unwrap(model)
     modules = attention_modules(base)
@@ -228,6 +229,8 @@ def routed_layers(model: nn.Module, owner: str, make: Callable[[int, nn.Module],
             f"{owner}: layers {stock} do not attend to their whole past and keep transformers' own cache", stacklevel=3
         )
     for index in full:
-        layers[index] = make(index, modules[index])
+        if compiled:
+            check_layer(index, modules[index])
+        layers[index] = make(index)
     route(model)
     return layers

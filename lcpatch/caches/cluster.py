@@ -30,7 +30,7 @@ from lcpatch_kernels.cluster_merge import MergeImpl
 from .budget import Budget, check_whole
 from .cache import LongCache, caches, routed_layers
 from .evicting import EvictingLayer
-from .fixed import check_codec, check_layer
+from .fixed_slots import FixedSlots
 from .rows import alike, as_index, to_list
 from .slots import Slots
 from .state import wholes
@@ -87,15 +87,11 @@ class ClusterCache(LongCache):
             raise ValueError("num_sinks=0: ClusterCache needs at least one sink, where attention rests")
         kept = Budget(budget, num_sinks, recent, evict_every, free=1)
         options = Merging(chunk, passes, weighted, impl)
-        if compiled:
-            check_codec(codec)
 
-        def make(index: int, module: nn.Module) -> ClusterLayer:
-            if compiled:
-                check_layer(index, module)
+        def make(index: int) -> ClusterLayer:
             return ClusterLayer(kept, options, log_size, codec, compiled)
 
-        super().__init__(layers=routed_layers(model, "ClusterCache", make))
+        super().__init__(layers=routed_layers(model, "ClusterCache", make, compiled))
 
 
 class Merging(NamedTuple):
@@ -119,7 +115,7 @@ class Clusters(NamedTuple):
         return Clusters(*(x[:, :, begin:end] for x in self))
 
 
-class ClusterLayer(EvictingLayer):
+class ClusterLayer(FixedSlots, EvictingLayer):
     """One layer: what is over the budget is merged."""
 
     owner = "ClusterCache"

@@ -25,10 +25,7 @@ class Plain:
     """As the model computes it."""
 
     lossless: ClassVar[bool] = True
-
-    def in_kernel(self, device: torch.device) -> bool:
-        """Whether `sparse_decode` reads it as it lies."""
-        return True
+    in_kernel: ClassVar[bool] = True  # whether `sparse_decode` reads it as it lies
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """The parts of x [B, K, T, D], by a suffix to its name."""
@@ -42,10 +39,7 @@ class Plain:
 class BFloat16(Plain):
     """bf16 whatever the model computes in."""
 
-    lossless = False
-
-    def in_kernel(self, device: torch.device) -> bool:
-        return False
+    lossless = in_kernel = False
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         return {"": x.to(torch.bfloat16)}
@@ -81,10 +75,7 @@ class Float8(Int8):
 class Int4(Plain):
     """Four bits, two in a byte, with a scale and an offset for every 32 elements."""
 
-    lossless = False
-
-    def in_kernel(self, device: torch.device) -> bool:
-        return False
+    lossless = in_kernel = False
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         if x.shape[-1] % 2:

@@ -1,4 +1,4 @@
-"""Generating under a fixed budget with tensors that never move: a step that compiles, and that a CUDA graph can replay.
+"""Generating with tensors that never move: a step that compiles, and that a CUDA graph can replay.
 
 Within such a step a token is only appended: it goes behind the last one, to the same slot in every row, since rows are
 filled to the right. Whoever is over the budget then is made room in as always, by `EvictingLayer.evict` after the same
@@ -16,19 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..hf.layers import state_of
-from .slots import Slots
-
-HALF_WAY = (
-    "an earlier forward failed half-way, so some layers have its tokens and some have not: cache.reset() and read the "
-    "text again, or load a saved cache"
-)
-
-ALIGNED = 16  # slots: rows of fp32 that begin at whole 64 bytes are read in wide loads
-
-
-def room(most: int) -> int:
-    """Slots of a row: for `most` tokens, and the one that overflows them."""
-    return -(-(most + 1) // ALIGNED) * ALIGNED
+from ..hf.watch import Call
+from .layer import HALF_WAY
+from .scattered import is_dense
 
 
 def still(*tensors: Tensor) -> None:
@@ -36,16 +26,6 @@ def still(*tensors: Tensor) -> None:
     for x in tensors:
         torch._dynamo.mark_static_address(x)
         torch._dynamo.mark_static(x)
-
-
-def check_codec(codec: str | None) -> None:
-    """Refuse a codec whose slots no kernel reads as they lie.
-
-    Raises:
-        ValueError: "int4" or "bf16".
-    """
-    if codec in ("int4", "bf16"):
-        raise ValueError(f"compiled=True reads what is kept as it lies, which codec={codec!r} does not allow")
 
 
 def check_layer(index: int, module: nn.Module) -> None:
@@ -153,12 +133,19 @@ class FixedLayer:
     """A layer that may generate in tensors which never move: what `get_ready` asks of it.
 
     It has `seen`, `pads`, `counts` (tokens kept, per row), `budgets` and `online`.
+
+    Args:
+        fixed: whether it ever does.
     """
 
     steps: Steps | None = None  # while it generates: its `counts` and `seen` are of when that began
     leads = ends = False  # whether it counts the tokens that begin, for the others too; those that all layers have
     unit = "tokens"  # of its budgets
     _until = 0  # tokens seen when it must leave
+
+    def __init__(self, *args: Any, fixed: bool = False, **kwargs: Any) -> None:
+        self.is_compileable = fixed
+        super().__init__(*args, **kwargs)
 
     def _clear(self) -> None:
         super()._clear()
@@ -199,6 +186,24 @@ class FixedLayer:
         self.seen += taken
         self._take_back(taken)
 
+    def attend(self, call: Call) -> tuple[Tensor, Tensor]:
+        """As it does otherwise; in tensors that stay where they are if it has entered them."""
+        steps = self.steps
+        if steps is None or call.query.shape[2] > 1 or not is_dense(call.spec):
+            self.leave_fixed()
+            return super().attend(call)
+        new, self._new = self._new, None
+        if self.leads:
+            steps.span[:, 1].add_(1)
+        answer = self._fixed_step(call, *new)
+        if self.ends:
+            steps.seen.add_(1)
+        return answer
+
+    def _fixed_step(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """One token a row: store it, and attend."""
+        raise NotImplementedError
+
     def _lay_out(self, steps: Steps) -> None:
         """The part of entering that is the layer's own; says `_until` when there is room."""
         raise NotImplementedError
@@ -228,63 +233,20 @@ class FixedLayer:
             return 0, 0  # nothing to mask: what is filled, the step knows
         return self.get_seq_length() + query_length, 0
 
+    # Whoever asks or changes what is kept.
 
-class FixedDecoding(FixedLayer):
-    """The part of an `EvictingLayer` that generates in buffers which outlive that time.
+    def crop(self, tokens_to_remove: int) -> None:
+        self.leave_fixed()
+        super().crop(tokens_to_remove)
 
-    Who enters again finds the same tensors, so what was compiled or recorded for their addresses holds. What a layer
-    keeps lies in them in between too, or they are let go of.
-    """
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.leave_fixed()
+        super().batch_select_indices(indices)
 
-    def _clear(self) -> None:
-        super()._clear()
-        self._home: dict[str, Tensor] | None = None
+    def kept_of_rows(self) -> list[tuple[int, int]]:
+        self.leave_fixed()
+        return super().kept_of_rows()
 
-    def can_enter(self) -> bool:
-        """Whether every row has begun, and what is kept can be read as it lies."""
-        if self.budgets is None or self.record_past or self._pending is not None:
-            return False
-        return all(self.seen > pads for pads in self.pads) and self.codec.in_kernel(self.device)
-
-    def _lay_out(self, steps: Steps) -> None:
-        """The slots of the next tokens; until it leaves, `slots` are all of them."""
-        self._return()
-        if self._home is None:
-            if self.slots.borrowed or self.slots.capacity != self._size():
-                self.slots = self.slots.owned(self._size())
-            self._home = self.slots.tensors
-            still(*self._home.values())
-        filled, size = self.slots.length, self.slots.capacity
-        self._home["position"][:, :, filled:] = torch.arange(self.seen, self.seen + size - filled, device=self.device)
-        for name in self.fields:
-            self._home[name][:, :, filled:] = 0
-        fewest = min(most - count for count, most in zip(self.counts, self.budgets, strict=True))
-        self._until = self.seen + fewest + 1
-        self.slots = Slots(self._home)
-
-    def _take_back(self, taken: int) -> None:
-        """Count what is kept, and evict what is over the budget."""
-        self.counts = [count + taken for count in self.counts]
-        self.intact += taken
-        self.slots = self._buffers = Slots(self._home, max(self.counts))
-        self._span = None
-        self._shrink(several=False)
-        self._buffers = None
-        self._return()
-
-    def _return(self) -> None:
-        """Where what is kept has moved elsewhere, take it back or let the old tensors go: nothing is held twice."""
-        if self._home is None:
-            return
-        home = self._home["keys"]
-        if home.data_ptr() == self.slots.tensors["keys"].data_ptr():
-            return
-        if (len(home), home.shape[2]) == (len(self.pads), self._size()) and self.slots.length <= self._size():
-            for name, x in self._home.items():
-                x[:, :, : self.slots.length] = self.slots[name]
-            self.slots = Slots(self._home, self.slots.length)
-        else:
-            self._home = None
-
-    def _size(self) -> int:
-        return room(max(self.budgets))
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self.leave_fixed()
+        return super().state()

@@ -9,15 +9,12 @@ nobody chooses before it is full: so nothing has to be prepared until there is n
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from ..hf.watch import Call
 from .fixed import FixedLayer, Steps, still
 from .layer import decode
 from .marks import FixedMarks
-from .scattered import is_dense
 
 
 class FixedPages(FixedLayer):
@@ -61,20 +58,9 @@ class FixedPages(FixedLayer):
         self.read = min(self.reads.page * max(self._limits(self.counts)), max(self.counts))
         self._fill_index(self.pages.close())
 
-    def attend(self, call: Call) -> tuple[Tensor, Tensor]:
-        """As every paged layer, in tensors that stay where they are if it has entered them."""
-        if self.steps is not None and call.query.shape[2] == 1 and is_dense(call.spec):
-            return self._fixed_step(call)
-        self.leave_fixed()
-        return super().attend(call)
-
-    def _fixed_step(self, call: Call) -> tuple[Tensor, Tensor]:
+    def _fixed_step(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """One token a row: store, choose, fetch, attend."""
-        (keys, values), self._new = self._new, None
-        steps = self.steps
-        if self.leads:
-            steps.span[:, 1].add_(1)
-        length = steps.span[:, 1] - steps.span[:, 0]
+        length = self.steps.span[:, 1] - self.steps.span[:, 0]
         self.pages.put(keys, values, length)
         now = self.fixed.now(length, self.reads, keys.shape[1])
         if not self.pages.apart:
@@ -83,29 +69,8 @@ class FixedPages(FixedLayer):
         pages = self._best(scores.masked_fill(now.newest < self.fixed.budgets, 0), now)
         slots = self.pages.bring(pages, now.newest)
         which = {"slots": slots, "num_keys": now.num_keys, "page_size": self.reads.page}
-        answer = decode(call, self.pages.keys, self.pages.values, **which)
-        if self.ends:
-            steps.seen.add_(1)
-        return answer
-
-    # Whoever asks or changes what is kept.
-
-    def crop(self, tokens_to_remove: int) -> None:
-        self.leave_fixed()
-        super().crop(tokens_to_remove)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.leave_fixed()
-        super().batch_select_indices(indices)
+        return decode(call, self.pages.keys, self.pages.values, **which)
 
     def tiers(self) -> dict[str, int]:
         self.leave_fixed()
         return super().tiers()
-
-    def kept_of_rows(self) -> list[tuple[int, int]]:
-        self.leave_fixed()
-        return super().kept_of_rows()
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        self.leave_fixed()
-        return super().state()

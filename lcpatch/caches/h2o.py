@@ -22,10 +22,11 @@ from lcpatch_kernels import attn_mass
 from . import scattered
 from .budget import Budget, check_whole
 from .cache import LongCache, caches, routed_layers
-from .evicting import EvictingLayer, Step
-from .fixed import check_codec, check_layer
+from .evicting import EvictingLayer
+from .fixed_slots import FixedSlots
 from .rows import to_list
 from .state import fitting
+from .step import Step
 
 SCORES = ("sum", "mean", "decay")
 GROUPS = ("sum", "mean", "max")
@@ -85,15 +86,11 @@ class H2OCache(LongCache):
         if not isinstance(decay, Real) or not 0 < decay < 1:
             raise ValueError(f"decay={decay!r} must lie between 0 and 1")
         check_whole("grace", grace, 0)
-        if compiled:
-            check_codec(codec)
 
-        def make(index: int, module: nn.Module) -> H2OLayer:
-            if compiled:
-                check_layer(index, module)
+        def make(index: int) -> H2OLayer:
             return H2OLayer(kept, codec, compiled, score=score, decay=decay, group=group, grace=grace)
 
-        super().__init__(layers=routed_layers(model, "H2OCache", make))
+        super().__init__(layers=routed_layers(model, "H2OCache", make, compiled))
 
     def stats(self, measure: bool = False) -> dict[str, Any]:
         """Besides what every cache says:
@@ -112,7 +109,7 @@ class H2OCache(LongCache):
         return {**told, "mass_kept": mean, "mass_kept_by_layer": by_layer}
 
 
-class H2OLayer(EvictingLayer):
+class H2OLayer(FixedSlots, EvictingLayer):
     """One layer: the attention that each kept token was given so far, in fp32."""
 
     owner = "H2OCache"

@@ -16,7 +16,11 @@ from lcpatch_kernels import sparse_decode
 
 from ..core.errors import UnsupportedModelError
 from ..hf.watch import Call
-from .fixed import HALF_WAY
+
+HALF_WAY = (
+    "an earlier forward failed half-way, so some layers have its tokens and some have not: cache.reset() and read the "
+    "text again, or load a saved cache"
+)
 
 
 class AttendingLayer(DynamicLayer):

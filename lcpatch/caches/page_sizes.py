@@ -95,7 +95,7 @@ def recall_by_page(
     reads = [Reads(budget, page, num_sinks, recent) for page in pages]
     for each in reads:
         _check(each, ids.shape[1] - queries)
-    cache = LongCache(layers=routed_layers(model, "page_sizes", lambda *_: _Probe(reads, top, queries)))
+    cache = LongCache(layers=routed_layers(model, "page_sizes", lambda _: _Probe(reads, top, queries)))
     was_training = model.training
     model.eval()
     try:
@@ -146,9 +146,7 @@ class _Probe(DynamicLayer):
 
     def _recall(self, call: Call, reads: Reads) -> float:
         """The mean share that the last queries find on pages of this size."""
-        layer = PagedLayer(
-            "page_sizes", reads, lambda reads, rows: TreeIndex(reads, self.top, rows), lambda: Pages(reads.page)
-        )
+        layer = PagedLayer(reads, lambda reads, rows: TreeIndex(reads, self.top, rows), lambda: Pages(reads.page))
         batch, _, end, _ = call.query.shape
         begin = end - self.queries
         past = {"keys": call.key[:, :, :begin], "values": call.value[:, :, :begin]}

@@ -14,15 +14,38 @@ import torch
 from torch import Tensor
 
 from ..hf.watch import Call, attend
+from .cache import LongCache
 from .index import Index
 from .layer import AttendingLayer, decode, negative
 from .marks import Marks, Now
-from .pages import Pages
+from .pages import Filled, Pages
 from .reads import Reads
+from .recall import recall
 from .rows import alike, to_list
 from .scattered import is_dense
 from .state import fitting, whole, wholes
-from .tiers import TieredPages
+from .tiers import TieredPages, traffic
+
+
+class PagedCache(LongCache):
+    """Base of the caches that are made of such layers."""
+
+    chunks_differ = "one token attends to its pages only, several at a time to everything"
+
+    def stats(self, measure: bool = False) -> dict[str, Any]:
+        """Besides what every cache says:
+
+        `attended`: tokens that the last generated token attended to, the most of a layer. Where pages lie on several
+        tiers, `hit_rate`: which share of the pages asked for was on the fast tier, or on its way there; and
+        `fetched_ahead`, `from_host`, `from_disk`: pages. With `measure`, which share of the full attention the last
+        token's pages hold, see `caches.recall.recall`; what that reads counts nowhere.
+        """
+        told = super().stats()  # layers that generate in fixed buffers know only then what they did
+        layers = [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+        told["attended"] = max((layer.read for layer in layers), default=0)
+        if stores := [layer.pages for layer in layers if layer.pages.apart]:
+            told |= traffic(stores)
+        return told | (recall(self.layers) if measure else {})
 
 
 class PagedLayer(AttendingLayer):
@@ -35,14 +58,12 @@ class PagedLayer(AttendingLayer):
 
     def __init__(
         self,
-        owner: str,
         reads: Reads,
         make_index: Callable[[Reads, int], Index],
         make_pages: Callable[[], Pages | TieredPages],
         **kwargs: Any,
     ) -> None:
-        self.owner, self.reads = owner, reads
-        self.make_index, self.make_pages = make_index, make_pages
+        self.reads, self.make_index, self.make_pages = reads, make_index, make_pages
         self.next: Callable[[], PagedLayer | None] | None = None
         super().__init__(**kwargs)
 
@@ -84,9 +105,9 @@ class PagedLayer(AttendingLayer):
         self._asked = (call._replace(key=None, value=None, bounds=None, sinks=None), lse) if num == 1 else None
         return out, lse
 
-    def _fill_index(self, filled: Iterable[tuple[list[int], int, int]]) -> None:
-        for rows, begin, end in filled:
-            self.index.append(self.pages.tokens(rows, begin, end), rows, begin, self.pages.room)
+    def _fill_index(self, filled: Iterable[Filled]) -> None:
+        for rows, begin, keys in filled:
+            self.index.append(keys, rows, begin, self.pages.room)
 
     def _count(self, num: int, skip: list[int]) -> None:
         """Set the budgets for a step of `num` tokens, of which each row skips some."""

@@ -15,6 +15,9 @@ from .rows import alike, as_index, rearranged
 from .slots import enlarged, most_room
 from .state import whole
 
+Filled = tuple[list[int], int, Tensor]
+"""`(rows, begin, keys)`: the pages that rows which are alike have now filled, from `begin` on: [rows, K, tokens, D]."""
+
 
 class Pages:
     """Pages on the device that computes: [B, K, capacity, D], each row filled from the left.
@@ -38,11 +41,11 @@ class Pages:
     def allow(self, pages: list[int]) -> None:
         """So many full pages of each row may be on the device: here all are."""
 
-    def append(self, keys: Tensor, values: Tensor, skip: list[int]) -> Iterator[tuple[list[int], int, int]]:
+    def append(self, keys: Tensor, values: Tensor, skip: list[int]) -> Iterator[Filled]:
         """Store new tokens [B, K, T, D], of each row but the first `skip[row]`.
 
         Yields:
-            `(rows, begin, end)`, once these are stored: rows that are alike, and the pages which they have now filled.
+            What they fill, once it is stored.
         """
         if self.keys is None:
             self.keys, self.values = (x.new_zeros(*x.shape[:2], 0, x.shape[3]) for x in (keys, values))
@@ -56,8 +59,9 @@ class Pages:
                 own[which, :, length:end] = new[which, :, first:]
             for row in rows:
                 self.lengths[row] = end
-            if end // self.page > length // self.page:
-                yield rows, length // self.page, end // self.page
+            begin, full = length // self.page, end // self.page
+            if full > begin:
+                yield rows, begin, self.keys[which, :, begin * self.page : full * self.page]
 
     @property
     def room(self) -> int:
@@ -68,10 +72,6 @@ class Pages:
     def num_heads(self) -> int:
         return self.keys.shape[1]
 
-    def tokens(self, rows: list[int], begin: int, end: int) -> Tensor:
-        """Keys of the pages [begin, end) of `rows`: [rows, K, tokens, D]."""
-        return self.keys[as_index(rows, len(self.lengths)), :, begin * self.page : end * self.page]
-
     def whole(self) -> tuple[Tensor, Tensor]:
         """All keys and values, [B, K, tokens, D], as views."""
         most = max(self.lengths)
@@ -81,7 +81,7 @@ class Pages:
         """The same for who only measures."""
         return self.whole()
 
-    def close(self) -> Iterable[tuple[list[int], int, int]]:
+    def close(self) -> Iterable[Filled]:
         """Pages that single tokens have filled since `append`, which yields them at once."""
         return ()
 

@@ -29,6 +29,10 @@ class Reads:
             )
         self.budget = Budget(budget, num_sinks, recent)
 
+    def holding(self, pages: int) -> Reads:
+        """The same of a row that reads so many pages."""
+        return Reads(pages * self.page, self.page, self.budget.num_sinks, self.recent)
+
     def of(self, real: int) -> int:
         """The pages that a row of `real` tokens reads."""
         return max(self.budget.of(real) // self.page, self.least)

@@ -19,26 +19,24 @@ import torch
 from torch import Tensor, nn
 
 from .budget import check_whole
-from .cache import LongCache, caches, routed_layers
+from .cache import caches, routed_layers
 from .codec import codec_named
-from .fixed import check_layer
 from .fixed_pages import FixedPages
 from .growing import DenseLayer
 from .marks import FixedMarks, Marks, Now
-from .paged import PagedLayer
+from .paged import PagedCache, PagedLayer
 from .pages import Pages
 from .reads import Reads
-from .recall import recall
 from .rows import rearranged
 from .scorers import Scorer, make_scorers
-from .tiers import TieredPages, traffic
+from .tiers import TieredPages
 
 GROUPS = ("max", "softmax")
 PAGE = 16  # for scorers that do not say what they are for
 
 
 @caches.register("retrieval")
-class RetrievalCache(LongCache):
+class RetrievalCache(PagedCache):
     """`model.generate(**inputs, past_key_values=RetrievalCache(model, budget=2048))`: a token reads the pages that fit.
 
     Args:
@@ -68,8 +66,6 @@ class RetrievalCache(LongCache):
         UnknownNameError: no such scorer.
         ValueError: options out of range or that exclude each other, or a budget that the pages always read fill.
     """
-
-    chunks_differ = "one token attends to its pages only, several at a time to everything"
 
     def __init__(
         self,
@@ -104,44 +100,23 @@ class RetrievalCache(LongCache):
         page = getattr(by_layer[0], "page", PAGE) if page is None else page
         reads = Reads(budget, page, num_sinks, recent)
 
-        def make(index: int, module: nn.Module) -> Any:
+        def make(index: int) -> Any:
             if index < dense_layers:
                 return DenseLayer()
-            if compiled:
-                check_layer(index, module)
             return RetrievalLayer(
-                compiled,
                 reads,
                 lambda reads, rows: ScorerIndex(by_layer[index], page, group, rows),
                 lambda: TieredPages(page, stored) if offload else Pages(page),
+                fixed=compiled,
             )
 
-        super().__init__(layers=routed_layers(model, "RetrievalCache", make))
-
-    def stats(self, measure: bool = False) -> dict[str, Any]:
-        """Besides what every cache says: `attended`, tokens that the last generated token attended to, the most of a
-        layer; with `offload` the hit rate and where pages came from, as in `TieredCache`; and with `measure` which
-        share of the full attention those hold, see `caches.recall.recall`."""
-        layers = [layer for layer in self.layers if isinstance(layer, PagedLayer)]
-        found = {**super().stats(), "attended": max((layer.read for layer in layers), default=0)}
-        if stores := [layer.pages for layer in layers if layer.pages.apart]:
-            found |= traffic(stores)
-        return {**found, **(recall(self.layers) if measure else {})}
+        super().__init__(layers=routed_layers(model, "RetrievalCache", make, compiled))
 
 
 class RetrievalLayer(FixedPages, PagedLayer):
-    """One layer.
-
-    Args:
-        fixed: generate in buffers that never move, see `fixed_pages`.
-        of_pages: what a `PagedLayer` takes.
-    """
+    """One layer."""
 
     owner = "RetrievalCache"
-
-    def __init__(self, fixed: bool, *of_pages: Any, **kwargs: Any) -> None:
-        self.is_compileable = fixed
-        super().__init__(self.owner, *of_pages, **kwargs)
 
 
 class ScorerIndex:

@@ -22,7 +22,8 @@ from ..hf.watch import Call
 from .budget import Budget
 from .cache import LongCache, caches, routed_layers
 from .evicting import EvictingLayer
-from .fixed import Steps, check_codec, check_layer
+from .fixed import Steps
+from .fixed_slots import FixedSlots
 from .rows import to_list
 from .state import fitting, wholes
 
@@ -66,10 +67,6 @@ class SinkCache(LongCache):
         kept = Budget(budget, num_sinks, evict_every=evict_every)
         if positions not in POSITIONS:
             raise ValueError(f"positions={positions!r} is not one of {', '.join(map(repr, POSITIONS))}")
-
-        if compiled:
-            check_codec(codec)
-
         turns: dict[int, Rotation] = {}
         if positions == "rolling" and num_sinks > 0:
             base = unwrap(model)
@@ -77,15 +74,13 @@ class SinkCache(LongCache):
             full = {index: modules[index] for index in full_attention_layers(base.config, modules)}
             turns = rotations_of(base, full, "SinkCache") if full else {}
 
-        def make(index: int, module: nn.Module) -> SinkLayer:
-            if compiled:
-                check_layer(index, module)
+        def make(index: int) -> SinkLayer:
             return SinkLayer(kept, codec, compiled, turn=turns.get(index))
 
-        super().__init__(layers=routed_layers(model, "SinkCache", make))
+        super().__init__(layers=routed_layers(model, "SinkCache", make, compiled))
 
 
-class SinkLayer(EvictingLayer):
+class SinkLayer(FixedSlots, EvictingLayer):
     """One layer: what is neither sink nor recent goes.
 
     Args:

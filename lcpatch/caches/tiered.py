@@ -29,17 +29,15 @@ from torch import Tensor, nn
 from ..hf.models import attention_modules, full_attention_layers, unwrap
 from ..hf.watch import Call
 from .budget import check_whole
-from .cache import LongCache, caches, routed_layers
+from .cache import caches, routed_layers
 from .codec import codec_named
-from .fixed import check_layer
 from .fixed_pages import FixedPages
 from .page_sizes import PAGE, page_sizes
-from .paged import PagedLayer
+from .paged import PagedCache, PagedLayer
 from .reads import Reads
-from .recall import recall
 from .spill import scratch_file
 from .state import whole
-from .tiers import TieredPages, traffic
+from .tiers import TieredPages
 from .tree import TreeIndex
 
 __all__ = ["TieredCache", "page_sizes"]
@@ -50,7 +48,7 @@ ATTEND = 4096
 
 
 @caches.register("tiered")
-class TieredCache(LongCache):
+class TieredCache(PagedCache):
     """`model.generate(**inputs, past_key_values=TieredCache(model, budget=8192, disk="/scratch"))`: nothing is lost.
 
     Args:
@@ -84,7 +82,6 @@ class TieredCache(LongCache):
     """
 
     places = ("disk", "host_bytes")
-    chunks_differ = "one token attends to its pages only, several at a time to everything"
 
     def __init__(
         self,
@@ -132,14 +129,12 @@ class TieredCache(LongCache):
         stored = codec_named(codec)
         num = max(1, len(full_attention_layers(base.config, modules)))
 
-        def make(index: int, module: nn.Module) -> TieredLayer:
+        def make(index: int) -> TieredLayer:
             pages = partial(TieredPages, sizes[index], stored, disk, host_bytes // num)
             fast_bytes = None if gpu_bytes is None else gpu_bytes // num
-            if compiled:
-                check_layer(index, module)
             return TieredLayer(reads[sizes[index]], top, pages, attend or ATTEND, fast_bytes, compiled)
 
-        super().__init__(layers=routed_layers(model, "TieredCache", make))
+        super().__init__(layers=routed_layers(model, "TieredCache", make, compiled))
         self.ahead = disk is not None if ahead is None else ahead
         self._chain()
 
@@ -160,24 +155,12 @@ class TieredCache(LongCache):
             layer.follow(before)
 
     def stats(self, measure: bool = False) -> dict[str, Any]:
-        """Besides what every cache says:
-
-        `attended`: tokens that the last generated token attended to. `hit_rate`: which share of the pages asked for was
-        on the fast tier, or on its way there. `fetched_ahead`, `from_host`, `from_disk`: pages. `proven`: in which
-        share of the searches all pages that may hold one of the `top` best keys fitted the budget. With `measure`,
-        which share of the full attention the last token's pages hold, see `caches.recall.recall`; what that reads
-        counts nowhere.
-        """
-        told = super().stats()  # layers that generate in fixed buffers know only then what they did
+        """As every cache of pages, and `proven`: in which share of the searches all pages that may hold one of the
+        `top` best keys fitted the budget."""
+        told = super().stats(measure)
         layers = [layer for layer in self.layers if isinstance(layer, TieredLayer)]
         searches = sum(x.searches for x in layers)
-        return {
-            **told,
-            "attended": max((x.read for x in layers), default=0),
-            **traffic([x.pages for x in layers]),
-            "proven": float(sum(x.proven for x in layers)) / searches if searches else 1.0,
-            **(recall(self.layers) if measure else {}),
-        }
+        return {**told, "proven": float(sum(x.proven for x in layers)) / searches if searches else 1.0}
 
 
 def _index(top: int | None, fixed: bool, reads: Reads, rows: int) -> TreeIndex:
@@ -222,11 +205,9 @@ class TieredLayer(FixedPages, PagedLayer):
         attend: int = ATTEND,
         fast_bytes: int | None = None,
         fixed: bool = False,
-        **kwargs: Any,
     ) -> None:
-        self.most, self.fast_bytes, self.is_compileable = attend, fast_bytes, fixed
-        make_index = partial(_index, top, fixed)
-        super().__init__("TieredCache", reads, make_index, make_pages, **kwargs)
+        self.most, self.fast_bytes = attend, fast_bytes
+        super().__init__(reads, partial(_index, top, fixed), make_pages, fixed=fixed)
 
     def _clear(self) -> None:
         super()._clear()
@@ -237,7 +218,7 @@ class TieredLayer(FixedPages, PagedLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         if self.fast_bytes is not None and self.held is None:
             batch, heads, _, head_dim = key_states.shape
-            page, sinks, recent = self.reads.page, self.reads.budget.num_sinks, self.reads.recent
+            page = self.reads.page
             size = 2 * batch * heads * page * head_dim * key_states.element_size()
             pages = self.fast_bytes // size - 1  # and the open one
             if pages < self.reads.least:
@@ -245,8 +226,7 @@ class TieredLayer(FixedPages, PagedLayer):
                     f"gpu_bytes leaves {self.fast_bytes} bytes a layer, {max(pages, 0)} pages of {page} tokens for "
                     f"{batch} rows; {self.reads.least} are wanted at least: {size * (self.reads.least + 1)} bytes"
                 )
-            self.reads = Reads(pages * page, page, sinks, recent)
-            self.held = pages
+            self.reads, self.held = self.reads.holding(pages), pages
         super().lazy_initialization(key_states, value_states)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -256,9 +236,8 @@ class TieredLayer(FixedPages, PagedLayer):
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
         """As every paged layer; the fast tier is as large as it was, though rows may have been repeated since."""
         if self.fast_bytes is not None:
-            page, sinks, recent = self.reads.page, self.reads.budget.num_sinks, self.reads.recent
             self.held = whole(numbers, "held")
-            self.reads = Reads(self.held * page, page, sinks, recent)
+            self.reads = self.reads.holding(self.held)
         super().load_state(tensors, numbers, like)
 
     def _limits(self, lengths: list[int]) -> list[int]:

@@ -23,7 +23,7 @@ from .ahead import Ahead
 from .codec import Plain
 from .fast_tier import FastTier
 from .home import Home
-from .pages import spare
+from .pages import Filled, spare
 from .records import Record
 from .rows import alike, as_index
 from .state import whole, wholes
@@ -53,7 +53,6 @@ class TieredPages:
         self.counts: Tensor | None = None  # [2]: pages asked for; of these, those that were not on the device
         self.ahead: Tensor | None = None  # the same of what was fetched ahead
         self._coming: Ahead | None = None
-        self._fresh: Tensor | None = None
         self._open: tuple[list[int], Tensor] | None = None
         self._full: list[int] = []  # rows whose open page is full
 
@@ -97,7 +96,7 @@ class TieredPages:
         """So many full pages of each row may be on the device; never fewer than before."""
         self.limits = [max(old, new) for old, new in zip(self.limits or pages, pages, strict=True)]
 
-    def append(self, keys: Tensor, values: Tensor, skip: list[int]) -> Iterator[tuple[list[int], int, int]]:
+    def append(self, keys: Tensor, values: Tensor, skip: list[int]) -> Iterator[Filled]:
         """Store new tokens [B, K, T, D], of each row but the first `skip[row]`; yields as `Pages.append` does."""
         if self.fast is None:
             self._begin(keys)
@@ -106,11 +105,7 @@ class TieredPages:
             which, first = as_index(rows, len(self.lengths)), skip[rows[0]]
             yield from self._append(rows, torch.stack([x[which, :, first:] for x in (keys, values)], 2))
 
-    def tokens(self, rows: list[int], begin: int, end: int) -> Tensor:
-        """Keys of the pages which `append` has just yielded."""
-        return self._fresh
-
-    def close(self) -> Iterator[tuple[list[int], int, int]]:
+    def close(self) -> Iterator[Filled]:
         """Send pages home that single tokens have filled, once those have attended; yields as `append` does."""
         full, self._full = self._full, []
         for some in alike([(self.lengths[row], self.limits[row]) for row in full]):
@@ -118,9 +113,7 @@ class TieredPages:
             end = self.lengths[rows[0]] // self.page
             pages = self.fast.open_pages(as_index(rows, len(self.lengths)))
             self._settle(rows, end - 1, pages[:, :, None])
-            self._fresh = pages[:, :, 0]
-            yield rows, end - 1, end
-            self._fresh = None
+            yield rows, end - 1, pages[:, :, 0]
 
     def stand_still(self, pages: int) -> None:
         """Have room for so many pages and more, and the slots that those may have: nothing moves while they fit."""
@@ -279,26 +272,25 @@ class TieredPages:
         self.counts, self.ahead = (torch.zeros(2, dtype=torch.int64, device=keys.device) for _ in range(2))
         self._coming = Ahead(keys.device)
 
-    def _append(self, rows: list[int], new: Tensor) -> Iterator[tuple[list[int], int, int]]:
+    def _append(self, rows: list[int], new: Tensor) -> Iterator[Filled]:
         """Store the tokens [rows, K, 2, T, D] of rows that are alike."""
         page, length, which = self.page, self.lengths[rows[0]], as_index(rows, len(self.lengths))
         rest, begin, single = length % page, length // page, new.shape[3] == 1
         length += new.shape[3]
-        end = length // page
+        end, keys = length // page, None
         if end > begin and single:
             self._full += rows
         elif end > begin:
             new = torch.cat([self.fast.open_pages(which)[:, :, :, :rest], new], 3)
             full = new[:, :, :, : (end - begin) * page].unflatten(3, (-1, page))
             self._settle(rows, begin, full.transpose(2, 3))
-            self._fresh, new, rest = full[:, :, 0].flatten(2, 3), new[:, :, :, (end - begin) * page :], 0
+            keys, new, rest = full[:, :, 0].flatten(2, 3), new[:, :, :, (end - begin) * page :], 0
         start = self.fast.slots * page + rest
         self.fast.data[which, :, :, start : start + new.shape[3]] = new
         for row in rows:
             self.lengths[row] = length
-        if end > begin and not single:
-            yield rows, begin, end
-            self._fresh = None
+        if keys is not None:
+            yield rows, begin, keys
 
     def _settle(self, rows: list[int], begin: int, full: Tensor) -> None:
         """Send full pages [rows, K, n, 2, page, D] home, and keep the last of them on the device."""

@@ -189,7 +189,7 @@ class _LessonCache(LongCache):
     """Not a cache: it sees every layer's queries and keys on their way."""
 
     def __init__(self, model: nn.Module, lesson: Lesson) -> None:
-        super().__init__(layers=routed_layers(model, "train_bookmarks", lambda index, _: _LessonLayer(index, lesson)))
+        super().__init__(layers=routed_layers(model, "train_bookmarks", lambda index: _LessonLayer(index, lesson)))
 
 
 class _LessonLayer(AttendingLayer):

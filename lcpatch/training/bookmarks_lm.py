@@ -126,7 +126,7 @@ class _ReadingCache(LongCache):
     """What is fed first is read in full and kept; what is fed then reads pages of it."""
 
     def __init__(self, model: nn.Module, bookmarks: Bookmarks, reads: Reads) -> None:
-        def make(index: int, _: nn.Module) -> _ReadingLayer:
+        def make(index: int) -> _ReadingLayer:
             return _ReadingLayer(index, bookmarks, reads)
 
         super().__init__(layers=routed_layers(model, "tune_bookmarks", make))

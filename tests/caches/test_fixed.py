@@ -11,7 +11,8 @@ from noise import distance, model_budget
 from transformers import CompileConfig
 
 import lcpatch
-from lcpatch.caches import fixed as fixed_slots
+from lcpatch.caches.fixed import Steps
+from lcpatch.caches.fixed_slots import room
 
 LENGTH = 110
 CUTS = {"prompt": [50, *[1] * 60], "turns": [30, *[1] * 30, 20, *[1] * 30], "tokens": [3, *[1] * 107]}
@@ -50,7 +51,7 @@ def test_it_keeps_what_is_kept_without(cut, name):
 
 
 def test_a_row_is_filled_up_to_whole_lines():
-    assert {most: fixed_slots.room(most) for most in (24, 31, 32)} == {24: 32, 31: 32, 32: 48}
+    assert {most: room(most) for most in (24, 31, 32)} == {24: 32, 31: 32, 32: 48}
 
 
 @pytest.mark.parametrize("codec", ["int8", "fp8"])
@@ -206,8 +207,8 @@ def test_the_decode_step_compiles_once(name):
 def test_the_device_is_waited_for_only_where_there_may_be_no_room(monkeypatch):
     """The host counts announcements instead: one a forward, or several, never fewer than tokens."""
     model, ids, waits = build(), tokens(1, 160), []
-    real = fixed_slots.Steps.recount
-    monkeypatch.setattr(fixed_slots.Steps, "recount", lambda self: (waits.append(self.most), real(self)))
+    real = Steps.recount
+    monkeypatch.setattr(Steps, "recount", lambda self: (waits.append(self.most), real(self)))
     cache = lcpatch.H2OCache(model, 100, evict_every=40, compiled=True)
     with torch.no_grad():
         feed(model, ids[:, :101], cache, [60, *[1] * 41])

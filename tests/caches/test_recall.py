@@ -26,7 +26,7 @@ def layer_for(name, codec=None):
     reads = Reads(READS * PAGE, PAGE, 4, 4)
     if name == "tiered":
         return TieredLayer(reads, None, lambda: TieredPages(PAGE, codec_named(codec)))
-    return PagedLayer("test", reads, lambda reads, rows: ScorerIndex(Mean(), PAGE, "max", rows), lambda: Pages(PAGE))
+    return PagedLayer(reads, lambda reads, rows: ScorerIndex(Mean(), PAGE, "max", rows), lambda: Pages(PAGE))
 
 
 def shares(q, k, pages):

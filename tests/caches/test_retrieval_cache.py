@@ -26,7 +26,6 @@ EPS = torch.finfo(torch.float64).eps
 def layer_for(scorer="quest", group="max", offload=False, codec=None):
     (made,) = make_scorers(scorer, 1)
     return PagedLayer(
-        "RetrievalCache",
         Reads(READS * PAGE, PAGE, SINKS, RECENT),
         lambda reads, rows: ScorerIndex(made, PAGE, group, rows),
         lambda: TieredPages(PAGE, codec_named(codec)) if offload else Pages(PAGE),
