@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from lcpatch_kernels import BlockSparseSpec, Rule
+from lcpatch_kernels import BlockSparseSpec
 
 from ..core.errors import UnsupportedModelError
 from ..hf.layers import state_of
@@ -32,6 +32,7 @@ from .cache import LongCache, caches, stock_layers
 from .growing import DenseLayer
 from .layer import AttendingLayer, decode, negative
 from .rows import alike, as_index, to_list
+from .s2_blocks import KeptBlocks
 from .state import fitting, whole, wholes
 
 FAR_GRAIN = 16  # pages by which the far store grows: 1,024 tokens of blocks of 64
@@ -84,12 +85,7 @@ class S2Layer(AttendingLayer):
     def __init__(self, spec: BlockSparseSpec, config: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.spec = spec
-        self.rules = _one_rule_per_kv_head(spec, num_kv_heads)
-        self.block = spec.block_size
-        rule = self.rules[0]
-        self.ring = rule.back // self.block + 2  # L + 1 pages
-        self.num_sinks = rule.sinks // self.block
+        self.spec, self.blocks = spec, KeptBlocks(spec, num_kv_heads)
 
     def _clear(self) -> None:
         super()._clear()
@@ -102,7 +98,8 @@ class S2Layer(AttendingLayer):
         batch, heads = key_states.shape[:2]
         self.gone = [0] * batch
         self._pages = tuple(
-            x.new_zeros(batch, heads, self.ring, self.block, x.shape[3]) for x in (key_states, value_states)
+            x.new_zeros(batch, heads, self.blocks.ring, self.blocks.size, x.shape[3])
+            for x in (key_states, value_states)
         )
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -113,11 +110,11 @@ class S2Layer(AttendingLayer):
         """
         tokens_to_remove = negative(tokens_to_remove)
         for row, pads in enumerate(self.pads):
-            first = max((self.seen + tokens_to_remove - pads - 1) // self.block - (self.ring - 2), 0)
+            first = max(self.blocks.of(self.seen + tokens_to_remove - pads) - (self.blocks.ring - 2), 0)
             if first < self.gone[row]:
                 raise ValueError(
                     f"crop({tokens_to_remove}): row {row} would need block {first} again, which is freed; "
-                    f"S2Cache can step back at most one block of {self.block} tokens"
+                    f"S2Cache can step back at most one block of {self.blocks.size} tokens"
                 )
         self.seen = max(self.seen + tokens_to_remove, 0)
         if self.seen == 0:
@@ -140,9 +137,8 @@ class S2Layer(AttendingLayer):
         """`(kept, seen)` of each row, in tokens that are no pads; of the KV head that keeps most."""
         rows = []
         for pads, gone in zip(self.pads, self.gone, strict=True):
-            freed = gone - max(self._num_far(head, gone) for head in range(len(self.rules)))
-            seen = max(self.seen - pads, 0)
-            rows.append((seen - freed * self.block, seen))
+            freed, seen = gone - self.blocks.most_far(gone), max(self.seen - pads, 0)
+            rows.append((seen - freed * self.blocks.size, seen))
         return rows
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -159,15 +155,14 @@ class S2Layer(AttendingLayer):
         pads = wholes(numbers, "pads")
         seen, gone = whole(numbers, "seen"), wholes(numbers, "gone", len(pads))
         for row, (before, blocks) in enumerate(zip(pads, gone, strict=True)):
-            last = (seen - before - 1) // self.block
-            if blocks != max(blocks, last - (self.ring - 1), 0) or blocks > max(last, 0):
+            if blocks != self.blocks.left(seen - before, blocks) or blocks > max(self.blocks.of(seen - before), 0):
                 raise ValueError(f"row {row}: {blocks} blocks cannot have left the ring after {seen - before} tokens")
         self.lazy_initialization(like.expand(len(pads), -1, -1, -1), like)
-        page = like[..., None, :].expand(-1, -1, -1, self.block, -1)
+        page = like[..., None, :].expand(-1, -1, -1, self.blocks.size, -1)
         found = fitting(tensors, {"keys": page, "values": page}, len(pads), None)
-        far = max(self._num_far(head, blocks) for blocks in gone for head in range(len(self.rules)))
-        if found["keys"].shape[2] < self.ring + far:
-            raise ValueError(f"{found['keys'].shape[2]} pages cannot hold {self.ring} of the ring and {far} far ones")
+        ring, far = self.blocks.ring, max(map(self.blocks.most_far, gone))
+        if found["keys"].shape[2] < ring + far:
+            raise ValueError(f"{found['keys'].shape[2]} pages cannot hold {ring} of the ring and {far} far ones")
         self.seen, self.pads, self.gone, self._pages = seen, pads, gone, (found["keys"], found["values"])
 
     # Attention over what is kept.
@@ -192,31 +187,28 @@ class S2Layer(AttendingLayer):
         """One token a row: every page that is kept, the row's newest page last and partly filled."""
         slots, num_keys = self._lists or self._make_lists()
         keys, values = (x.flatten(2, 3) for x in self._pages)
-        return decode(call, keys, values, slots=slots, num_keys=num_keys, page_size=self.block)
+        return decode(call, keys, values, slots=slots, num_keys=num_keys, page_size=self.blocks.size)
 
     def _make_lists(self) -> tuple[Tensor, Tensor]:
         """`slots` [B, K, pages] and `num_keys` [B, K] of a decode step. They change once a block; in between a row's
         count grows by one a token."""
         lists, counts = [], []
         for row, gone in enumerate(self.gone):
-            length = self.seen - self.pads[row]
-            last = (length - 1) // self.block
-            for head, rule in enumerate(self.rules):
-                far = range(self.ring, self.ring + self._num_far(head, gone))
-                near = [j for j in range(gone, last) if j > last - (self.ring - 1) or self._is_far(rule, j)]
-                pages = [*far, *(j % self.ring for j in near)]
-                counts.append(len(pages) * self.block + length - last * self.block if length > 0 else 0)
-                lists.append([*pages, last % self.ring] if length > 0 else [])
+            tokens = max(self.seen - self.pads[row], 0)
+            unfilled = -tokens % self.blocks.size
+            for head in range(len(self.blocks.rules)):
+                lists.append(self.blocks.pages(head, gone, tokens))
+                counts.append(len(lists[-1]) * self.blocks.size - unfilled)
         most = max(len(pages) for pages in lists)
         padded = [pages + [-1] * (most - len(pages)) for pages in lists]
-        shape = (len(self.pads), len(self.rules))
+        shape = (len(self.pads), len(self.blocks.rules))
         slots = torch.tensor(padded, dtype=torch.int32).view(*shape, most).to(self.device)
         self._lists = slots, torch.tensor(counts, dtype=torch.int32).view(shape).to(self.device)
         return self._lists
 
     def _attend_chunk(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Several queries a row: for every KV head the far pages, the ring in order, and the chunk, as one sequence."""
-        query = call.query.unflatten(1, (len(self.rules), -1))  # [B, K, H // K, T, D]
+        query = call.query.unflatten(1, (len(self.blocks.rules), -1))  # [B, K, H // K, T, D]
         out, lse = torch.zeros_like(query), torch.full(query.shape[:-1], -torch.inf, device=query.device)
         lse = lse.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
         for rows in self._alike():
@@ -224,17 +216,13 @@ class S2Layer(AttendingLayer):
             if skip >= query.shape[3]:  # nothing but pads so far
                 continue
             recent = tuple(self._recent(rows, pages, x) for pages, x in zip(self._pages, (keys, values), strict=True))
-            for head, rule in enumerate(self.rules):
-                num_far = self._num_far(head, gone)
-                one = slice(head, head + 1)
+            for head in range(len(self.blocks.rules)):
+                one, far = slice(head, head + 1), self._far(head, gone)
                 k, v = (
-                    torch.cat([x[rows, one, self.ring : self.ring + num_far].flatten(2, 3), r[:, one]], 2)
+                    torch.cat([x[rows, one, far].flatten(2, 3), r[:, one]], 2)
                     for x, r in zip(self._pages, recent, strict=True)
                 )
-                sinks = (num_far + max(self.num_sinks - gone, 0)) * self.block
-                residue = (rule.residue + num_far - gone) % rule.stride if rule.stride else 0
-                shifted = Rule(sinks, rule.stride, residue, rule.group, back=rule.back)
-                spec = BlockSparseSpec.of([shifted] * query.shape[2], self.block)
+                spec = BlockSparseSpec.of([self.blocks.rule_over(head, gone)] * query.shape[2], self.blocks.size)
                 part = attend(call._replace(query=query[rows, head, :, skip:], key=k, value=v, spec=spec, bounds=None))
                 out[rows, head, :, skip:], lse[rows, head, :, skip:] = part[0], part[1].to(lse.dtype)
         return out.flatten(1, 2), lse.flatten(1, 2)
@@ -242,9 +230,9 @@ class S2Layer(AttendingLayer):
     def _recent(self, rows: list[int], pages: Tensor, new: Tensor) -> Tensor:
         """The tokens of `rows` (which are alike) from the ring's first block on, the new ones last: [rows, K, n, D]."""
         gone, pads = self.gone[rows[0]], self.pads[rows[0]]
-        length = max(self.seen - pads, 0)
-        blocks = [j % self.ring for j in range(gone, -(-length // self.block))]
-        near = pages[:, :, : self.ring][rows][:, :, blocks].flatten(2, 3)[:, :, : length - gone * self.block]
+        ring, size, length = self.blocks.ring, self.blocks.size, max(self.seen - pads, 0)
+        blocks = [j % ring for j in range(gone, -(-length // size))]
+        near = pages[:, :, :ring][rows][:, :, blocks].flatten(2, 3)[:, :, : length - gone * size]
         return torch.cat([near, new[rows][:, :, max(pads - self.seen, 0) :]], 2)
 
     # Storing.
@@ -254,46 +242,45 @@ class S2Layer(AttendingLayer):
         seen = self.seen + keys.shape[2]
         after = {}
         for rows in self._alike():
-            last = (seen - self.pads[rows[0]] - 1) // self.block
-            after[rows[0]] = max(self.gone[rows[0]], last - (self.ring - 1))
-        self._reserve(max(self._num_far(head, gone) for gone in after.values() for head in range(len(self.rules))))
+            after[rows[0]] = self.blocks.left(seen - self.pads[rows[0]], self.gone[rows[0]])
+        self._reserve(max(map(self.blocks.most_far, after.values())))
         for rows in self._alike():
             gone, leaving_to = self.gone[rows[0]], after[rows[0]]
             for pages, new in zip(self._pages, (keys, values), strict=True):
                 recent = self._recent(rows, pages, new)
-                for head in range(len(self.rules)):
+                for head in range(len(self.blocks.rules)):
                     self._move_far(pages, rows, head, gone, leaving_to, recent[:, head])
-                self._fill_ring(pages, rows, leaving_to, recent[:, :, (leaving_to - gone) * self.block :])
+                self._fill_ring(pages, rows, leaving_to, recent[:, :, (leaving_to - gone) * self.blocks.size :])
             for row in rows:
                 self.gone[row] = leaving_to
         self.seen, self._lists = seen, None
 
     def _move_far(self, pages: Tensor, rows: list[int], head: int, gone: int, to: int, recent: Tensor) -> None:
         """Append what the far store wants of the blocks gone … to - 1; `recent` [rows, n, D] begins at block `gone`."""
-        wanted = [j - gone for j in range(gone, to) if self._is_far(self.rules[head], j)]
+        wanted = [j - gone for j in range(gone, to) if self.blocks.is_far(head, j)]
         if not wanted:
             return
-        blocks = recent[:, : (to - gone) * self.block].unflatten(1, (-1, self.block))[:, wanted]
-        start = self.ring + self._num_far(head, gone)
+        blocks = recent[:, : (to - gone) * self.blocks.size].unflatten(1, (-1, self.blocks.size))[:, wanted]
+        start = self._far(head, gone).stop
         pages[rows, head, start : start + len(wanted)] = blocks
 
     def _fill_ring(self, pages: Tensor, rows: list[int], first: int, tokens: Tensor) -> None:
         """Write `tokens` [rows, K, n, D], which begin at block `first`, into their pages."""
-        for j, part in enumerate(tokens.split(self.block, 2), first):
-            pages[rows, :, j % self.ring, : part.shape[2]] = part
+        for j, part in enumerate(tokens.split(self.blocks.size, 2), first):
+            pages[rows, :, j % self.blocks.ring, : part.shape[2]] = part
 
     def _store_token(self, keys: Tensor, values: Tensor) -> None:
         """Store one token a row: no block is read again but at a block's first token."""
         new_block = False
         for rows in self._alike():
             position = self.seen - self.pads[rows[0]]
-            block, offset = divmod(position, self.block)
+            block, offset = divmod(position, self.blocks.size)
             if offset == 0:
                 new_block = True
                 self._open_block(rows, block)
             which = as_index(rows, len(self.pads))
             for pages, new in zip(self._pages, (keys, values), strict=True):
-                page = pages[:, :, block % self.ring, offset]
+                page = pages[:, :, block % self.blocks.ring, offset]
                 page[which] = new[which, :, 0]
         self.seen += 1
         if new_block:
@@ -304,58 +291,26 @@ class S2Layer(AttendingLayer):
     def _open_block(self, rows: list[int], block: int) -> None:
         """Make the page of a new block free: the block that it holds goes to the far store or nowhere."""
         gone = self.gone[rows[0]]
-        if block - (self.ring - 1) <= gone:
+        if block - (self.blocks.ring - 1) <= gone:
             return
-        self._reserve(max(self._num_far(head, gone + 1) for head in range(len(self.rules))))
+        self._reserve(self.blocks.most_far(gone + 1))
         for pages in self._pages:
-            for head in range(len(self.rules)):
-                self._move_far(pages, rows, head, gone, gone + 1, pages[rows, head, gone % self.ring])
+            for head in range(len(self.blocks.rules)):
+                self._move_far(pages, rows, head, gone, gone + 1, pages[rows, head, gone % self.blocks.ring])
         for row in rows:
             self.gone[row] = gone + 1
 
     def _reserve(self, num_far: int) -> None:
         """Make room for `num_far` pages in the far store of every head."""
-        missing = self.ring + num_far - self._pages[0].shape[2]
+        missing = self.blocks.ring + num_far - self._pages[0].shape[2]
         if missing > 0:
-            extra = max(-(-missing // FAR_GRAIN) * FAR_GRAIN, (self._pages[0].shape[2] - self.ring) // 2)
+            extra = max(-(-missing // FAR_GRAIN) * FAR_GRAIN, (self._pages[0].shape[2] - self.blocks.ring) // 2)
             self._pages = tuple(torch.cat([x, x.new_zeros(*x.shape[:2], extra, *x.shape[3:])], 2) for x in self._pages)
 
     def _alike(self) -> list[list[int]]:
         """Rows with equal pads have equal blocks."""
         return alike(zip(self.pads, self.gone, strict=True))
 
-    def _is_far(self, rule: Rule, block: int) -> bool:
-        return block < self.num_sinks or (rule.stride > 0 and block % rule.stride == rule.residue)
-
-    def _num_far(self, head: int, gone: int) -> int:
-        """Far pages of a head once the blocks 0 … gone - 1 have left the ring."""
-        rule, sinks = self.rules[head], min(self.num_sinks, gone)
-        if not rule.stride:
-            return sinks
-
-        def striped(end: int) -> int:
-            return (end - rule.residue - 1) // rule.stride + 1 if end > rule.residue else 0
-
-        return sinks + striped(gone) - striped(sinks)
-
-
-def _one_rule_per_kv_head(spec: BlockSparseSpec, num_kv_heads: int) -> list[Rule]:
-    """The rule of each KV head.
-
-    Raises:
-        UnsupportedModelError: the spec is not S2's, or not one per KV head, so that no block could be freed.
-    """
-    packs = spec.packs(num_kv_heads)
-    rules = [spec.rules[pack.rule] for pack in packs]
-    if len(packs) != num_kv_heads:
-        raise UnsupportedModelError(
-            "S2Cache: the query heads of a KV head read different blocks, so none can be freed; use share='kv_head'"
-        )
-    for rule in rules:
-        whole = rule.group == spec.block_size and rule.back % spec.block_size == 0 and rule.sinks % spec.block_size == 0
-        if not whole or rule.shifted or (rule.back, rule.sinks) != (rules[0].back, rules[0].sinks):
-            raise UnsupportedModelError(
-                f"S2Cache frees whole blocks of {spec.block_size} tokens, alike in all KV heads; {rule} is not of that "
-                "kind (dense heads, sinks='tokens:N' beyond the sink blocks, or another method)"
-            )
-    return rules
+    def _far(self, head: int, gone: int) -> slice:
+        """The far pages of a head."""
+        return slice(self.blocks.ring, self.blocks.ring + self.blocks.num_far(head, gone))
