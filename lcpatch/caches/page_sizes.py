@@ -23,7 +23,7 @@ from .cache import LongCache, routed_layers
 from .paged import PagedLayer
 from .pages import Pages
 from .reads import Reads
-from .tree import TreeIndex
+from .tree_index import TreeIndex
 
 PAGE = 32
 """Tokens a page where nothing was measured."""

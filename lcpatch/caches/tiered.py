@@ -38,7 +38,7 @@ from .reads import Reads
 from .spill import scratch_file
 from .state import whole
 from .tiers import TieredPages
-from .tree import TreeIndex
+from .tree_index import TreeIndex
 
 __all__ = ["TieredCache", "page_sizes"]
 

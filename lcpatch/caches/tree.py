@@ -11,16 +11,12 @@ batched product; every node it visits was at least as good as the k-th lower bou
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lcpatch_kernels import page_bounds, page_scores
 
-from .marks import FixedMarks, Marks, Now
-from .reads import Reads
 from .rows import rearranged
 
 FANOUT = 8  # children a node: 128K tokens in leaves of 32 are four levels, the highest of 8 nodes
@@ -89,35 +85,31 @@ class BoundTree:
         held = [x for level in self.levels for x in level] + ([] if self.largest is None else [self.largest])
         return sum(x.untyped_storage().nbytes() for x in held)
 
-    def search(self, q: Tensor, top: int | list[int]) -> tuple[Tensor, Tensor]:
-        """The pages that may hold one of the `top` best keys of any query head: a superset, provably.
+    def search(self, q: Tensor, tops: list[int]) -> tuple[Tensor, Tensor]:
+        """The pages that may hold one of the best keys of any query head: a superset, provably.
+
+        With one level, `pages` are all of them, each in its place, and nothing waits for the device.
 
         Args:
             q: [B, H, 1, D], rotated; query head h reads KV head h // (H // K).
-            top: how many keys; a list: of each row.
+            tops: how many best keys, of each row.
 
         Returns:
-            `(pages, upper)`: int64 [B, K, M], in order, then -1 where a head has fewer, and the fp32 [B, K, M] upper
-            bound of a page, the largest over the group's query heads; -inf where there is no page.
+            `(pages, upper)`: int64 [B, K, M], and the fp32 [B, K, M] upper bound of a page, the largest over the
+            group's query heads; -inf where it is ruled out, or no page (-1).
         """
-        return _kept(*self.scores(q, top))
-
-    def scores(self, q: Tensor, top: int | list[int]) -> tuple[Tensor, Tensor]:
-        """As `search`, but pages that are ruled out may stand between the others, with -inf. With one level, these are
-        all pages, each in its place, and nothing waits for the device."""
         batch, heads = self.levels[0][0].shape[:2]
-        tops = [top] * batch if isinstance(top, int) else top
         level = len(self.levels) - 1
         nodes = torch.arange(-(-max(self.leaves) // FANOUT**level), device=q.device).expand(batch, heads, -1)
         low, high = (x[:, :, : nodes.shape[2]] for x in self.levels[level])
         while level:
             upper, lower = self._bounds(q, low, high)
-            nodes, _ = _kept(nodes, _possible(upper, _kth(lower, self._tokens(nodes, level), tops)))
+            nodes, _ = _kept(nodes, possible(upper, _kth(lower, self._tokens(nodes, level), tops)))
             children = nodes[..., None] * FANOUT + torch.arange(FANOUT, device=q.device)
             nodes, level = children.masked_fill(nodes[..., None] < 0, -1).flatten(2), level - 1
             low, high = (self._pick(level, which, nodes) for which in range(2))
         upper, lower = self._bounds(q, low, high)
-        return nodes, _possible(upper, _kth_page(lower, [-(-n // self.leaf) for n in tops]))
+        return nodes, possible(upper, _kth_page(lower, [-(-n // self.leaf) for n in tops]))
 
     def bounds(self, q: Tensor, leaves: int) -> tuple[Tensor, Tensor]:
         """`(upper, lower)` bounds [B, K, H // K, leaves] of the first pages; -inf of those that are not there yet."""
@@ -173,90 +165,12 @@ class BoundTree:
             own[rows, :, begin:stop] = reduce(children.unflatten(2, (-1, FANOUT)), 3)
 
 
-class TreeIndex:
-    """The tree of bounds of a layer's pages, and what it proves.
-
-    Args:
-        reads: which pages are read anyway.
-        top: best keys to find; None: a quarter of the tokens read.
-        num_rows: batch rows.
-        flat: one level only, for `fixed_scores`.
-    """
-
-    def __init__(self, reads: Reads, top: int | None, num_rows: int, flat: bool = False) -> None:
-        self.reads, self.top = reads, top
-        self.tree = BoundTree(reads.page, num_rows, sys.maxsize if flat else None)
-        self.fits: Tensor | None = None  # bool [B, K]: whether all that the last search could not drop may be read
-        self.found: Tensor | None = None  # how many of `fixed_scores` found that it may, since someone set it to 0
-
-    def append(self, keys: Tensor, rows: list[int], begin: int, room: int) -> None:
-        self.tree.append(keys, rows)
-
-    def scores(self, query: Tensor, marks: Marks, scale: float | None) -> Tensor:
-        """The upper bounds of the pages that may hold one of the best keys; -inf for those that provably do not."""
-        pages, scores = self.tree.scores(query, self._tops(marks.limits))
-        if len(self.tree.levels) > 1:
-            found, scores = scores, scores.new_full((*scores.shape[:2], marks.most + 1), -torch.inf)
-            scores.scatter_(2, pages.masked_fill(found == -torch.inf, marks.most).clamp(max=marks.most), found)
-        scores = scores[..., : marks.most]
-        read = ((scores > -torch.inf) | marks.always) & marks.real
-        self.fits = read.sum(-1) < marks.budgets[..., 0]
-        return scores
-
-    def stand_still(self, pages: int, like: Tensor) -> None:
-        """Have room for so many pages, [B, K, 0, D] as `like`."""
-        self.tree.reserve(pages, like)
-        if self.found is None:
-            self.found = torch.zeros((), dtype=torch.int64, device=like.device)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What `fixed_scores` reads and writes."""
-        return *self.tree.levels[0], self.tree.largest, self.found
-
-    def fixed_scores(self, query: Tensor, fixed: FixedMarks, now: Now, scale: float | None) -> Tensor:
-        """As `scores`, over all pages that there is room for: shapes and control follow from no length."""
-        upper, lower = self.tree.bounds(query, fixed.place.shape[0])
-        best = lower.topk(fixed.best.shape[0], -1).values
-        scores = _possible(upper, best.gather(-1, fixed.kth.expand(*best.shape[:3], 1)).squeeze(-1))
-        read = ((scores > -torch.inf) | now.always) & now.real
-        self.found.add_((read.sum(-1) < fixed.budgets[..., 0]).sum())
-        return scores
-
-    def top_pages(self, limits: list[int]) -> list[int]:
-        """How many pages hold the best keys that rows which read so many look for."""
-        return [-(-n // self.reads.page) for n in self._tops(limits)]
-
-    def _tops(self, limits: list[int]) -> list[int]:
-        return [self.top or max((pages - 1) * self.reads.page // 4, 1) for pages in limits]
-
-    def state(self, pages: int, like: Tensor) -> dict[str, Tensor]:
-        self.tree.reserve(pages, like)
-        return {name: x[:, :, :pages] for name, x in zip(("low", "high"), self.tree.levels[0], strict=True)}
-
-    def likes(self, like: Tensor) -> dict[str, Tensor]:
-        return {"low": like, "high": like}
-
-    def append_known(self, known: dict[str, Tensor], rows: list[int], room: int) -> None:
-        self.tree.append_bounds(known["low"], known["high"], rows)
-
-    def cut(self, row: int, pages: int) -> None:
-        self.tree.cut(row, pages)
-
-    def select_rows(self, rows: list[int]) -> None:
-        self.tree.select_rows(rows)
-
-    @property
-    def nbytes(self) -> int:
-        return self.tree.nbytes
-
-
 def _largest(low: Tensor, high: Tensor) -> Tensor:
     """The largest magnitude in bounds [B, K, pages, D] of one page at least: [B, K, 1]."""
     return torch.maximum(low.abs(), high.abs()).amax((2, 3))[..., None]
 
 
-def _possible(upper: Tensor, bound: Tensor) -> Tensor:
+def possible(upper: Tensor, bound: Tensor) -> Tensor:
     """Of nodes that reach the bound of a query head, the largest upper bound of their group's; of others, -inf.
 
     upper [B, K, G, M], bound [B, K, G] -> [B, K, M].

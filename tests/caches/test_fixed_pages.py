@@ -68,7 +68,7 @@ def test_it_reads_and_keeps_what_is_read_and_kept_without(cut, name):
 
 
 def test_a_choice_that_goes_wrong_within_the_step_is_seen(monkeypatch):
-    from lcpatch.caches.tree import TreeIndex
+    from lcpatch.caches.tree_index import TreeIndex
 
     real = TreeIndex.fixed_scores
     monkeypatch.setattr(TreeIndex, "fixed_scores", lambda *args: real(*args).roll(1, 1))

@@ -11,7 +11,7 @@ from noise import distance, model_budget
 from test_fixed_pages import CUTS, LENGTH
 
 import lcpatch
-from lcpatch.caches.retrieval import ScorerIndex
+from lcpatch.caches.scorer_index import ScorerIndex
 from lcpatch.caches.scorers import Bookmarks
 
 CACHES = {

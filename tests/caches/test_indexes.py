@@ -9,8 +9,8 @@ import pytest
 
 from lcpatch.caches import fixed_pages, paged
 from lcpatch.caches.index import FixedIndex, Index, OpenIndex
-from lcpatch.caches.retrieval import ScorerIndex
-from lcpatch.caches.tree import TreeIndex
+from lcpatch.caches.scorer_index import ScorerIndex
+from lcpatch.caches.tree_index import TreeIndex
 
 PROTOCOLS = (Index, FixedIndex, OpenIndex)
 

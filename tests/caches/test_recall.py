@@ -12,7 +12,7 @@ from lcpatch.caches.codec import codec_named
 from lcpatch.caches.paged import PagedLayer
 from lcpatch.caches.pages import Pages
 from lcpatch.caches.reads import Reads
-from lcpatch.caches.retrieval import ScorerIndex
+from lcpatch.caches.scorer_index import ScorerIndex
 from lcpatch.caches.scorers import Mean
 from lcpatch.caches.tiered import TieredLayer
 from lcpatch.caches.tiers import TieredPages

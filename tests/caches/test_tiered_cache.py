@@ -50,7 +50,8 @@ def test_a_token_attends_to_what_it_chose_and_proven_choices_hold_the_best_keys(
     def watched(query, marks, scale):
         """A page that this token has filled is known to the tree only afterwards."""
         seen["wanted"] = layer.index.top or (marks.chosen * PAGE // 4)
-        seen["possible"] = layer.index.tree.search(query, seen["wanted"])[0]
+        possible, upper = layer.index.tree.search(query, [seen["wanted"]] * 2)
+        seen["possible"] = possible.masked_fill(upper.isinf(), -1)
         seen["pages"] = choose(query, marks, scale)
         return seen["pages"]
 
