@@ -33,7 +33,7 @@ from .evicting import EvictingLayer
 from .fixed_slots import FixedSlots
 from .rows import alike, as_index, to_list
 from .slots import Slots
-from .state import wholes
+from .untrusted import wholes
 
 
 @caches.register("cluster")

@@ -26,8 +26,8 @@ from .layer import negative
 from .rows import to_list
 from .slots import GRAIN, Slots, grown, most_room
 from .slotted import SlottedLayer
-from .state import fitting, whole, wholes
 from .step import Step, step_of
+from .untrusted import fitting, whole, wholes
 
 
 class EvictingLayer(SlottedLayer):

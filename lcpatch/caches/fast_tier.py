@@ -8,7 +8,7 @@ from torch import Tensor
 from .pages import by_group
 from .residents import Residents
 from .rows import rearranged
-from .state import fitting
+from .untrusted import fitting
 
 
 class FastTier:

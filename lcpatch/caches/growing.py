@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 from ..hf.watch import Call, attend
 from .layer import decode, negative
 from .slots import GRAIN, enlarged, most_room
-from .state import fitting, whole
+from .untrusted import fitting, whole
 
 
 class GrowingLayer(DynamicLayer):

@@ -25,8 +25,8 @@ from .cache import LongCache, caches, routed_layers
 from .evicting import EvictingLayer
 from .fixed_slots import FixedSlots
 from .rows import to_list
-from .state import fitting
 from .step import Step
+from .untrusted import fitting
 
 SCORES = ("sum", "mean", "decay")
 GROUPS = ("sum", "mean", "max")

@@ -18,7 +18,7 @@ from .records import Record
 from .residents import GRAIN
 from .rows import rearranged
 from .spill import Disk
-from .state import fitting
+from .untrusted import fitting
 
 BATCH = 64 << 20  # bytes of records of a disk that are on their way at a time
 

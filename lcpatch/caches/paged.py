@@ -23,8 +23,8 @@ from .reads import Reads
 from .recall import recall
 from .rows import alike, to_list
 from .scattered import is_dense
-from .state import fitting, whole, wholes
 from .tiers import TieredPages, traffic
+from .untrusted import fitting, whole, wholes
 
 
 class PagedCache(LongCache):

@@ -13,7 +13,7 @@ from torch import Tensor
 from .residents import GRAIN
 from .rows import alike, as_index, rearranged
 from .slots import enlarged, most_room
-from .state import whole
+from .untrusted import whole
 
 Filled = tuple[list[int], int, Tensor]
 """`(rows, begin, keys)`: the pages that rows which are alike have now filled, from `begin` on: [rows, K, tokens, D]."""

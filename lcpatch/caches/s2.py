@@ -33,7 +33,7 @@ from .growing import DenseLayer
 from .layer import AttendingLayer, decode, negative
 from .rows import alike, as_index, to_list
 from .s2_blocks import KeptBlocks
-from .state import fitting, whole, wholes
+from .untrusted import fitting, whole, wholes
 
 FAR_GRAIN = 16  # pages by which the far store grows: 1,024 tokens of blocks of 64
 

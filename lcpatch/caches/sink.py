@@ -25,7 +25,7 @@ from .evicting import EvictingLayer
 from .fixed import Steps
 from .fixed_slots import FixedSlots
 from .rows import to_list
-from .state import fitting, wholes
+from .untrusted import fitting, wholes
 
 POSITIONS = ("rolling", "absolute")
 

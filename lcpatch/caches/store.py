@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from ..core.errors import LcpatchError, StoreError
 from ..hf.models import attention_modules, unwrap, weights_of
 from .cache import LongCache, caches
 from .identity import identity_of, tokenizer_identity
-from .state import fitting, whole
+from .untrusted import fitting, whole
 
 FORMAT = 1
 """Version of the header. A reader refuses a newer one."""
@@ -89,15 +91,11 @@ def load_cache(path: str | Path, model: nn.Module, tokenizer: Any = None, **plac
         StoreError: no such file, a broken or unknown one, or a cache of another model.
     """
     path = Path(path)
-    try:
-        with _opened(path) as file:
-            header = _header(file, path)
-            _compare(header, model, tokenizer, path)
-            cache = _empty(header, model, path, places)
-            _fill(cache, header["layers"], file, model, path)
-    except (SafetensorError, OSError) as error:
-        reason = "there is no such file" if not path.exists() else f"not a safetensors file, or cut off ({error})"
-        raise StoreError(f"{path}: {reason}") from error
+    with _reading(path) as file:
+        header = _header(file, path)
+        _compare(header, model, tokenizer, path)
+        cache = _empty(header, model, path, places)
+        _fill(cache, header["layers"], file, model, path)
     return cache
 
 
@@ -108,9 +106,20 @@ def read_header(path: str | Path) -> dict[str, Any]:
         StoreError: no such file, or one that holds no cache of ours.
     """
     path = Path(path)
+    with _reading(path) as file:
+        return _header(file, path)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """The file, open for reading.
+
+    Raises:
+        StoreError: no such file, or a broken one.
+    """
     try:
         with _opened(path) as file:
-            return _header(file, path)
+            yield file
     except (SafetensorError, OSError) as error:
         reason = "there is no such file" if not path.exists() else f"not a safetensors file, or cut off ({error})"
         raise StoreError(f"{path}: {reason}") from error

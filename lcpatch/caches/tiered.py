@@ -36,9 +36,9 @@ from .page_sizes import PAGE, page_sizes
 from .paged import PagedCache, PagedLayer
 from .reads import Reads
 from .spill import scratch_file
-from .state import whole
 from .tiers import TieredPages
 from .tree_index import TreeIndex
+from .untrusted import whole
 
 __all__ = ["TieredCache", "page_sizes"]
 

@@ -26,7 +26,7 @@ from .home import Home
 from .pages import Filled, spare
 from .records import Record
 from .rows import alike, as_index
-from .state import whole, wholes
+from .untrusted import whole, wholes
 
 RESTORED = ("keys", "values", "page_in", "used", "records")
 TRAFFIC = ("wanted", "missed", "fetched_ahead", "from_host", "from_disk", "fetched_bytes")
