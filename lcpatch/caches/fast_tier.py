@@ -8,7 +8,7 @@ from torch import Tensor
 from .pages import by_group
 from .residents import Residents
 from .rows import rearranged
-from .untrusted import fitting
+from .untrusted import fitting, size
 
 
 class FastTier:
@@ -94,7 +94,7 @@ class FastTier:
         Raises:
             ValueError: it does not fit.
         """
-        rows, heads, slots = len(full), self.data.shape[1], tensors["page_in"].shape[-1]
+        rows, heads, slots = len(full), self.data.shape[1], size(tensors, "page_in", 2)
         like, number = self.data[:1, :, 0, :0], self.residents.page_in.new_empty(1, heads, 0)
         hot = {name: tensors[name] for name in ("keys", "values")}
         hot = fitting(hot, dict.fromkeys(hot, like), rows, (slots + 1) * self.page)

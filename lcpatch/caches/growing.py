@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 from ..hf.watch import Call, attend
 from .layer import decode, negative
 from .slots import GRAIN, enlarged, most_room
-from .untrusted import fitting, whole
+from .untrusted import fitting, size, whole
 
 
 class GrowingLayer(DynamicLayer):
@@ -84,8 +84,7 @@ class GrowingLayer(DynamicLayer):
         Raises:
             ValueError: tensors or numbers that do not fit.
         """
-        rows = len(tensors.get("keys", ()))
-        found = fitting(tensors, {"keys": like, "values": like}, rows, None)
+        found = fitting(tensors, {"keys": like, "values": like}, size(tensors, "keys", 0), None)
         self.length = found["keys"].shape[2]
         capacity = max(whole(numbers, "capacity", most_room(self.length)), self.length)
         self.dtype, self.device, self.is_initialized = like.dtype, like.device, True

@@ -87,15 +87,15 @@ class PageFile:
         return torch.from_numpy(out[:, : self.record].copy())
 
     def flush(self) -> None:
-        """Wait until all is written."""
-        writes, self._writes = self._writes, []
-        for write in writes:
+        """Wait until all is written; what failed once is said whenever it is asked for."""
+        for write in self._writes:
             try:
                 write.result()
             except (OSError, ValueError) as error:
                 raise TierError(
                     f"disk={str(self.folder)!r}: pages could not be written: {error}; cache.reset() and prefill again"
                 ) from error
+        self._writes = []
 
     @property
     def nbytes(self) -> int:

@@ -20,13 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import __version__ as transformers_version
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..core.errors import LcpatchError, StoreError
 from ..hf.models import attention_modules, unwrap, weights_of
 from .cache import LongCache, caches
 from .identity import identity_of, tokenizer_identity
-from .untrusted import fitting, whole
+from .untrusted import fitting, size, whole
 
 FORMAT = 1
 """Version of the header. A reader refuses a newer one."""
@@ -264,14 +264,17 @@ def _fill(cache: LongCache, entries: list[Any], file: Any, model: nn.Module, pat
             _load(layer, tensors, numbers, _like(modules[index], model))
         except (KeyError, ValueError) as error:
             raise StoreError(f"{path}: layer {index}: {error}") from error
+    seen = {layer.get_seq_length() for layer in cache.layers if isinstance(layer, DynamicLayer)}
+    if len(seen) > 1:
+        raise StoreError(f"{path}: its layers have seen different numbers of tokens: {sorted(seen)}")
 
 
 def _load(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, Any], like: Tensor) -> None:
     if hasattr(layer, "load_state"):
         layer.load_state(tensors, numbers, like)
         return
-    length, rows = whole(numbers, "cumulative_length"), len(tensors.get("keys", ()))
-    found = fitting(tensors, {"keys": like, "values": like}, rows, None)
+    length = whole(numbers, "cumulative_length")
+    found = fitting(tensors, {"keys": like, "values": like}, size(tensors, "keys", 0), None)
     layer.lazy_initialization(found["keys"], found["values"])
     layer.keys, layer.values, layer.cumulative_length = found["keys"], found["values"], length
 

@@ -35,6 +35,17 @@ def wholes(numbers: Mapping[str, Any], name: str, rows: int | None = None, most:
     return [whole({name: value}, name, most) for value in values]
 
 
+def size(tensors: Mapping[str, Tensor], name: str, dim: int) -> int:
+    """How large the tensor `name` is in dimension `dim`.
+
+    Raises:
+        ValueError: missing, or of fewer dimensions.
+    """
+    if name not in tensors or tensors[name].dim() <= dim:
+        raise ValueError(f"{name} must be a tensor of more than {dim} dimensions")
+    return tensors[name].shape[dim]
+
+
 def fitting(
     tensors: Mapping[str, Tensor], likes: Mapping[str, Tensor], rows: int, slots: int | None
 ) -> dict[str, Tensor]:

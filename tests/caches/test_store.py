@@ -21,6 +21,7 @@ LENGTH = 110
 PADS = [0, 37]
 CODEC = {"codec": "int8"}
 LOSSY = {"offload": True, **CODEC}
+DENSE = {"dense_layers": 1}
 
 
 def saved(name, tmp_path, small=True, model=None, **options):
@@ -193,7 +194,13 @@ def test_a_changed_header_is_refused(change, word, tmp_path):
         lcpatch.load_cache(rewritten(path, change), model)
 
 
-@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in ALL), ("retrieval", LOSSY), ("tiered", CODEC)])
+def scalar(x):
+    return x.flatten()[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in ALL), ("retrieval", LOSSY), ("retrieval", DENSE), ("tiered", CODEC)]
+)
 def test_fuzzed_numbers_and_tensors_never_load_into_nonsense(name, options, tmp_path):
     """Every number of a layer replaced by something wrong, every tensor by one that does not fit."""
     path, _, model, _ = saved(name, tmp_path, **options)
@@ -212,7 +219,14 @@ def test_fuzzed_numbers_and_tensors_never_load_into_nonsense(name, options, tmp_
                 lcpatch.load_cache(rewritten(path, change), model)
     names = [n for n in load_file(path) if n.startswith("0.")]
     for target in names:
-        for wrong in (lambda x: x[:1], lambda x: x[:, :1], lambda x: x[..., :-1], lambda x: x.double(), lambda x: x[0]):
+        for wrong in (
+            lambda x: x[:1],
+            lambda x: x[:, :1],
+            lambda x: x[..., :-1],
+            lambda x: x.double(),
+            lambda x: x[0],
+            scalar,
+        ):
 
             def spoil(held, target=target, wrong=wrong):
                 return held | {target: wrong(held[target]).clone().contiguous()}
@@ -228,6 +242,17 @@ def test_fuzzed_numbers_and_tensors_never_load_into_nonsense(name, options, tmp_
     extra = rewritten(path, lambda h: h, lambda held: held | {"9.keys": torch.zeros(1)})
     with pytest.raises(lcpatch.StoreError, match=r"unknown tensor '9.keys'"):
         lcpatch.load_cache(extra, model)
+
+
+def test_layers_that_have_seen_different_numbers_of_tokens_are_refused(tmp_path):
+    path, _, model, _ = saved("h2o", tmp_path)
+
+    def more(header):
+        header["layers"][0]["numbers"]["seen"] += 1
+        return header
+
+    with pytest.raises(lcpatch.StoreError, match=r"have seen different numbers of tokens: \[80, 81\]"):
+        lcpatch.load_cache(rewritten(path, more), model)
 
 
 # Writing.
