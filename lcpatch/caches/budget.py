@@ -36,7 +36,7 @@ class Budget:
     free: int = 0
 
     def __post_init__(self) -> None:
-        if _is_whole(self.tokens):
+        if is_integer(self.tokens):
             ok = self.tokens >= 1
         else:
             ok = isinstance(self.tokens, Real) and not isinstance(self.tokens, bool) and 0 < self.tokens <= 1
@@ -45,14 +45,14 @@ class Budget:
                 f"budget={self.tokens!r} must be tokens per KV head (an integer >= 1: 2048) or a share of the row's "
                 "tokens (a float in (0, 1]: 0.2)"
             )
-        if not _is_whole(self.num_sinks) or self.num_sinks < 0:
+        if not is_integer(self.num_sinks) or self.num_sinks < 0:
             raise ValueError(f"num_sinks={self.num_sinks!r} must be an integer >= 0")
-        whole = _is_whole(self.recent) and self.recent >= 1
+        whole = is_integer(self.recent) and self.recent >= 1
         if not whole and not (isinstance(self.recent, float) and 0 < self.recent <= 1):
             raise ValueError(f"recent={self.recent!r} must be tokens (an integer >= 1) or a share in (0, 1]")
-        if self.evict_every is not None and (not _is_whole(self.evict_every) or self.evict_every < 1):
+        if self.evict_every is not None and (not is_integer(self.evict_every) or self.evict_every < 1):
             raise ValueError(f"evict_every={self.evict_every!r} must be an integer >= 1")
-        if _is_whole(self.tokens) and self.tokens < self.least:
+        if is_integer(self.tokens) and self.tokens < self.least:
             raise ValueError(
                 f"budget={self.tokens} must hold the {self.num_sinks} sinks and the recent tokens"
                 f"{', and a slot beside them' if self.free else ''}: at least {self.least}, or fewer num_sinks, recent"
@@ -60,16 +60,16 @@ class Budget:
 
     @property
     def is_share(self) -> bool:
-        return not _is_whole(self.tokens)
+        return not is_integer(self.tokens)
 
     @property
     def least(self) -> int:
         """The fewest tokens that any row keeps."""
-        return self.num_sinks + (self.recent if _is_whole(self.recent) else 1) + self.free
+        return self.num_sinks + (self.recent if is_integer(self.recent) else 1) + self.free
 
     def of(self, real: int) -> int:
         """The budget of a row of `real` tokens."""
-        if _is_whole(self.tokens):
+        if is_integer(self.tokens):
             return int(self.tokens)
         # 0.2 * 35 is 7.000000000000001: a share that means a whole number must not be rounded up from it
         return max(math.ceil(self.tokens * real - 1e-9), self.least)
@@ -77,7 +77,7 @@ class Budget:
     def protected(self, budget: int) -> tuple[int, int]:
         """`(sinks, recent)` of a row that may keep `budget` tokens."""
         rest = budget - self.num_sinks - self.free
-        recent = min(self.recent, rest) if _is_whole(self.recent) else max(int(rest * self.recent), 1)
+        recent = min(self.recent, rest) if is_integer(self.recent) else max(int(rest * self.recent), 1)
         return self.num_sinks, recent
 
     def slack(self, budget: int) -> int:
@@ -86,15 +86,16 @@ class Budget:
         return max(1, min(wanted, budget - sum(self.protected(budget)) - self.free + 1))
 
 
-def check_whole(name: str, value: object, least: int) -> None:
+def check_integer(name: str, value: object, least: int) -> None:
     """Refuse an option that is no integer of at least `least`.
 
     Raises:
         ValueError: it is not.
     """
-    if not _is_whole(value) or value < least:
+    if not is_integer(value) or value < least:
         raise ValueError(f"{name}={value!r} must be an integer >= {least}")
 
 
-def _is_whole(x: object) -> bool:
+def is_integer(x: object) -> bool:
+    """Whether it is one, numpy's too; True and False are not."""
     return isinstance(x, Integral) and not isinstance(x, bool)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lcpatch_kernels import cluster_merge
 from lcpatch_kernels.cluster_merge import MergeImpl
 
-from .budget import Budget, check_whole
+from .budget import Budget, check_integer
 from .cache import LongCache, caches, routed_layers
 from .evicting import EvictingLayer
 from .fixed_slots import FixedSlots
@@ -80,7 +80,7 @@ class ClusterCache(LongCache):
     ) -> None:
         if not isinstance(chunk, int) or chunk < 2 or chunk % 2:
             raise ValueError(f"chunk={chunk!r} must be an even integer >= 2: its slots take turns in two halves")
-        check_whole("passes", passes, 1)
+        check_integer("passes", passes, 1)
         if impl not in get_args(MergeImpl):
             raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, get_args(MergeImpl)))}")
         if num_sinks == 0:

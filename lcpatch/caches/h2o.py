@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lcpatch_kernels import attn_mass
 
 from . import scattered
-from .budget import Budget, check_whole
+from .budget import Budget, check_integer
 from .cache import LongCache, caches, routed_layers
 from .evicting import EvictingLayer
 from .fixed_slots import FixedSlots
@@ -85,7 +85,7 @@ class H2OCache(LongCache):
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
         if not isinstance(decay, Real) or not 0 < decay < 1:
             raise ValueError(f"decay={decay!r} must lie between 0 and 1")
-        check_whole("grace", grace, 0)
+        check_integer("grace", grace, 0)
 
         def make(index: int) -> H2OLayer:
             return H2OLayer(kept, codec, compiled, score=score, decay=decay, group=group, grace=grace)

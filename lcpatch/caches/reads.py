@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .budget import Budget, check_whole
+from .budget import Budget, check_integer, is_integer
 
 
 class Reads:
@@ -15,14 +15,13 @@ class Reads:
     def __init__(self, budget: int | float, page: int, num_sinks: int, recent: int) -> None:
         if type(page) is not int or page < 1 or page & (page - 1):
             raise ValueError(f"page={page!r} must be a power of two")
-        if not isinstance(recent, int) or recent < 1:
-            raise ValueError(f"recent={recent!r} must be tokens (an integer >= 1)")
-        check_whole("num_sinks", num_sinks, 0)
+        check_integer("recent", recent, 1)
+        check_integer("num_sinks", num_sinks, 0)
         self.page, self.recent = page, recent
         self.sink_pages = -(-num_sinks // page)
         # Recent tokens may begin within a page, and there is one page to choose at least.
         self.least = self.sink_pages + -(-recent // page) + 2
-        if isinstance(budget, int) and 0 < budget < self.least * page:  # said at once, whatever else is too little
+        if is_integer(budget) and 0 < budget < self.least * page:  # said at once, whatever else is too little
             raise ValueError(
                 f"budget={budget} must hold the pages of {num_sinks} sinks and {recent} recent tokens and one more: at "
                 f"least {self.least * page} with page={page}, or smaller pages"

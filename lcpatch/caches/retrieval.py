@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from .budget import check_whole
+from .budget import check_integer
 from .cache import caches, routed_layers
 from .codec import codec_named
 from .fixed_pages import FixedPages
@@ -81,7 +81,7 @@ class RetrievalCache(PagedCache):
     ) -> None:
         if group not in GROUPS:
             raise ValueError(f"group={group!r} is not one of {', '.join(map(repr, GROUPS))}")
-        check_whole("dense_layers", dense_layers, 0)
+        check_integer("dense_layers", dense_layers, 0)
         stored = codec_named(codec)
         if codec is not None and not offload:
             raise ValueError(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..hf.models import attention_modules, full_attention_layers, unwrap
 from ..hf.watch import Call
-from .budget import check_whole
+from .budget import check_integer, is_integer
 from .cache import caches, routed_layers
 from .codec import codec_named
 from .fixed_pages import FixedPages
@@ -102,10 +102,10 @@ class TieredCache(PagedCache):
     ) -> None:
         if budget is not None and gpu_bytes is not None:
             raise ValueError("give budget (tokens of the fast tier) or gpu_bytes, not both")
-        check_whole("host_bytes", host_bytes, 0)
+        check_integer("host_bytes", host_bytes, 0)
         for name, value in (("top", top), ("gpu_bytes", gpu_bytes), ("attend", attend)):
             if value is not None:
-                check_whole(name, value, 1)
+                check_integer(name, value, 1)
         if disk is not None and not isinstance(disk, (str, Path)):
             raise ValueError(f"disk={disk!r} must be a folder, such as '/scratch'")
         if compiled and (disk is not None or ahead):
@@ -115,7 +115,7 @@ class TieredCache(PagedCache):
         sizes = _sizes(page, base.config.num_hidden_layers)
         reads = {size: Reads(ATTEND if budget is None else budget, size, num_sinks, recent) for size in set(sizes)}
         if attend is not None:
-            if isinstance(budget, int) and attend > budget:
+            if is_integer(budget) and attend > budget:
                 raise ValueError(
                     f"attend={attend} must be at most budget={budget}: what a token reads must fit the GPU"
                 )

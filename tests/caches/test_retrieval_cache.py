@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from cache_cases import LENGTH, feed, left_padding, make, make_model, randn, step
@@ -303,6 +304,7 @@ def test_the_scorers_are_registered():
         ({"dense_layers": -1}, ValueError, "dense_layers=-1 must be an integer >= 0"),
         ({"recent": 0}, ValueError, "recent=0 must be"),
         ({"budget": 170}, ValueError, "at least 176 with page=16"),
+        ({"budget": np.int64(170)}, ValueError, "at least 176 with page=16"),
         ({"codec": "int2", "offload": True}, ValueError, "codec='int2' is not one of"),
         ({"codec": "int8"}, ValueError, "codec='int8' is how pages lie in host memory, .* give offload=True"),
         ({"group": "mean"}, ValueError, "group='mean' is not one of"),

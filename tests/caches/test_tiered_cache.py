@@ -4,6 +4,7 @@ import errno
 import os
 import random
 
+import numpy as np
 import pytest
 import torch
 from cache_cases import LENGTH, feed, left_padding, randn, step
@@ -299,6 +300,7 @@ def test_a_thread_reads_ahead_under_inference_mode(tmp_path):
         ({"attend": 0}, ValueError, "attend=0"),
         ({"attend": 128}, ValueError, "attend=128 must hold .* at least 160"),
         ({"attend": 8192, "budget": 4096}, ValueError, "attend=8192 must be at most budget=4096"),
+        ({"attend": 8192, "budget": np.int64(4096)}, ValueError, "attend=8192 must be at most budget=4096"),
         ({"budget": 128}, ValueError, "at least 160 with page=32"),
         ({"codec": "int2"}, ValueError, "codec='int2' is not one of"),
         ({"host_bytes": -1}, ValueError, "host_bytes=-1"),
