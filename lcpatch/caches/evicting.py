@@ -150,7 +150,7 @@ class EvictingLayer(SlottedLayer):
             if self._pending is not None:
                 left = self._pending.num_queries - num
                 self._pending = self._pending.without_last(num) if left > 0 else None
-            self.slots.length -= num
+            self.slots.length = max(self.slots.length - num, 0)
             self.counts = [max(count - num, 0) for count in self.counts]
             self.seen -= num
             self.intact -= num
@@ -171,6 +171,8 @@ class EvictingLayer(SlottedLayer):
         self.budgets = None if self.budgets is None else [self.budgets[r] for r in rows]
         self._pending = None if self._pending is None else self._pending.rows(index)
         self._buffers = self._span = None
+        if self._pending is None:  # which else is of more queries than slots
+            self._trim()
 
     def kept_of_rows(self) -> list[tuple[int, int]]:
         """`(kept per KV head, seen)` of each row, in tokens that are no pads."""
@@ -220,9 +222,15 @@ class EvictingLayer(SlottedLayer):
         anew = self.budgets is None or (several and not self.record_past)
         if anew or any(self.online):
             self._count(anew, step.num_queries)
+        self._trim()
         if not self._shrink(several) and self.slots.borrowed:
             self.slots = self.slots.owned(min(self.slots.length + GRAIN, self._capacity(self.slots.length)))
         self._buffers = None
+
+    def _trim(self) -> None:
+        """Let go of slots in front that no row fills any more, or yet: where all rows begin with pads."""
+        if (filled := max(self.counts)) < self.slots.length:
+            self.slots, self._span = self.slots.last(filled), None
 
     def _shrink(self, several: bool) -> bool:
         """Evict what is over the budget after a step of one token or `several`; whether anything was."""

@@ -1,9 +1,8 @@
 """Generating with tensors that never move: a step that compiles, and that a CUDA graph can replay.
 
-Within such a step a token is only appended: it goes behind the last one, to the same slot in every row, since rows are
-filled to the right. Whoever is over the budget then is made room in as always, by `EvictingLayer.evict` after the same
-steps, but outside of the compiled one: while the next is prepared, or once someone asks what is kept. What changes from
-step to step lies in tensors, what the host knows stays as it is.
+Within such a step a token is only appended. What else it asks for is done as always, after the same steps, but outside
+of the compiled one: while the next is prepared, or once someone asks what is kept. What changes from step to step lies
+in tensors, what the host knows stays as it is. `fixed_slots` and `fixed_pages` say what that is for slots and pages.
 """
 
 from __future__ import annotations

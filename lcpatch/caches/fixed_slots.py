@@ -1,4 +1,8 @@
-"""Generating over slots with tensors that never move: the part of it that is an `EvictingLayer`'s."""
+"""Generating over slots with tensors that never move.
+
+A token goes behind the last one, to the same slot in every row, since rows are filled to the right. Whoever is over the
+budget then is made room in by `EvictingLayer.evict`, between two steps.
+"""
 
 from __future__ import annotations
 

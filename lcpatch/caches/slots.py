@@ -50,6 +50,10 @@ class Slots:
             return Slots(new, borrowed=True)
         return Slots({name: torch.cat([self[name], x], 2) for name, x in new.items()})
 
+    def last(self, num: int) -> Slots:
+        """The last `num` of the filled slots, as views."""
+        return Slots({name: self[name][:, :, self.length - num :] for name in self.tensors}, num, borrowed=True)
+
     def take(self, index: Tensor, capacity: int, into: Slots | None = None) -> Slots:
         """The slots `index` [B, K, M] of every (row, KV head), in buffers of `capacity`, or in those of `into`.
 

@@ -50,6 +50,20 @@ def test_it_keeps_what_is_kept_without(cut, name):
     assert fixed.stats() == {n: x if x is None else pytest.approx(x, rel=1e-5) for n, x in plain.stats().items()}
 
 
+@pytest.mark.parametrize("name", ["h2o", "sink", "cluster"])
+@pytest.mark.parametrize("pads", [[7, 7, 7], [9, 40, 20]])
+def test_all_rows_may_begin_with_pads(pads, name):
+    """As a tokenizer's `pad_to_multiple_of` makes them: what nobody fills is no slot."""
+    model, (kind, options) = build(), CACHES[name]
+    options = {**options, "budget": 60}  # more than the prompt, so that nothing else makes room
+    ids, mask = tokens(3, LENGTH), left_padding(pads, LENGTH)
+    cut, fewest = CUTS["prompt"], min(pads)
+    want = feed(model, ids[:, fewest:], kind(model, **options), [cut[0] - fewest, *cut[1:]], mask[:, fewest:])
+    got = feed(model, ids, kind(model, compiled=True, **options), cut, mask)[:, fewest:]
+    real = mask[:, fewest:].bool()
+    assert distance(got[real], want[real]) <= model_budget(model, ids)
+
+
 def test_a_row_is_filled_up_to_whole_lines():
     assert {most: room(most) for most in (24, 31, 32)} == {24: 32, 31: 32, 32: 48}
 

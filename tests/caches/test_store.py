@@ -58,6 +58,15 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(name, small, tmp_path):
     assert all(first[key] == second[key] for key in ("seen", "kept", "kept_by_layer"))
 
 
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_a_row_that_stood_beside_a_longer_one_is_saved(name, small, tmp_path):
+    _, cache, model, (ids, mask) = saved(name, tmp_path, small)
+    cache.batch_select_indices(torch.tensor([1]))
+    loaded = lcpatch.load_cache(cache.save(tmp_path / "row"), model)
+    assert torch.equal(continued(model, loaded, ids[1:], mask[1:]), continued(model, cache, ids[1:], mask[1:]))
+
+
 @pytest.mark.parametrize("codec", ["int8", "int4", "fp8", "bf16"])
 def test_codecs_are_saved_as_they_lie(codec, tmp_path):
     path, cache, model, text = saved("sink", tmp_path, codec=codec)
