@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from ..hf.models import attention_modules, unwrap
 from .budget import check_integer
 from .cache import caches, routed_layers
 from .codec import codec_named
@@ -93,7 +94,9 @@ class RetrievalCache(PagedCache):
                 f"compiled=True generates in buffers that stay, and dense_layers={dense_layers} grow with every token: "
                 "leave one of them out"
             )
-        by_layer = make_scorers(scorer, model.config.get_text_config().num_hidden_layers)
+        base = unwrap(model)
+        attention_modules(base)  # says what is no model
+        by_layer = make_scorers(scorer, base.config.num_hidden_layers)
         page = getattr(by_layer[0], "page", PAGE) if page is None else page
         reads = Reads(budget, page, num_sinks, recent)
 

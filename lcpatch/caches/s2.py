@@ -26,7 +26,7 @@ from lcpatch_kernels import BlockSparseSpec
 
 from ..core.errors import UnsupportedModelError
 from ..hf.layers import state_of
-from ..hf.models import unwrap
+from ..hf.models import attention_modules, unwrap
 from ..hf.watch import Call, attend, watch
 from .cache import LongCache, caches, stock_layers
 from .growing import DenseLayer
@@ -55,12 +55,13 @@ class S2Cache(LongCache):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = {m.layer_idx: m for m in model.modules() if state_of(m) is not None}
+        base = unwrap(model)
+        modules = {n: m for n, m in attention_modules(base).items() if state_of(m) is not None}
         if not any(state_of(m).spec is not None for m in modules.values()):
             raise UnsupportedModelError(
                 "S2Cache needs a model patched with s2: lcpatch.apply(model, 's2') first, or --method s2"
             )
-        layers = stock_layers(unwrap(model).config, modules, "S2Cache")
+        layers = stock_layers(base.config, modules, "S2Cache")
         for index, module in modules.items():
             state = state_of(module)
             if state.spec is None:

@@ -18,7 +18,7 @@ layer attends, the next one begins to fetch what this one's query would ask for 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -115,15 +115,7 @@ class TieredCache(PagedCache):
         sizes = _sizes(page, base.config.num_hidden_layers)
         reads = {size: Reads(ATTEND if budget is None else budget, size, num_sinks, recent) for size in set(sizes)}
         if attend is not None:
-            if is_integer(budget) and attend > budget:
-                raise ValueError(
-                    f"attend={attend} must be at most budget={budget}: what a token reads must fit the GPU"
-                )
-            if (least := max(each.least * each.page for each in reads.values())) > attend:
-                raise ValueError(
-                    f"attend={attend} must hold the pages that are always read and one more: at least {least}, or "
-                    "smaller pages"
-                )
+            _check_attend(attend, budget, reads.values())
         if disk is not None:
             scratch_file(disk).close()  # said now, rather than after a long prompt's first layer
         stored = codec_named(codec)
@@ -181,6 +173,20 @@ def _sizes(page: int | Sequence[int], num_layers: int) -> list[int]:
             f"{num_layers} layers: page_sizes(model, ids) of lcpatch.caches.tiered"
         )
     return list(page)
+
+
+def _check_attend(attend: int, budget: int | float | None, reads: Iterable[Reads]) -> None:
+    """Refuse to read more than the fast tier holds, or less than is always read.
+
+    Raises:
+        ValueError: `attend` is out of range.
+    """
+    if is_integer(budget) and attend > budget:
+        raise ValueError(f"attend={attend} must be at most budget={budget}: what a token reads must fit the GPU")
+    if (least := max(each.least * each.page for each in reads)) > attend:
+        raise ValueError(
+            f"attend={attend} must hold the pages that are always read and one more: at least {least}, or smaller pages"
+        )
 
 
 class TieredLayer(FixedPages, PagedLayer):

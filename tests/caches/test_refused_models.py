@@ -44,9 +44,10 @@ def test_the_meta_device(name):
         model(torch.zeros(1, 9, dtype=torch.long, device="meta"), past_key_values=caches.get(name)(model))
 
 
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("model", [None, "HuggingFaceTB/SmolLM2-135M-Instruct"])
-def test_what_is_no_model(model):
+def test_what_is_no_model(model, name):
     with pytest.raises(
         lcpatch.UnsupportedModelError, match="is not a transformers model; wanted: a decoder-only model"
     ):
-        lcpatch.H2OCache(model)
+        caches.get(name)(model)
