@@ -278,7 +278,7 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
             if self._pending is not None:
                 left = self._pending.num_queries - num
                 self._pending = self._pending.without_last(num) if left > 0 else None
-            self.slots.length -= num
+            self.slots.length = max(self.slots.length - num, 0)
             self.counts = [max(count - num, 0) for count in self.counts]
             self.seen -= num
             self.intact -= num
@@ -300,6 +300,8 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         self.budgets = None if self.budgets is None else [self.budgets[r] for r in rows]
         self._pending = None if self._pending is None else self._pending.rows(index)
         self._buffers = self._span = None
+        if self._pending is None:
+            self._tidy()
 
     def memory(self) -> int:
         """Bytes allocated for what is kept and known of it."""
@@ -370,10 +372,19 @@ class EvictingLayer(FixedDecoding, AttendingLayer):
         anew = self.budgets is None or (several and not self.record_past)
         if anew or any(self.online):
             self._count(anew, step.num_queries)
-        if not self._shrink(several) and self.slots.borrowed:
-            self.slots = self.slots.owned(min(self.slots.length + GRAIN, self._capacity(self.slots.length)))
+        if not self._shrink(several):
+            self._tidy()
         self._buffers = None
         self._return()
+
+    def _tidy(self) -> None:
+        """Own what is kept, and begin where the longest row does: no slots are held for pads that all rows have."""
+        length = max(self.counts)
+        empty = self.slots.length - length
+        if empty or self.slots.borrowed:
+            filled = Slots({name: self.slots[name][:, :, empty:] for name in self.slots.tensors})
+            self.slots = filled.owned(min(length + GRAIN, self._capacity(length)))
+            self._span = None
 
     def _shrink(self, several: bool) -> bool:
         """Evict what is over the budget after a step of one token or `several`; whether anything was."""
