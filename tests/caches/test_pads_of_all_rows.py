@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cache_cases import ALL, feed, left_padding, make, make_model
+from cache_cases import ALL, feed, left_padding, make
 from models import build, tokens
 from noise import distance, model_budget
 
