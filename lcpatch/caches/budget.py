@@ -17,8 +17,8 @@ class Budget:
         tokens: an integer, or a fraction in (0, 1] of the row's real tokens: of those seen up to the last step of
             several tokens (the prompt, its chunks, a later turn's prompt), so it stands still while tokens are
             generated one by one. A row that was never given several at once has no prompt to go by: its fraction is of
-            the tokens seen so far (where generating is compiled, of its first alone, with a warning). While steps are
-            recorded for `crop` (assisted decoding), it stays what it was.
+            the tokens seen so far (where generating is compiled, of its first alone, with a warning). A recorded step
+            that `crop` follows (assisted decoding) leaves it what it was.
         num_sinks: the row's first real tokens, always kept.
         recent: the newest tokens, always kept: how many, or as a float which share of what the sinks leave.
         evict_every: while generating, tokens between two compactions. The row holds at most its budget, on average

@@ -158,7 +158,7 @@ class EvictingLayer(SlottedLayer):
             if self.seen == 0:
                 self.pads = [0] * len(self.pads)
                 self.online = [self.budget.is_share] * len(self.pads)
-        self._settle()
+        self._settle(cropped=True)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if not self.is_initialized:
@@ -212,14 +212,18 @@ class EvictingLayer(SlottedLayer):
 
     # Storing.
 
-    def _settle(self) -> None:
-        """Let the method see the last step, and evict what is over the budget."""
+    def _settle(self, cropped: bool = False) -> None:
+        """Let the method see the last step, and evict what is over the budget.
+
+        Who `crop`s after a step guesses tokens and checks them (assisted decoding): what is left is no prompt. That
+        steps are recorded says less, for nobody tells when it ends.
+        """
         step, self._pending = self._pending, None
         if step is None:
             return
         self.observe(step)
         several = step.num_queries > 1
-        anew = self.budgets is None or (several and not self.record_past)
+        anew = self.budgets is None or (several and not cropped)
         if anew or any(self.online):
             self._count(anew, step.num_queries)
         self._trim()

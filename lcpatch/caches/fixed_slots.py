@@ -108,8 +108,8 @@ class FixedSlots(FixedLayer):
         self.observe(step_of(call, lse, *scores))
         return out, lse
 
-    def _settle(self) -> None:
-        super()._settle()
+    def _settle(self, cropped: bool = False) -> None:
+        super()._settle(cropped)
         self._return()
 
     def activate_past_recording(self) -> None:

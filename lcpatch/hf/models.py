@@ -43,6 +43,11 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         raise UnsupportedModelError(
             f"{kind} has latent attention (MLA), whose keys and values differ in size; wanted: {works}"
         )
+    if any(getattr(m, "indexer", None) is not None for m in found.values()):
+        raise UnsupportedModelError(
+            f"{kind} has an indexer that chooses each token's keys, which it tells transformers' own attention only; "
+            f"wanted: {works}"
+        )
     return dict(sorted(found.items()))
 
 

@@ -118,3 +118,18 @@ def test_buffers_that_never_move_keep_the_budget_they_began_with():
     with pytest.warns(UserWarning, match="give an integer budget, or a prompt"):
         feed(model, tokens(1, 30), cache, [1] * 30)
     assert budgets(cache) == [cache.layers[0].budget.least]
+
+
+@every_cache
+def test_assisted_decoding_is_no_prompt_and_the_next_turn_is_one(name):
+    """transformers leaves recording on, so that tells nobody whether a step of several tokens guesses."""
+    model = build()
+    cache = make(name, model, 0.5)
+    assisted = {"assistant_model": build(seed=3), "max_new_tokens": 20, "do_sample": False}
+    out = model.generate(tokens(1, 40), past_key_values=cache, **assisted)
+    prompted = budgets(cache)
+    if name not in ("retrieval", "tiered"):  # which count any step of several tokens
+        assert prompted == [20]
+    turn = torch.cat([out, tokens(1, 60, seed=2)], 1)
+    model.generate(turn, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    assert budgets(cache) == [60]

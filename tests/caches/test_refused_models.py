@@ -8,6 +8,7 @@ from models import build, tokens
 
 import lcpatch
 from lcpatch.caches import caches
+from lcpatch.hf.layers import dense_states
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "eos_token_id": None, "pad_token_id": 0}
@@ -51,3 +52,36 @@ def test_what_is_no_model(model, name):
         lcpatch.UnsupportedModelError, match="is not a transformers model; wanted: a decoder-only model"
     ):
         caches.get(name)(model)
+
+
+def test_a_model_that_tells_its_choice_of_keys_to_transformers_attention_only():
+    """Under any other it would read all of them; so would its other layers, whose cache is transformers' own."""
+    minimax = pytest.importorskip("transformers.models.minimax_m3_vl", reason="newer than this transformers")
+    kinds = ["full_attention", "minimax_m3_sparse"]
+    choice = {"index_n_heads": 2, "index_head_dim": 16, "index_block_size": 8, "index_topk_blocks": 2}
+    config = minimax.MiniMaxM3VLTextConfig(
+        **SIZES,
+        **choice,
+        num_hidden_layers=2,
+        head_dim=16,
+        rotary_dim=8,
+        layer_types=kinds,
+        mlp_layer_types=["dense"] * 2,
+        bos_token_id=1,
+    )
+    model, ids = transformers.AutoModelForCausalLM.from_config(config).eval(), tokens(1, 60)
+    with torch.no_grad():
+        want = model(ids).logits
+    with pytest.raises(lcpatch.UnsupportedModelError, match="an indexer that chooses each token's keys"):
+        lcpatch.H2OCache(model, 4096)
+    with pytest.raises(lcpatch.UnsupportedModelError, match="an indexer that chooses each token's keys"):
+        lcpatch.apply(model, "s2")
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, want)
+
+
+def test_a_model_without_positions_in_its_full_attention_layers_may_say_so_by_type():
+    config = transformers.Cohere2Config(**SIZES, num_hidden_layers=2, head_dim=16, sliding_window=8)
+    config.layer_types = ["sliding_attention", "full_attention"]
+    config.rope_parameters = {"full_attention": None, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    assert dense_states(config, {}, "sdpa") == {}
