@@ -28,6 +28,7 @@ from ..patterns.sf import SF
 from ..patterns.shift import Shift
 from ..patterns.sink import Sink
 from . import measure
+from .environment import environment, need_gpu
 
 CHECK_LENGTH = 2055  # odd, several tiles long, and small enough for the oracle's T x T scores
 
@@ -40,6 +41,10 @@ class Shape:
     num_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} query heads must be a multiple of the {self.num_kv_heads} KV heads")
 
     def inputs(self, length: int, *, grad: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v in bf16 with standard deviation 1, laid out as Hugging Face's layers hand them over."""
@@ -94,16 +99,15 @@ def run(
     say: Callable[[str], None] = print,
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Check, then measure; returns what `measure.write` takes, and gives it to `keep` after each length as it is.
+    """Check, then measure; gives `keep` the result after each row as it is.
 
     Raises:
         BenchmarkError: no GPU, or a check that failed: nothing is timed then.
     """
-    if not torch.cuda.is_available():
-        raise BenchmarkError("this benchmark needs a CUDA GPU; torch.cuda.is_available() is False")
+    need_gpu()
     shape, patterns = shape or Shape(), patterns or cases()
     torch.manual_seed(0)
-    result = {**measure.environment(commit), "shape": asdict(shape)}
+    result = {**environment(commit), "shape": asdict(shape)}
     result["checks"] = [check(name, pattern, shape) for name, pattern in patterns.items()]
     for c in result["checks"]:
         say(f"check {c['pattern']:14s} " + "  ".join(f"{n} {e:.1e} <= {b:.1e}" for n, (e, b) in c["errors"].items()))
@@ -116,22 +120,36 @@ def run(
     say(HEADER)
     for length in lengths:
         for row in _measure_length(length, patterns, shape, result["matmul_tflops"], peers):
-            result["rows"].append(asdict(row))
             say(format_row(row))
-        keep(result)
+            result["rows"].append(asdict(row))
+            keep(result)
     return result
 
 
 def run_shapes(
-    lengths: tuple[int, ...], commit: str | None = None, say: Callable[[str], None] = print
+    lengths: tuple[int, ...],
+    commit: str | None = None,
+    say: Callable[[str], None] = print,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """`run` without FlexAttention for one pattern in every one of `SHAPES`; each row says which."""
-    pattern, rows = {SHAPES_PATTERN: cases()[SHAPES_PATTERN]}, []
+    found: dict[str, Any] = {"rows": []}
     for name, shape in SHAPES.items():
         say(name)
-        result = run(lengths, pattern, shape, peers=False, commit=commit, say=say)
-        rows += [{"shape": name, **row} for row in result["rows"]]
-    return {**result, "shape": None, "rows": rows}
+        found = _run_shape(name, shape, found["rows"], lengths, commit, say, keep)
+    return found
+
+
+def _run_shape(
+    name: str, shape: Shape, before: list[Any], lengths: tuple[int, ...], commit: str | None, say: Any, keep: Any
+) -> dict[str, Any]:
+    def behind(result: dict[str, Any]) -> dict[str, Any]:
+        return {**result, "shape": None, "rows": before + [{"shape": name, **row} for row in result["rows"]]}
+
+    pattern = {SHAPES_PATTERN: cases()[SHAPES_PATTERN]}
+    return behind(
+        run(lengths, pattern, shape, peers=False, commit=commit, say=say, keep=lambda result: keep(behind(result)))
+    )
 
 
 def check(name: str, pattern: AttentionPattern, shape: Shape) -> dict[str, Any]:
@@ -221,7 +239,7 @@ def _row(
         if provider == "lcpatch":
             raise
         torch.cuda.empty_cache()
-        return Row(provider, pattern, length, density, why=f"{type(error).__name__}: {str(error).splitlines()[0][:90]}")
+        return Row(provider, pattern, length, density, why=measure.in_a_line(error))
     batch, heads, _, dim = inputs[0].shape
     pairs = batch * heads * density * length * (length + 1) / 2
     rate = matmul * 1e9  # flops per ms

@@ -27,6 +27,7 @@ from ..training.parallel.link import Link
 from ..training.parallel.strategy import Strategy, Work, strategies
 from . import measure
 from .attention import Shape, relative_error
+from .environment import environment
 from .parallel import ITEM, layers, spec_for, strategies_for
 
 CHECK_LENGTH, SHRINK = 2055, 16  # an odd row, and patterns that are sparse on it
@@ -50,7 +51,7 @@ class Row:
 
 
 def run(lengths: tuple[int, ...], shape: Shape, commit: str | None = None) -> dict[str, Any]:
-    """Check, then time; on rank 0 what `measure.write` takes, elsewhere {}.
+    """Check, then time; on rank 0 what `Record.keep` takes, elsewhere {}.
 
     Raises:
         BenchmarkError: no torchrun, no GPUs, or a wrong result: nothing is timed then.
@@ -95,7 +96,7 @@ def _run(lengths: tuple[int, ...], shape: Shape, link: Link, commit: str | None)
         _say(rows[-1], first)
     if not first:
         return {}
-    found = {**measure.environment(commit), "ranks": link.size, "shape": asdict(shape), "bandwidth": rates.bandwidth}
+    found = {**environment(commit), "ranks": link.size, "shape": asdict(shape), "bandwidth": rates.bandwidth}
     return {**found, "rows": [asdict(row) for row in rows]}
 
 
@@ -217,6 +218,5 @@ def _time_torch(length: int, shape: Shape, link: Link) -> Row:
                 forward = _slowest_ms(lambda: sdpa(q, k, v, is_causal=True))
             both = _slowest_ms(lambda: torch.autograd.grad(sdpa(q, k, v, is_causal=True), (q, k, v), x[3]))
     except (ImportError, RuntimeError, ValueError) as error:  # a peer that cannot run is part of the result
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
-        return Row(row.layer, row.strategy, row.layout, row.length, why=reason)
+        return Row(row.layer, row.strategy, row.layout, row.length, why=measure.in_a_line(error))
     return Row(row.layer, row.strategy, row.layout, row.length, forward, both - forward)

@@ -5,7 +5,8 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 import lcpatch
-from lcpatch.bench import attention, decode, measure, tables
+from lcpatch.bench import attention, decode, tables
+from lcpatch.bench.environment import environment
 from lcpatch.core.errors import BenchmarkError
 
 SHAPE = attention.Shape(num_heads=4, num_kv_heads=2)
@@ -56,7 +57,7 @@ def test_tables_show_every_row_and_what_could_not_run(tmp_path):
         attention.Row("lcpatch", "s2 64/16/16", 8192, 0.25, 0.5, 1.0, 0.5, 0.45, 4.0, 4.0, 4.0),
         attention.Row("Flex", "s2 64/16/16", 8192, 0.25, why="out of memory"),
     ]
-    result = {**measure.environment("abc"), "rows": [attention.asdict(row) for row in rows], "matmul_tflops": 800.0}
+    result = {**environment("abc"), "rows": [attention.asdict(row) for row in rows], "matmul_tflops": 800.0}
     header, lines = tables.attention(result)
     assert all(len(line) == len(header) for line in lines)
     assert "4.0×" in lines[1][2]
@@ -66,12 +67,3 @@ def test_tables_show_every_row_and_what_could_not_run(tmp_path):
     assert [line[0] for line in tables.shapes(shaped)[1]] == ["32 / 8 heads of 64"] * 3
     tables.plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
-
-
-def test_results_are_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "results" / "x.json"
-    measure.write({"a": 1}, path)
-    with pytest.raises(TypeError):
-        measure.write({"a": object()}, path)
-    assert path.read_text() == '{\n "a": 1\n}\n'
-    assert [p.name for p in path.parent.iterdir()] == ["x.json"]
