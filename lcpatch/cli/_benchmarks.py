@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from ..core.choices import chosen
-
-if TYPE_CHECKING:
-    from ..bench.record import Record
 
 Result = dict[str, Any]
 
@@ -22,14 +20,13 @@ def attention(args: argparse.Namespace) -> Result:
     from ..bench import attention
 
     found, shape = _cases(args), _shape(args)
-    keep = _record(args).keep
-    return attention.run(args.lengths, found, shape, peers=not args.no_peers, commit=args.commit, keep=keep)
+    return attention.run(args.lengths, found, shape, peers=not args.no_peers, **_how(args))
 
 
 def shapes(args: argparse.Namespace) -> Result:
     from ..bench import attention
 
-    return attention.run_shapes(args.lengths, commit=args.commit, keep=_record(args).keep)
+    return attention.run_shapes(args.lengths, **_how(args))
 
 
 def tune(args: argparse.Namespace) -> Result:
@@ -38,10 +35,10 @@ def tune(args: argparse.Namespace) -> Result:
 
     kernels = tuple(chosen("--kernels", _words(args.kernels), tune.KERNELS))
     found, shape = tuple(_cases(args)), _shape(args)
-    keep, result = _record(args).keep, {**environment(args.commit), "rows": []}
+    how, result = _how(args), {**environment(args.commit), "rows": []}
     for length in args.lengths:
-        result["rows"] += tune.run(kernels, found, shape, length)
-        keep(result)
+        result["rows"] += tune.run(kernels, found, shape, length, how["say"])
+        how["keep"](result)
     return result
 
 
@@ -51,17 +48,20 @@ def decode(args: argparse.Namespace) -> Result:
     steps = {name: pattern for name, pattern in _cases(args).items() if not pattern.follows_length}
     if not steps:
         raise ValueError(f"--patterns {args.patterns}: groups that are a share of the length have no next token")
-    shape, keep = _shape(args), _record(args).keep
-    return decode.run(args.lengths, args.batches, steps, shape, commit=args.commit, keep=keep)
+    return decode.run(args.lengths, args.batches, steps, _shape(args), **_how(args))
 
 
 def parallel(args: argparse.Namespace) -> Result:
     from ..bench import parallel, parallel_time
 
-    shape, keep = _shape(args), _record(args).keep
+    shape, how = _shape(args), _how(args)
     if args.time:
-        return _kept(keep, parallel_time.run(args.lengths, shape, commit=args.commit))
-    return _kept(keep, parallel.run(args.lengths, args.ranks, shape, commit=args.commit))
+        result = parallel_time.run(args.lengths, shape, args.commit)
+    else:
+        result = parallel.run(args.lengths, args.ranks, shape, args.commit, how["say"])
+    if result:  # of several processes one has it
+        how["keep"](result)
+    return result
 
 
 def model(args: argparse.Namespace) -> Result:
@@ -76,8 +76,7 @@ def model(args: argparse.Namespace) -> Result:
 
     tasks = _tasks(args.tasks, task)
     geometry = {**LLAMA_8B, "num_hidden_layers": args.layers or LLAMA_8B["num_hidden_layers"]}
-    keep = _record(args, model.place, geometry=geometry).keep
-    return model.run(tasks, geometry["num_hidden_layers"], commit=args.commit, keep=keep)
+    return model.run(tasks, geometry["num_hidden_layers"], **_how(args, model.place, geometry=geometry))
 
 
 def training(args: argparse.Namespace) -> Result:
@@ -91,8 +90,7 @@ def training(args: argparse.Namespace) -> Result:
         raise ValueError(f"--length and --offload are for parts {' and '.join(training.FULL)}, and --part has neither")
     setup = TINY if args.tiny else Setup()
     setup = replace(setup, full=args.length or setup.full, full_offloaded=args.offload or setup.full_offloaded)
-    keep = _record(args, training.place, geometry=setup.geometry).keep
-    return training.run(parts, setup, commit=args.commit, keep=keep)
+    return training.run(parts, setup, **_how(args, training.place, geometry=setup.geometry))
 
 
 def cache(args: argparse.Namespace) -> Result:
@@ -110,23 +108,22 @@ def cache(args: argparse.Namespace) -> Result:
     geometry = dict(TINY if args.tiny else LLAMA_8B)
     geometry["num_hidden_layers"] = args.layers or geometry["num_hidden_layers"]
     small = {"device": "cpu", "chunk": 64} if args.tiny else {}
-    keep = _record(args, cache.place, geometry=geometry).keep
-    return cache.run(tasks, geometry, arms=arms, commit=args.commit, keep=keep, limit_s=args.limit, **small)
+    how = _how(args, cache.place, geometry=geometry)
+    return cache.run(tasks, geometry, arms=arms, limit_s=args.limit, **small, **how)
 
 
-def _record(args: argparse.Namespace, place: Callable[[Result], Any] | None = None, **facts: Any) -> Record:
-    """The file of a run; `facts`: what its rows must share beside the machine and the packages."""
+def _how(args: argparse.Namespace, place: Callable[[Result], Any] | None = None, **facts: Any) -> dict[str, Any]:
+    """What every benchmark is told: the commit to record, how to say a line, and where to keep its rows.
+
+    Args:
+        place: a row's place in the file.
+        facts: what rows in one file must share beside the machine and the packages.
+    """
     from ..bench.environment import environment
     from ..bench.record import Record
 
     args.record = Record(args.out, place, getattr(args, "append", False), {**environment(args.commit), **facts})
-    return args.record
-
-
-def _kept(keep: Callable[[Result], None], result: Result) -> Result:
-    if result:  # of several processes one has the result
-        keep(result)
-    return result
+    return {"commit": args.commit, "say": partial(print, flush=True), "keep": args.record.keep}
 
 
 def _cases(args: argparse.Namespace) -> dict[str, Any]:

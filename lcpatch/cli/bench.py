@@ -14,11 +14,27 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Declare the verb."""
     parser = subparsers.add_parser("bench", help="measure speed beside the peers (needs a GPU)", description=__doc__)
     what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    _add_kernels(what)
+    _add_models(what)
+    for verb in what.choices.values():
+        verb.add_argument("--out", type=Path, help="write the results here as JSON, row by row; replaces a file")
+        verb.add_argument("--commit", help="commit to record; default: this checkout's")
+    for verb in map(what.choices.get, ("model", "cache", "training")):
+        verb.add_argument(
+            "--append",
+            action="store_true",
+            help="keep what --out holds and this run does not measure; rows name their commit where it is another",
+        )
+    _add_tables(what)
+    parser.set_defaults(run=run)
+
+
+def _add_kernels(what: argparse._SubParsersAction) -> None:
+    """One layer's attention."""
     attention = what.add_parser("attention", help="our kernel beside FA2, cuDNN and FlexAttention")
     attention.add_argument("--no-peers", action="store_true", help="leave FlexAttention and grouped cuDNN out")
     attention.set_defaults(measure=_benchmarks.attention, lengths=(8192, 32768, 131072))
     shapes = what.add_parser("shapes", help="one pattern over head dims and head counts")
-    shapes.add_argument("--lengths", type=_counts, help="tokens, comma-separated")
     shapes.set_defaults(measure=_benchmarks.shapes, lengths=(8192, 16384, 32768))
     tune = what.add_parser("tune", help="the fastest tiles of each kernel on this GPU")
     tune.add_argument("--kernels", default="fwd,dq,dkdv", help="comma-separated, of fwd, dq, dkdv and mass")
@@ -26,18 +42,31 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     decode = what.add_parser("decode", help="one decode step beside dense decoding")
     decode.add_argument("--batches", type=_counts, default=(1, 8), help="batch sizes, comma-separated (default 1,8)")
     decode.set_defaults(measure=_benchmarks.decode, lengths=(8192, 32768, 131072))
-    model = what.add_parser("model", help="a whole 8B model: prefill, a LoRA training step, decoding")
-    model.add_argument(
-        "--tasks", default="prefill:32768,prefill:131072,train:32768,decode:131072", help="task:tokens, …"
-    )
-    model.add_argument("--layers", type=_count, help="layers of the model (default 32)")
-    model.set_defaults(measure=_benchmarks.model)
     parallel = what.add_parser("parallel", help="the bytes that context parallelism sends (needs no GPU), and its time")
     parallel.add_argument("--ranks", type=_count, default=8, help="ranks to count for (default 8)")
     parallel.add_argument(
         "--time", action="store_true", help="instead, time every strategy: under torchrun, a GPU for each rank"
     )
     parallel.set_defaults(measure=_benchmarks.parallel, lengths=(131072,))
+    for verb in (attention, shapes, tune, decode, parallel):
+        verb.add_argument("--lengths", type=_counts, help="tokens, comma-separated")
+    for verb in (attention, tune, decode, parallel):
+        verb.add_argument("--heads", type=_count, default=32, help="query heads (default 32)")
+        verb.add_argument("--kv-heads", type=_count, default=8, help="KV heads (default 8)")
+        verb.add_argument("--head-dim", type=_count, default=128, help="head dim (default 128)")
+    for verb in (attention, tune, decode):
+        verb.add_argument("--patterns", help="comma-separated names out of the default set (see the output's column)")
+    for verb in (attention, tune):
+        verb.add_argument("--batch", type=_count, default=1, help="batch size (default 1)")
+
+
+def _add_models(what: argparse._SubParsersAction) -> None:
+    """A whole model."""
+    model = what.add_parser("model", help="a whole 8B model: prefill, a LoRA training step, decoding")
+    model.add_argument(
+        "--tasks", default="prefill:32768,prefill:131072,train:32768,decode:131072", help="task:tokens, …"
+    )
+    model.set_defaults(measure=_benchmarks.model)
     training = what.add_parser("training", help="a LoRA step of a long text: sparse against dense, SeCO, SpaCO")
     training.add_argument(
         "--part",
@@ -54,12 +83,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     cache.add_argument("--tasks", default="1:32768,1:131072,8:32768", help="batch:tokens, …")
     cache.add_argument("--arms", help="names of arms, separated by semicolons (default: all)")
-    cache.add_argument("--layers", type=_count, help="layers of the model (default 32)")
     cache.add_argument(
         "--limit", type=_seconds, default=300, help="seconds after which an arm is given up (default 300)"
     )
     cache.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: runs anywhere, times say nothing")
     cache.set_defaults(measure=_benchmarks.cache)
+    for verb in (model, cache):
+        verb.add_argument("--layers", type=_count, help="layers of the model (default 32)")
+
+
+def _add_tables(what: argparse._SubParsersAction) -> None:
     tables = what.add_parser("tables", help="committed results as Markdown tables and a plot")
     tables.add_argument("results", nargs="+", type=Path, help="JSON files that `lcpatch bench` wrote")
     target = tables.add_mutually_exclusive_group()
@@ -67,25 +100,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     target.add_argument("--check", type=Path, metavar="README", help="fail if this file's tables are out of date")
     tables.add_argument("--plot", type=Path, metavar="PNG", help="draw the attention result")
     tables.set_defaults(measure=None)
-    for verb in (attention, tune, decode, parallel):
-        verb.add_argument("--lengths", type=_counts, help="tokens, comma-separated")
-        verb.add_argument("--heads", type=_count, default=32, help="query heads (default 32)")
-        verb.add_argument("--kv-heads", type=_count, default=8, help="KV heads (default 8)")
-        verb.add_argument("--head-dim", type=_count, default=128, help="head dim (default 128)")
-    for verb in (attention, tune, decode):
-        verb.add_argument("--patterns", help="comma-separated names out of the default set (see the output's column)")
-        if verb is not decode:
-            verb.add_argument("--batch", type=_count, default=1, help="batch size (default 1)")
-    for verb in (attention, shapes, tune, decode, model, cache, training, parallel):
-        verb.add_argument("--out", type=Path, help="write the results here as JSON, row by row; replaces a file")
-        verb.add_argument("--commit", help="commit to record; default: this checkout's")
-    for verb in (model, cache, training):
-        verb.add_argument(
-            "--append",
-            action="store_true",
-            help="keep what --out holds and this run does not measure; rows name their commit where it is another",
-        )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

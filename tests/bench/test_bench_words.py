@@ -1,6 +1,8 @@
 """The words of `lcpatch bench`: what is wrong is said at once, before a GPU is asked for, and nothing is touched."""
 
+import io
 import shlex
+import sys
 
 import pytest
 
@@ -85,3 +87,18 @@ def test_an_interrupted_run_leaves_what_it_measured_and_says_where(stop, tmp_pat
     asked[-1] = "no such arm"
     assert main(asked) == 2
     assert "written" not in capsys.readouterr().out
+
+
+def test_what_was_said_is_seen_at_once(monkeypatch):
+    """A run that is killed has not flushed a pipe."""
+    piped, seen, measured = io.StringIO(), [], cache.measured
+    piped.flush = lambda: seen.append(piped.getvalue())
+
+    def watched(model, arm, *args):
+        seen.append(seen[-1])
+        return measured(model, arm, *args)
+
+    monkeypatch.setattr(cache, "measured", watched)
+    monkeypatch.setattr(sys, "stdout", piped)
+    assert main(["bench", "cache", "--tiny", "--tasks", "1:100", "--arms", "DynamicCache; H2O 0.2"]) == 0
+    assert [text.count("ms/token") for text in seen] == [0, 0, 1, 1, 2, 2]
