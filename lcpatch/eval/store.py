@@ -31,10 +31,11 @@ class Store:
             return
         folder.mkdir(parents=True, exist_ok=True)
         lines = self._read(self.path) if self.path.exists() else []
-        if lines:
+        if len(lines) > 1:
             self._compare(lines[0])
             self.rows = {row["key"]: row for row in lines[1:]}
-        else:
+        elif lines != [self.header]:  # what was begun and measured nothing binds nobody
+            self._write(self.path, b"")
             self._append(self.header)
 
     def add(self, key: str, row: dict[str, Any]) -> None:
