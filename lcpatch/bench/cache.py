@@ -27,6 +27,7 @@ from .cache_arms import ARMS, CHUNK
 from .clock import Clock
 from .environment import environment, installed, need_gpu
 from .geometry import LLAMA_8B, random_llama
+from .judge import between_backends
 
 LIMIT_S = 300  # for an arm at one length and batch
 
@@ -120,7 +121,7 @@ def check(model: nn.Module, chunk: int) -> dict[str, Any]:
         other = model(ids, use_cache=False).logits.float()
     ours = logits(H2OCache(model, budget=2 * length))
     remove(model)
-    return measure.between_backends(ours, other, dense)
+    return between_backends(ours, other, dense)
 
 
 def score_cost(length: int, geometry: dict[str, Any]) -> dict[str, Any]:

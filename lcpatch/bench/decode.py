@@ -24,8 +24,9 @@ from lcpatch_kernels.block_sparse.reference import keys_of
 from ..core.errors import BenchmarkError
 from ..patterns import AttentionPattern
 from . import measure
-from .attention import Shape, relative_error, spec_of
+from .attention_cases import Shape, spec_of
 from .environment import environment, need_gpu
+from .judge import relative_error
 
 CHECK_LENGTH = 5003
 

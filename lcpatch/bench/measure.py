@@ -59,12 +59,3 @@ def copy_gb_per_s(num_bytes: int = 4 << 30) -> float:
 def in_a_line(error: Exception) -> str:
     """An error of a peer's own, which is a part of the result, as its row says it."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" …")
-
-
-def between_backends(ours: Tensor, other: Tensor, dense: Tensor) -> dict[str, Any]:
-    """Whether logits are dense ones, up to what rounding does to them.
-
-    The budget is twice the distance between two dense backends of torch, which round differently too.
-    """
-    error, budget = ((x - dense).norm().item() / dense.norm().item() for x in (ours, other))
-    return {"error": error, "budget": 2 * budget, "passed": error <= 2 * budget}

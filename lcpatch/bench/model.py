@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..caches.held import bytes_held
 from ..caches.s2 import S2Cache
 from ..core.errors import BenchmarkError
 from ..patching import patched
 from ..patterns.s2 import S2
-from . import measure
 from .environment import environment, need_gpu
 from .geometry import LLAMA_8B, random_llama
+from .judge import between_backends
 from .lora import checkpoint, with_lora
 
 TASKS = ("prefill", "train", "decode")
@@ -109,7 +110,7 @@ def _check(model: nn.Module) -> dict[str, Any]:
         other = model(ids, logits_to_keep=64).logits.float()
     with patched(model, S2(local_blocks=64)):
         ours = model(ids, logits_to_keep=64).logits.float()
-    return measure.between_backends(ours, other, dense)
+    return between_backends(ours, other, dense)
 
 
 @contextmanager
@@ -148,10 +149,7 @@ def _decode(model: nn.Module, length: int, sparse: bool) -> tuple[float, int]:
 
     cache: Any = S2Cache(model) if sparse else DynamicCache(config=model.config)
     model(_ids(length), past_key_values=cache, logits_to_keep=1)
-    if sparse:
-        held = cache.memory()["device"]
-    else:
-        held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    held = bytes_held(cache.layers)["device"]
     token = _ids(1)
     for _ in range(4):
         model(token, past_key_values=cache)

@@ -21,7 +21,7 @@ from ..patterns.sink import Sink
 from ..training.parallel.layout import make_layout
 from ..training.parallel.lightseq import idle_fraction
 from ..training.parallel.strategy import Volume, Work, strategies
-from .attention import Shape, spec_of
+from .attention_cases import Shape, spec_of
 from .environment import environment
 
 ITEM, LSE = 2, 4  # bytes of bf16 and of the fp32 log-sum-exp

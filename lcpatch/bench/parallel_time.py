@@ -26,8 +26,9 @@ from ..training.parallel.layout import Shard, make_layout
 from ..training.parallel.link import Link
 from ..training.parallel.strategy import Strategy, Work, strategies
 from . import measure
-from .attention import Shape, relative_error
+from .attention_cases import Shape
 from .environment import environment
+from .judge import out_and_grads, relative_error
 from .parallel import ITEM, layers, spec_for, strategies_for
 
 CHECK_LENGTH, SHRINK = 2055, 16  # an odd row, and patterns that are sparse on it
@@ -131,22 +132,16 @@ def _check(pattern: Any, name: str, layout: str, shape: Shape, link: Link) -> tu
     small = Shape(1, shape.num_heads, shape.num_kv_heads, shape.head_dim)
     work = _work(pattern, layout, CHECK_LENGTH, link.size, small)
     *x, grad = _random(small, CHECK_LENGTH, torch.Generator().manual_seed(0))  # the same on every rank
-    exact = _results(
+    exact = out_and_grads(
         lambda *t: block_sparse(*t, work.spec, impl="reference")[0], [t.double() for t in x], grad.double()
     )
-    alone = _results(lambda *t: block_sparse(*t, work.spec, impl="triton")[0], x, grad)
+    alone = out_and_grads(lambda *t: block_sparse(*t, work.spec, impl="triton")[0], x, grad)
     mine = work.layout.tokens(link.rank).to(grad.device)
     attend = _attend(strategies.get(name)(), work, link)
-    got = _results(attend, [t[:, :, mine] for t in x], grad[:, :, mine])
+    got = out_and_grads(attend, [t[:, :, mine] for t in x], grad[:, :, mine])
     errors = torch.tensor([relative_error(a, b[:, :, mine]) for a, b in zip(got, exact, strict=True)], device="cuda")
     dist.all_reduce(errors, dist.ReduceOp.MAX)
     return errors.tolist(), FACTOR * max(relative_error(a, b) for a, b in zip(alone, exact, strict=True))
-
-
-def _results(attend: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-    x = [t.detach().requires_grad_() for t in inputs]
-    out = attend(*x)
-    return [out.detach(), *torch.autograd.grad(out, x, grad)]
 
 
 def _attend(strategy: Strategy, work: Work, link: Link) -> Callable[..., Tensor]:

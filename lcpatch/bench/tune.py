@@ -20,7 +20,7 @@ import torch
 from lcpatch_kernels import BlockSparseSpec
 
 from . import measure
-from .attention import Shape, cases, spec_of
+from .attention_cases import Shape, cases, spec_of
 from .environment import need_gpu
 
 KERNELS = ("fwd", "dq", "dkdv", "mass")

@@ -127,16 +127,16 @@ def _how(args: argparse.Namespace, place: Callable[[Result], Any] | None = None,
 
 
 def _cases(args: argparse.Namespace) -> dict[str, Any]:
-    from ..bench import attention
+    from ..bench.attention_cases import cases
 
-    cases = attention.cases()
-    return {name: cases[name] for name in chosen("--patterns", _words(args.patterns or ",".join(cases)), cases)}
+    known = cases()
+    return {name: known[name] for name in chosen("--patterns", _words(args.patterns or ",".join(known)), known)}
 
 
 def _shape(args: argparse.Namespace) -> Any:
-    from ..bench import attention
+    from ..bench.attention_cases import Shape
 
-    return attention.Shape(getattr(args, "batch", 1), args.heads, args.kv_heads, args.head_dim)
+    return Shape(getattr(args, "batch", 1), args.heads, args.kv_heads, args.head_dim)
 
 
 def _tasks(text: str, task: Callable[[str], Any]) -> tuple[Any, ...]:

@@ -5,19 +5,20 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 import lcpatch
-from lcpatch.bench import attention, decode, tables
+from lcpatch.bench import attention, attention_peers, decode, tables
+from lcpatch.bench.attention_cases import Shape, spec_of
 from lcpatch.bench.environment import environment
 from lcpatch.core.errors import BenchmarkError
 
-SHAPE = attention.Shape(num_heads=4, num_kv_heads=2)
+SHAPE = Shape(num_heads=4, num_kv_heads=2)
 
 
 @pytest.mark.parametrize("length", [1024, 1500])
 @pytest.mark.parametrize("blocks", [(64, 4, 3), (128, 2, 5), (64, 3, 2)])
 def test_flex_is_given_the_pattern(blocks, length):
     pattern = lcpatch.S2(*blocks, sink_blocks=0)
-    ours = attention.flex_block_mask(pattern, SHAPE, length, torch.device("cpu"))
-    spec = attention.spec_of(pattern, SHAPE)
+    ours = attention_peers.flex_block_mask(pattern, SHAPE, length, torch.device("cpu"))
+    spec = spec_of(pattern, SHAPE)
     keep = attention.dense_oracle.mask_mod(spec, None, length, length, torch.device("cpu"))
     theirs = create_block_mask(keep, 1, SHAPE.num_heads, length, length, device="cpu")
     assert torch.equal(ours.to_dense(), theirs.to_dense())
@@ -46,7 +47,7 @@ def test_without_a_gpu_nothing_is_measured(run):
 def test_bytes_of_a_decode_step_count_each_kv_head_once():
     pattern = lcpatch.S2(64, 4, 3, sink_blocks=0)
     length = 64 * 30
-    spec = attention.spec_of(pattern, SHAPE)
+    spec = spec_of(pattern, SHAPE)
     kept = [len([b for b in range(30) if 29 - b < 4 or b % 3 == c]) for c in (0, 2)]
     assert decode._share(spec, SHAPE, length) == pytest.approx(sum(kept) / (2 * 30))
 

@@ -13,7 +13,7 @@ from transformers import DataCollatorWithFlattening
 
 import lcpatch
 from lcpatch.bench import parallel as bench
-from lcpatch.bench.attention import Shape
+from lcpatch.bench.attention_cases import Shape
 from lcpatch.cli import main
 from lcpatch.core.errors import BenchmarkError, ParallelError, UnknownNameError
 from lcpatch.patterns import LayerShape
