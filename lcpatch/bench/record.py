@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..core.difference import difference
+
 Row = dict[str, Any]
 Result = dict[str, Any]
 
@@ -131,12 +133,13 @@ def _lacks(row: Row) -> bool:
 
 
 def _check(earlier: Result, path: Path, place: Callable[[Row], Any], facts: Mapping[str, Any]) -> None:
-    for name in SAME:
-        if name in facts and earlier.get(name) != facts[name]:
-            raise ValueError(
-                f"--append: {path} has {name} {earlier.get(name)!r}, this run {facts[name]!r}: rows of both would not "
-                "compare; give another --out"
-            )
+    ours = {name: facts[name] for name in SAME if name in facts}
+    if different := difference({name: earlier.get(name) for name in ours}, ours):
+        name, theirs, mine = different
+        raise ValueError(
+            f"--append: {path} has {name} {theirs!r}, this run {mine!r}: rows of both would not compare; give another "
+            "--out"
+        )
     for row in earlier["rows"]:
         try:
             place(row)

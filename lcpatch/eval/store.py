@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ..core.difference import difference
+
 SCHEMA = 1
 FILE = "results.jsonl"
 
@@ -85,24 +87,12 @@ class Store:
             raise ValueError(
                 f"{self.path} has schema {found['schema']}; this lcpatch goes on with schema {SCHEMA} only"
             )
-        if different := _difference(found, self.header):
+        if different := difference(found, self.header):
             name, theirs, ours = different
             raise ValueError(
                 f"{self.path} holds a run with {name}={theirs!r}, this one has {ours!r}: take another --out, or "
                 "delete that folder"
             )
-
-
-def _difference(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
-    """The first name under which two headers differ, within groups of settings too, and what each has there."""
-    for name in {**one, **other}:
-        first, second = one.get(name), other.get(name)
-        if isinstance(first, dict) and isinstance(second, dict):
-            if inner := _difference(first, second, f"{prefix}{name}."):
-                return inner
-        elif first != second:
-            return prefix + name, first, second
-    return None
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from lcpatch.bench import cache, model, record, tables, training
 from lcpatch.bench.record import Record, with_earlier
 
 RESULTS = Path(__file__).parents[2] / "kernels" / "results"
+GEOMETRY = {"layers": 3, "size": 8}
 PLACES = {"cache": cache.place, "model": model.place, "training": training.place}
 
 
@@ -119,16 +120,16 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path: Path):
         ("[]", "it has no list of rows"),
         ('{"rows": 3}', "it has no list of rows"),
         (result(gpu="another"), "has gpu 'another', this run 'chip': rows of both would not compare"),
-        (result(geometry={"hidden_size": 1}), r"has geometry {'hidden_size': 1}, this run {}"),
+        (result(geometry={"layers": 2, "size": 8}), "has geometry.layers 2, this run 3: rows of both would"),
         (result({"part": "a", "arm": "FA2", "length": 9}), "has a row without 'batch': it is of another benchmark"),
     ],
 )
 def test_what_cannot_be_gone_on_with_is_refused_at_once(held, message: str, tmp_path: Path):
     file = tmp_path / "cache.json"
-    text = held if isinstance(held, str) else json.dumps({"geometry": {}, **held})
+    text = held if isinstance(held, str) else json.dumps({"geometry": GEOMETRY, **held})
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
-        Record(file, cache.place, True, {"format": 1, "gpu": "chip", "geometry": {}})
+        Record(file, cache.place, True, {"format": 1, "gpu": "chip", "geometry": GEOMETRY})
     assert file.read_text() == text
 
 
