@@ -82,7 +82,7 @@ def _add_models(what: argparse._SubParsersAction) -> None:
         "cache", help="caches of a whole 8B model beside those of others: prefill, memory, decoding"
     )
     cache.add_argument("--tasks", default="1:32768,1:131072,8:32768", help="batch:tokens, …")
-    cache.add_argument("--arms", help="names of arms, separated by semicolons (default: all)")
+    cache.add_argument("--arms", help="names of arms, separated by semicolons (default: all; a wrong one lists them)")
     cache.add_argument(
         "--limit", type=_seconds, default=300, help="seconds after which an arm is given up (default 300)"
     )
@@ -127,7 +127,12 @@ def _tables(args: argparse.Namespace) -> int:
         raise ValueError(f"--plot {args.plot} draws the result of `lcpatch bench attention`, and none is given")
     for kind, path in zip(kinds, args.results, strict=True):
         result = record.read(path)
-        text = f"{table(*tables.KINDS[kind](result))}\n\n{tables.provenance(result)}"
+        try:
+            text = f"{table(*tables.KINDS[kind](result))}\n\n{tables.provenance(result)}"
+        except KeyError as error:
+            raise ValueError(
+                f"{path} is no result of the kind that its name says, {kind}: it has no {error}"
+            ) from error
         if args.write:
             args.write.write_text(with_block(args.write, f"bench-{kind}", text), encoding="utf-8")
         elif args.check and with_block(args.check, f"bench-{kind}", text) != args.check.read_text(encoding="utf-8"):

@@ -62,6 +62,13 @@ def test_what_argparse_says(words: str, message: str, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_result_of_another_kind_makes_no_table(tmp_path, capsys):
+    file = tmp_path / "cache-x.json"
+    file.write_text('{"rows": [{"part": "a", "arm": "FA2", "length": 9, "why": null}]}')
+    assert main(["bench", "tables", str(file)]) == 2
+    assert "is no result of the kind that its name says, cache: it has no 'batch'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_run_leaves_what_it_measured_and_says_where(stop, tmp_path, monkeypatch, capsys):
     out = tmp_path / "cache-tiny.json"
