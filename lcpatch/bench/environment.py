@@ -15,6 +15,8 @@ from ..core.errors import BenchmarkError
 
 FORMAT = 1
 """Version of the JSON that a result is written as."""
+RESULTS = "kernels/results"
+"""Where a checkout keeps them."""
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:
@@ -26,7 +28,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: installed(name) for name in ("torch", "triton", "transformers", "lcpatch")},
         "cuda": torch.version.cuda,
-        "commit": commit or _commit(),
+        "commit": commit or commit_of(Path(__file__).parent),
     }
 
 
@@ -52,13 +54,15 @@ def need_gpu() -> None:
         raise BenchmarkError("this benchmark needs a CUDA GPU; torch.cuda.is_available() is False")
 
 
-def _commit() -> str | None:
-    """The checkout's commit, with "+changes" behind it where the tree differs; None outside a checkout."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
+def commit_of(folder: Path) -> str | None:
+    """The commit of the checkout that `folder` lies in; None outside of one.
+
+    With "+changes" behind it where the tree differs, but for results: one benchmark's do not change the next's code.
+    """
+    git, changes = ["git", "-C", str(folder)], ["status", "--porcelain", "--", ":/", f":(top,exclude){RESULTS}"]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, *changes], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")

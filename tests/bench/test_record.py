@@ -1,11 +1,13 @@
 """The file of a benchmark's result: nothing that was measured is lost, and rows of several runs are told apart."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from lcpatch.bench import cache, model, record, tables, training
+from lcpatch.bench.environment import commit_of
 from lcpatch.bench.record import Record, with_earlier
 
 RESULTS = Path(__file__).parents[2] / "kernels" / "results"
@@ -91,6 +93,31 @@ def test_what_is_not_measured_again_stays():
 def test_a_result_from_outside_of_a_checkout_makes_a_table():
     found = result(row("ours"), row("press", commit="old"), commit=None, torch="2", triton="3")
     assert tables.provenance(found).endswith("commits old, unknown")
+
+
+def test_results_are_no_changes_to_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Or of the benchmarks that one command runs only the first would name its commit."""
+
+    def git(*words: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True)
+
+    package, results = tmp_path / "lcpatch", tmp_path / "kernels" / "results"
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert commit_of(tmp_path) is None
+    for folder in (package, results):
+        folder.mkdir(parents=True)
+        (folder / "a.json").write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "a")
+    commit = commit_of(package)
+    assert commit.isalnum()
+    (results / "a.json").write_text("2")
+    (results / "new.json").write_text("2")
+    assert commit_of(package) == commit
+    (package / "a.json").write_text("2")
+    assert commit_of(package) == f"{commit}+changes"
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path: Path):
