@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from . import _benchmarks
+from ._options import count, counts
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -40,24 +41,24 @@ def _add_kernels(what: argparse._SubParsersAction) -> None:
     tune.add_argument("--kernels", default="fwd,dq,dkdv", help="comma-separated, of fwd, dq, dkdv and mass")
     tune.set_defaults(measure=_benchmarks.tune, lengths=(32768,))
     decode = what.add_parser("decode", help="one decode step beside dense decoding")
-    decode.add_argument("--batches", type=_counts, default=(1, 8), help="batch sizes, comma-separated (default 1,8)")
+    decode.add_argument("--batches", type=counts, default=(1, 8), help="batch sizes, comma-separated (default 1,8)")
     decode.set_defaults(measure=_benchmarks.decode, lengths=(8192, 32768, 131072))
     parallel = what.add_parser("parallel", help="the bytes that context parallelism sends (needs no GPU), and its time")
-    parallel.add_argument("--ranks", type=_count, default=8, help="ranks to count for (default 8)")
+    parallel.add_argument("--ranks", type=count, default=8, help="ranks to count for (default 8)")
     parallel.add_argument(
         "--time", action="store_true", help="instead, time every strategy: under torchrun, a GPU for each rank"
     )
     parallel.set_defaults(measure=_benchmarks.parallel, lengths=(131072,))
     for verb in (attention, shapes, tune, decode, parallel):
-        verb.add_argument("--lengths", type=_counts, help="tokens, comma-separated")
+        verb.add_argument("--lengths", type=counts, help="tokens, comma-separated")
     for verb in (attention, tune, decode, parallel):
-        verb.add_argument("--heads", type=_count, default=32, help="query heads (default 32)")
-        verb.add_argument("--kv-heads", type=_count, default=8, help="KV heads (default 8)")
-        verb.add_argument("--head-dim", type=_count, default=128, help="head dim (default 128)")
+        verb.add_argument("--heads", type=count, default=32, help="query heads (default 32)")
+        verb.add_argument("--kv-heads", type=count, default=8, help="KV heads (default 8)")
+        verb.add_argument("--head-dim", type=count, default=128, help="head dim (default 128)")
     for verb in (attention, tune, decode):
         verb.add_argument("--patterns", help="comma-separated names out of the default set (see the output's column)")
     for verb in (attention, tune):
-        verb.add_argument("--batch", type=_count, default=1, help="batch size (default 1)")
+        verb.add_argument("--batch", type=count, default=1, help="batch size (default 1)")
 
 
 def _add_models(what: argparse._SubParsersAction) -> None:
@@ -74,7 +75,7 @@ def _add_models(what: argparse._SubParsersAction) -> None:
         help="a: sparse against dense, b: memory slope, c: SeCO's time, d: SpaCO's, e: the longest, f: one real step "
         "under S2, g: a dense one",
     )
-    training.add_argument("--length", type=_count, help="tokens of parts f and g (default 204800)")
+    training.add_argument("--length", type=count, help="tokens of parts f and g (default 204800)")
     training.add_argument("--offload", action="store_true", help="parts f and g with keys and values in host memory")
     training.add_argument("--tiny", action="store_true", help="a small model on the CPU: tries the benchmark itself")
     training.set_defaults(measure=_benchmarks.training)
@@ -89,7 +90,7 @@ def _add_models(what: argparse._SubParsersAction) -> None:
     cache.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: runs anywhere, times say nothing")
     cache.set_defaults(measure=_benchmarks.cache)
     for verb in (model, cache):
-        verb.add_argument("--layers", type=_count, help="layers of the model (default 32)")
+        verb.add_argument("--layers", type=count, help="layers of the model (default 32)")
 
 
 def _add_tables(what: argparse._SubParsersAction) -> None:
@@ -143,16 +144,6 @@ def _tables(args: argparse.Namespace) -> int:
         if args.plot and kind == "attention":
             tables.plot(result, args.plot)
     return 0
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_count(part.strip()) for part in text.split(","))
 
 
 def _seconds(text: str) -> float:
