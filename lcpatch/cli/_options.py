@@ -1,4 +1,4 @@
-"""Words of a command line: numbers, and the options of a method, which a verb cannot know before the registry is loaded."""
+"""Words of a command line: numbers, and a method's options, which a verb cannot know before the registry is loaded."""
 
 from __future__ import annotations
 
