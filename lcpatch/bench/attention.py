@@ -15,47 +15,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from lcpatch_kernels import BlockSparseSpec, block_sparse
 from lcpatch_kernels.block_sparse import dense as dense_oracle
 
 from ..core.errors import BenchmarkError
-from ..patterns import AttentionPattern, LayerShape
+from ..patterns import AttentionPattern
 from ..patterns.s2 import S2
-from ..patterns.sf import SF
 from ..patterns.shift import Shift
-from ..patterns.sink import Sink
 from . import measure
+from .attention_cases import SHAPES, SHAPES_PATTERN, Shape, cases, spec_of
+from .attention_peers import backend, flex, grouped_cudnn
+from .environment import environment, need_gpu
+from .judge import out_and_grads, relative_error
 
 CHECK_LENGTH = 2055  # odd, several tiles long, and small enough for the oracle's T x T scores
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Batch, query heads, KV heads and head dim of one measurement."""
-
-    batch: int = 1
-    num_heads: int = 32
-    num_kv_heads: int = 8
-    head_dim: int = 128
-
-    def inputs(self, length: int, *, grad: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v in bf16 with standard deviation 1, laid out as Hugging Face's layers hand them over."""
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        size = [(self.batch, length, h, self.head_dim) for h in heads]
-        tensors = (torch.randn(s, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for s in size)
-        return tuple(t.requires_grad_(grad) for t in tensors)
-
-
-SHAPES = {
-    "32 / 8 heads of 128": Shape(),
-    "32 / 8 heads of 64": Shape(head_dim=64),
-    "32 / 8 heads of 256": Shape(head_dim=256),
-    "32 / 32 heads of 128": Shape(num_kv_heads=32),
-}
-SHAPES_PATTERN = "s2 64/16/16"
 
 
 @dataclass(frozen=True)
@@ -76,15 +52,6 @@ class Row:
     why: str | None = None
 
 
-def cases() -> dict[str, AttentionPattern]:
-    """The patterns measured. S2 is named block/local/stride and has no sink block, as in the literature's figures."""
-    s2 = {
-        f"s2 {b}/{n}/{v}": S2(b, n, v, sink_blocks=0)
-        for b, n, v in [(64, 16, 16), (64, 16, 8), (128, 8, 16), (64, 16, 32)]
-    }
-    return {**s2, "sf N/4": SF(), "shift N/4": Shift(), "sink 4+1024": Sink()}
-
-
 def run(
     lengths: tuple[int, ...],
     patterns: dict[str, AttentionPattern] | None = None,
@@ -94,16 +61,15 @@ def run(
     say: Callable[[str], None] = print,
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Check, then measure; returns what `measure.write` takes, and gives it to `keep` after each length as it is.
+    """Check, then measure; gives `keep` the result after each row as it is.
 
     Raises:
         BenchmarkError: no GPU, or a check that failed: nothing is timed then.
     """
-    if not torch.cuda.is_available():
-        raise BenchmarkError("this benchmark needs a CUDA GPU; torch.cuda.is_available() is False")
+    need_gpu()
     shape, patterns = shape or Shape(), patterns or cases()
     torch.manual_seed(0)
-    result = {**measure.environment(commit), "shape": asdict(shape)}
+    result = {**environment(commit), "shape": asdict(shape)}
     result["checks"] = [check(name, pattern, shape) for name, pattern in patterns.items()]
     for c in result["checks"]:
         say(f"check {c['pattern']:14s} " + "  ".join(f"{n} {e:.1e} <= {b:.1e}" for n, (e, b) in c["errors"].items()))
@@ -116,22 +82,36 @@ def run(
     say(HEADER)
     for length in lengths:
         for row in _measure_length(length, patterns, shape, result["matmul_tflops"], peers):
-            result["rows"].append(asdict(row))
             say(format_row(row))
-        keep(result)
+            result["rows"].append(asdict(row))
+            keep(result)
     return result
 
 
 def run_shapes(
-    lengths: tuple[int, ...], commit: str | None = None, say: Callable[[str], None] = print
+    lengths: tuple[int, ...],
+    commit: str | None = None,
+    say: Callable[[str], None] = print,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """`run` without FlexAttention for one pattern in every one of `SHAPES`; each row says which."""
-    pattern, rows = {SHAPES_PATTERN: cases()[SHAPES_PATTERN]}, []
+    found: dict[str, Any] = {"rows": []}
     for name, shape in SHAPES.items():
         say(name)
-        result = run(lengths, pattern, shape, peers=False, commit=commit, say=say)
-        rows += [{"shape": name, **row} for row in result["rows"]]
-    return {**result, "shape": None, "rows": rows}
+        found = _run_shape(name, shape, found["rows"], lengths, commit, say, keep)
+    return found
+
+
+def _run_shape(
+    name: str, shape: Shape, before: list[Any], lengths: tuple[int, ...], commit: str | None, say: Any, keep: Any
+) -> dict[str, Any]:
+    def behind(result: dict[str, Any]) -> dict[str, Any]:
+        return {**result, "shape": None, "rows": before + [{"shape": name, **row} for row in result["rows"]]}
+
+    pattern = {SHAPES_PATTERN: cases()[SHAPES_PATTERN]}
+    return behind(
+        run(lengths, pattern, shape, peers=False, commit=commit, say=say, keep=lambda result: keep(behind(result)))
+    )
 
 
 def check(name: str, pattern: AttentionPattern, shape: Shape) -> dict[str, Any]:
@@ -143,13 +123,13 @@ def check(name: str, pattern: AttentionPattern, shape: Shape) -> dict[str, Any]:
     spec = spec_of(pattern, shape)
     q, k, v = shape.inputs(CHECK_LENGTH)
     grad = torch.randn_like(q)
-    oracle = _out_and_grads(partial(_ours, spec=spec, impl="sdpa"), (q.float(), k.float(), v.float()), grad.float())
+    oracle = out_and_grads(partial(_ours, spec=spec, impl="sdpa"), (q.float(), k.float(), v.float()), grad.float())
     b, h, i, j = torch.meshgrid(
         *(torch.arange(n, device=q.device) for n in (1, shape.num_heads, CHECK_LENGTH, CHECK_LENGTH)), indexing="ij"
     )
     mask = dense_oracle.mask_mod(spec, None, CHECK_LENGTH, CHECK_LENGTH, q.device)(b, h, i, j)
-    peer = _out_and_grads(partial(sdpa, attn_mask=mask, enable_gqa=True), (q, k, v), grad)
-    ours = _out_and_grads(partial(_ours, spec=spec, impl="triton"), (q, k, v), grad)
+    peer = out_and_grads(partial(sdpa, attn_mask=mask, enable_gqa=True), (q, k, v), grad)
+    ours = out_and_grads(partial(_ours, spec=spec, impl="triton"), (q, k, v), grad)
     errors = {
         part: (relative_error(mine, true), 2 * relative_error(theirs, true))
         for part, mine, theirs, true in zip(("out", "dq", "dk", "dv"), ours, peer, oracle, strict=True)
@@ -178,9 +158,9 @@ def _measure_length(
 ) -> Iterator[Row]:
     inputs = shape.inputs(length)
     grad = torch.randn_like(inputs[0])
-    dense = _row("FA2", "causal", length, 1.0, _backend(SDPBackend.FLASH_ATTENTION, inputs), inputs, grad, matmul, None)
+    dense = _row("FA2", "causal", length, 1.0, backend(SDPBackend.FLASH_ATTENTION, inputs), inputs, grad, matmul, None)
     yield dense
-    cudnn = _backend(SDPBackend.CUDNN_ATTENTION, inputs)
+    cudnn = backend(SDPBackend.CUDNN_ATTENTION, inputs)
     yield _row("cuDNN", "causal", length, 1.0, cudnn, inputs, grad, matmul, dense)
     for name, pattern in patterns.items():
         spec = spec_of(pattern, shape)
@@ -198,9 +178,9 @@ def _providers(
     if not peers:
         return found
     if isinstance(pattern, S2) and pattern.stride <= 16:  # each takes a minute to compile
-        found["Flex"] = _flex(pattern, shape, inputs)
+        found["Flex"] = flex(pattern, shape, inputs)
     if isinstance(pattern, Shift):
-        found["cuDNN groups"] = partial(_grouped_cudnn, q, k, v, group=-(-q.shape[2] // 4))
+        found["cuDNN groups"] = partial(grouped_cudnn, q, k, v, group=-(-q.shape[2] // 4))
     return found
 
 
@@ -221,7 +201,7 @@ def _row(
         if provider == "lcpatch":
             raise
         torch.cuda.empty_cache()
-        return Row(provider, pattern, length, density, why=f"{type(error).__name__}: {str(error).splitlines()[0][:90]}")
+        return Row(provider, pattern, length, density, why=measure.in_a_line(error))
     batch, heads, _, dim = inputs[0].shape
     pairs = batch * heads * density * length * (length + 1) / 2
     rate = matmul * 1e9  # flops per ms
@@ -240,84 +220,5 @@ def _row(
     return Row(**{**asdict(row), **ratios})
 
 
-def spec_of(pattern: AttentionPattern, shape: Shape) -> BlockSparseSpec:
-    """The pattern compiled for one layer of `shape`."""
-    return pattern.spec(LayerShape(shape.num_heads, shape.num_kv_heads))
-
-
 def _ours(q: Tensor, k: Tensor, v: Tensor, spec: BlockSparseSpec, impl: str) -> Tensor:
     return block_sparse(q, k, v, spec, impl=impl)[0]
-
-
-def _backend(backend: SDPBackend, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
-    q, k, v = inputs
-
-    def forward() -> Tensor:
-        with sdpa_kernel(backend):
-            return sdpa(q, k, v, is_causal=True, enable_gqa=True)
-
-    return forward
-
-
-def _grouped_cudnn(q: Tensor, k: Tensor, v: Tensor, group: int) -> Tensor:
-    """Shifted groups by what torch has: both halves of the heads folded into a batch of dense causal groups.
-
-    Rolls as LongLoRA's reshaping branch does: one dense call costs the same whether or not its wrapped group is cut.
-    """
-    half, kv_half = q.shape[1] // 2, k.shape[1] // 2
-
-    def fold(x: Tensor, plain: int) -> Tensor:
-        x = torch.cat([x[:, :plain], x[:, plain:].roll(-(group // 2), 2)], 1)
-        return x.unflatten(2, (-1, group)).transpose(1, 2).flatten(0, 1)
-
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = sdpa(fold(q, half), fold(k, kv_half), fold(v, kv_half), is_causal=True, enable_gqa=True)
-    out = out.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)
-    return torch.cat([out[:, :half], out[:, half:].roll(group // 2, 2)], 1)
-
-
-def _flex(pattern: S2, shape: Shape, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
-    """FlexAttention with S2's rule in closed form, so that it is not slowed by the generality of our `mask_mod`."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    q, k, v = inputs
-    torch._dynamo.reset()  # past 8 patterns and lengths dynamo would fall back to eager, which holds all scores
-    compiled = torch.compile(flex_attention, dynamic=False)
-    block_mask = flex_block_mask(pattern, shape, q.shape[2], q.device)
-    return partial(compiled, q, k, v, block_mask=block_mask, enable_gqa=True)
-
-
-def flex_block_mask(pattern: S2, shape: Shape, length: int, device: torch.device) -> Any:
-    """FlexAttention's `BlockMask` of S2 without sinks, from the pattern's blocks.
-
-    `create_block_mask` would ask all H T T pairs, compiled anew for every pattern and length; asking each pair of
-    64-token blocks gives the same tables (a test compares them) in 134 MB at 128K.
-    """
-    block, local, stride = pattern.block_size, pattern.local_blocks, pattern.stride
-    group, tile = shape.num_heads // shape.num_kv_heads, dense_oracle.TILE
-
-    def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        far = (j // block + h // group) % stride == 0
-        return (j <= i) & ((i // block - j // block < local) | far)
-
-    unit = min(block, tile)
-    starts = torch.arange(0, -(-length // tile) * tile, unit, device=device)
-    head = torch.arange(shape.num_heads, device=device)[:, None, None]
-    seen = keep(head, head, starts[:, None] + unit - 1, starts)  # a unit pair's last row: whether any pair is kept
-    whole = keep(head, head, starts[:, None], starts + unit - 1)  # its first row and last key: whether all are
-    per = tile // unit
-    seen, whole = (x.unflatten(2, (-1, per)).unflatten(1, (-1, per)) for x in (seen, whole))
-    seen, whole = seen.any(4).any(2), whole.all(4).all(2)
-    return dense_oracle.from_tiles(seen[None], whole[None], keep, (length, length))
-
-
-def _out_and_grads(forward: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    out = forward(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
-def relative_error(x: Tensor, true: Tensor) -> float:
-    """||x - true|| / ||true||; infinite for NaN, which never passes."""
-    error = ((x.to(true.dtype) - true).norm() / true.norm()).item()
-    return error if error == error else float("inf")

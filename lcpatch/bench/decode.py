@@ -7,9 +7,10 @@ the L2 cache flushed before each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from lcpatch_kernels.block_sparse.reference import keys_of
 from ..core.errors import BenchmarkError
 from ..patterns import AttentionPattern
 from . import measure
-from .attention import Shape, relative_error, spec_of
+from .attention_cases import Shape, spec_of
+from .environment import environment, need_gpu
+from .judge import relative_error
 
 CHECK_LENGTH = 5003
 
@@ -50,16 +53,16 @@ def run(
     shape: Shape,
     commit: str | None = None,
     say: Callable[[str], None] = print,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Check, then measure; returns what `measure.write` takes.
+    """Check, then measure; gives `keep` the result after each row as it is.
 
     Raises:
         BenchmarkError: no GPU, or a check that failed: nothing is timed then.
     """
-    if not torch.cuda.is_available():
-        raise BenchmarkError("this benchmark needs a CUDA GPU; torch.cuda.is_available() is False")
+    need_gpu()
     torch.manual_seed(0)
-    result = {**measure.environment(commit), "shape": asdict(shape)}
+    result = {**environment(commit), "shape": asdict(shape)}
     result["checks"] = [check(name, pattern, shape) for name, pattern in patterns.items()]
     for c in result["checks"]:
         say(f"check {c['pattern']:14s} out {c['error']:.1e} <= {c['budget']:.1e}")
@@ -68,13 +71,13 @@ def run(
     result["copy_gb_per_s"] = measure.copy_gb_per_s()
     say(f"ceiling: copy {result['copy_gb_per_s']:.0f} GB/s")
     say(HEADER)
-    rows = []
-    for batch in batches:
-        for length in lengths:
-            for row in _measure(batch, length, patterns, shape, result["copy_gb_per_s"]):
-                rows.append(row)
-                say(format_row(row))
-    return {**result, "rows": [asdict(row) for row in rows]}
+    result["rows"] = []
+    for batch, length in product(batches, lengths):
+        for row in _measure(batch, length, patterns, shape, result["copy_gb_per_s"]):
+            say(format_row(row))
+            result["rows"].append(asdict(row))
+            keep(result)
+    return result
 
 
 def check(name: str, pattern: AttentionPattern, shape: Shape) -> dict[str, Any]:
@@ -106,18 +109,19 @@ def format_row(row: Row) -> str:
     return start + f"{row.ms:8.4f} {row.bandwidth_share:9.3f} {ratio:>7s}"
 
 
-def _measure(batch: int, length: int, patterns: dict[str, AttentionPattern], shape: Shape, copy: float) -> list[Row]:
+def _measure(
+    batch: int, length: int, patterns: dict[str, AttentionPattern], shape: Shape, copy: float
+) -> Iterator[Row]:
     q, k, v = _inputs(shape, batch, length)
     whole = 2 * k.numel() * k.element_size() / 1e6
     dense = _row("FA2", "dense", batch, length, whole, _dense(SDPBackend.FLASH_ATTENTION, q, k, v), copy, None)
-    rows = [dense]
+    yield dense
     cudnn = _dense(SDPBackend.CUDNN_ATTENTION, q, k, v)
-    rows.append(_row("cuDNN", "dense", batch, length, whole, cudnn, copy, dense))
+    yield _row("cuDNN", "dense", batch, length, whole, cudnn, copy, dense)
     for name, pattern in patterns.items():
         spec = spec_of(pattern, shape)
         step = partial(sparse_decode, q, k, v, spec=spec, impl="triton")
-        rows.append(_row("lcpatch", name, batch, length, whole * _share(spec, shape, length), step, copy, dense))
-    return rows
+        yield _row("lcpatch", name, batch, length, whole * _share(spec, shape, length), step, copy, dense)
 
 
 def _row(
@@ -136,8 +140,7 @@ def _row(
         if provider == "lcpatch":
             raise
         torch.cuda.empty_cache()
-        why = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
-        return Row(provider, pattern, batch, length, megabytes, why=why)
+        return Row(provider, pattern, batch, length, megabytes, why=measure.in_a_line(error))
     ratio = None if fa2 is None or fa2.ms is None else fa2.ms / ms
     return Row(provider, pattern, batch, length, megabytes, ms, megabytes / ms / copy, ratio)
 

@@ -1,25 +1,13 @@
-"""How a benchmark measures: device time, the machine's two ceilings, and a record of where it ran."""
+"""How a benchmark measures: device time, the machine's two ceilings; and how it says what could not run."""
 
 from __future__ import annotations
 
-import datetime
-import json
-import platform
-import subprocess
+import textwrap
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-FORMAT = 1
-"""Version of the JSON that `write` makes."""
-SAME = ("format", "gpu", "torch", "triton", "transformers", "lcpatch", "geometry")
-"""What two results share whose rows may stand in one table."""
-WHAT = ("part", "task", "arm", "batch", "length")
-"""The columns that say what a row measured; the others say what came out."""
 
 
 def device_ms(run: Callable[[], Any], warmup_ms: float = 25, repeat_ms: float = 100) -> float:
@@ -68,70 +56,6 @@ def copy_gb_per_s(num_bytes: int = 4 << 30) -> float:
     return 2 * num_bytes / device_ms(lambda: target.copy_(source)) / 1e6
 
 
-def environment(commit: str | None = None) -> dict[str, Any]:
-    """Where and with what this runs."""
-    return {
-        "format": FORMAT,
-        "date": datetime.date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
-        "python": platform.python_version(),
-        **{name: installed(name) for name in ("torch", "triton", "transformers", "lcpatch")},
-        "cuda": torch.version.cuda,
-        "commit": commit or _commit(),
-    }
-
-
-def installed(name: str) -> str | None:
-    """The version of a package; None where there is none."""
-    if name == "lcpatch":
-        from lcpatch import __version__
-
-        return __version__
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def with_earlier(result: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
-    """`result` behind the rows of an earlier one, but for what it measured again; rows of another commit name it.
-
-    Raises:
-        ValueError: the earlier one was measured elsewhere, with other packages, or of another model.
-    """
-    for name in SAME:
-        if name in result and earlier.get(name) != result[name]:
-            raise ValueError(
-                f"--append: the file has {name} {earlier.get(name)!r}, this run {result[name]!r}: rows of both would "
-                "not compare; give another --out"
-            )
-    rows = result.get("rows", [])
-    measured = {_what(row) for row in rows}
-    kept = [row for row in earlier["rows"] if _what(row) not in measured]
-    if earlier["commit"] != result["commit"]:
-        kept = [{"commit": earlier["commit"], **row} for row in kept]
-    return {**result, "rows": kept + rows}
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    """Write `result` as JSON, atomically: a run that dies leaves no half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def _what(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in WHAT)
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with "+changes" behind it where the tree differs; None outside a checkout."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+def in_a_line(error: Exception) -> str:
+    """An error of a peer's own, which is a part of the result, as its row says it."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" …")

@@ -17,15 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..caches.held import bytes_held
 from ..caches.s2 import S2Cache
 from ..core.errors import BenchmarkError
 from ..patching import patched
 from ..patterns.s2 import S2
-from . import measure
+from .environment import environment, need_gpu
 from .geometry import LLAMA_8B, random_llama
+from .judge import between_backends
+from .lora import checkpoint, with_lora
 
+TASKS = ("prefill", "train", "decode")
 ARMS = {"dense": None, "s2, every second layer": "every_2", "s2, all layers": lambda layer: True}
-LOSS_TOKENS = 4096  # logits of a whole 32K row would take 16 GB beside everything else
+LOSS_TOKENS = 4096  # at most: logits of a whole 32K row would take 16 GB beside everything else
 DECODE_STEPS = 24
 
 
@@ -55,10 +59,9 @@ def run(
     Raises:
         BenchmarkError: no GPU, or arms that do not compute what they should.
     """
-    if not torch.cuda.is_available():
-        raise BenchmarkError("this benchmark needs a CUDA GPU; torch.cuda.is_available() is False")
+    need_gpu()
     model = build(num_layers)
-    result = {**measure.environment(commit), "geometry": {**LLAMA_8B, "num_hidden_layers": num_layers}}
+    result = {**environment(commit), "geometry": {**LLAMA_8B, "num_hidden_layers": num_layers}}
     result["checks"] = [_check(model)]
     say(f"check: S2 with every block in reach against dense, logits {result['checks'][0]}")
     if not result["checks"][0]["passed"]:
@@ -74,6 +77,13 @@ def run(
             result["rows"].append(asdict(row))
             keep(result)
     return result
+
+
+def place(row: dict[str, Any]) -> tuple[int, int, int]:
+    """A row's place in a result: by task, length, and the order of `ARMS`; an arm that is no more comes last."""
+    arms = list(ARMS)
+    arm = arms.index(row["arm"]) if row["arm"] in arms else len(arms)
+    return TASKS.index(row["task"]), row["length"], arm
 
 
 def format_row(row: Row) -> str:
@@ -93,18 +103,14 @@ def build(num_layers: int) -> nn.Module:
 
 @torch.no_grad()
 def _check(model: nn.Module) -> dict[str, Any]:
-    """A pattern whose window covers the text is dense attention: the logits may differ by what bf16 rounds.
-
-    The budget is twice the distance between two dense backends of torch, which round differently too.
-    """
+    """A pattern whose window covers the text is dense attention: the logits may differ by what bf16 rounds."""
     ids = _ids(1500)
     dense = model(ids, logits_to_keep=64).logits.float()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         other = model(ids, logits_to_keep=64).logits.float()
     with patched(model, S2(local_blocks=64)):
         ours = model(ids, logits_to_keep=64).logits.float()
-    error, budget = ((x - dense).norm().item() / dense.norm().item() for x in (ours, other))
-    return {"error": error, "budget": 2 * budget, "passed": error <= 2 * budget}
+    return between_backends(ours, other, dense)
 
 
 @contextmanager
@@ -143,10 +149,7 @@ def _decode(model: nn.Module, length: int, sparse: bool) -> tuple[float, int]:
 
     cache: Any = S2Cache(model) if sparse else DynamicCache(config=model.config)
     model(_ids(length), past_key_values=cache, logits_to_keep=1)
-    if sparse:
-        held = cache.memory()["device"]
-    else:
-        held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    held = bytes_held(cache.layers)["device"]
     token = _ids(1)
     for _ in range(4):
         model(token, past_key_values=cache)
@@ -155,17 +158,12 @@ def _decode(model: nn.Module, length: int, sparse: bool) -> tuple[float, int]:
 
 
 def _train(model: nn.Module, length: int, sparse: bool) -> tuple[float, None]:
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-    wrapped = get_peft_model(model, lora).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    ids = _ids(length)
+    wrapped = with_lora(model)
+    ids, kept = _ids(length), min(LOSS_TOKENS, length)
 
     def step() -> None:
-        logits = wrapped(input_ids=ids, use_cache=False, logits_to_keep=LOSS_TOKENS).logits
-        nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, -LOSS_TOKENS + 1 :]).backward()
+        logits = wrapped(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
+        nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1 - kept :]).backward()
         wrapped.zero_grad()
 
     try:
@@ -173,7 +171,7 @@ def _train(model: nn.Module, length: int, sparse: bool) -> tuple[float, None]:
         torch.cuda.reset_peak_memory_stats()
         return _seconds(step, repeats=2), None
     finally:
-        model.gradient_checkpointing_disable()
+        checkpoint(model, False)
         model.disable_input_require_grads()
         wrapped.unload()
         model.eval()

@@ -21,8 +21,8 @@ from ..patterns.sink import Sink
 from ..training.parallel.layout import make_layout
 from ..training.parallel.lightseq import idle_fraction
 from ..training.parallel.strategy import Volume, Work, strategies
-from . import measure
-from .attention import Shape, spec_of
+from .attention_cases import Shape, spec_of
+from .environment import environment
 
 ITEM, LSE = 2, 4  # bytes of bf16 and of the fp32 log-sum-exp
 
@@ -62,7 +62,7 @@ def layers(shrink: int = 1) -> dict[str, Any]:
 
 
 def run(lengths: tuple[int, ...], ranks: int, shape: Shape, commit: str | None = None, say: Callable = print) -> dict:
-    """Count, compare with the formulas; returns what `measure.write` takes.
+    """Count, compare with the formulas; returns what `Record.keep` takes.
 
     Raises:
         BenchmarkError: a count that is not what its formula says.
@@ -81,7 +81,7 @@ def run(lengths: tuple[int, ...], ranks: int, shape: Shape, commit: str | None =
     for p, share in idle.items():
         if share != (0 if p % 2 else 1 / (2 * p)):
             raise BenchmarkError(f"lightseq idles in {share} of its slots on {p} ranks")
-    result = {**measure.environment(commit), "counted": _what(shape), "shape": asdict(shape)}
+    result = {**environment(commit), "counted": _what(shape), "shape": asdict(shape)}
     return {**result, "lightseq_idle": idle, "rows": rows}
 
 

@@ -26,7 +26,9 @@ from ..training.parallel.layout import Shard, make_layout
 from ..training.parallel.link import Link
 from ..training.parallel.strategy import Strategy, Work, strategies
 from . import measure
-from .attention import Shape, relative_error
+from .attention_cases import Shape
+from .environment import environment
+from .judge import out_and_grads, relative_error
 from .parallel import ITEM, layers, spec_for, strategies_for
 
 CHECK_LENGTH, SHRINK = 2055, 16  # an odd row, and patterns that are sparse on it
@@ -50,7 +52,7 @@ class Row:
 
 
 def run(lengths: tuple[int, ...], shape: Shape, commit: str | None = None) -> dict[str, Any]:
-    """Check, then time; on rank 0 what `measure.write` takes, elsewhere {}.
+    """Check, then time; on rank 0 what `Record.keep` takes, elsewhere {}.
 
     Raises:
         BenchmarkError: no torchrun, no GPUs, or a wrong result: nothing is timed then.
@@ -95,7 +97,7 @@ def _run(lengths: tuple[int, ...], shape: Shape, link: Link, commit: str | None)
         _say(rows[-1], first)
     if not first:
         return {}
-    found = {**measure.environment(commit), "ranks": link.size, "shape": asdict(shape), "bandwidth": rates.bandwidth}
+    found = {**environment(commit), "ranks": link.size, "shape": asdict(shape), "bandwidth": rates.bandwidth}
     return {**found, "rows": [asdict(row) for row in rows]}
 
 
@@ -130,22 +132,16 @@ def _check(pattern: Any, name: str, layout: str, shape: Shape, link: Link) -> tu
     small = Shape(1, shape.num_heads, shape.num_kv_heads, shape.head_dim)
     work = _work(pattern, layout, CHECK_LENGTH, link.size, small)
     *x, grad = _random(small, CHECK_LENGTH, torch.Generator().manual_seed(0))  # the same on every rank
-    exact = _results(
+    exact = out_and_grads(
         lambda *t: block_sparse(*t, work.spec, impl="reference")[0], [t.double() for t in x], grad.double()
     )
-    alone = _results(lambda *t: block_sparse(*t, work.spec, impl="triton")[0], x, grad)
+    alone = out_and_grads(lambda *t: block_sparse(*t, work.spec, impl="triton")[0], x, grad)
     mine = work.layout.tokens(link.rank).to(grad.device)
     attend = _attend(strategies.get(name)(), work, link)
-    got = _results(attend, [t[:, :, mine] for t in x], grad[:, :, mine])
+    got = out_and_grads(attend, [t[:, :, mine] for t in x], grad[:, :, mine])
     errors = torch.tensor([relative_error(a, b[:, :, mine]) for a, b in zip(got, exact, strict=True)], device="cuda")
     dist.all_reduce(errors, dist.ReduceOp.MAX)
     return errors.tolist(), FACTOR * max(relative_error(a, b) for a, b in zip(alone, exact, strict=True))
-
-
-def _results(attend: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-    x = [t.detach().requires_grad_() for t in inputs]
-    out = attend(*x)
-    return [out.detach(), *torch.autograd.grad(out, x, grad)]
 
 
 def _attend(strategy: Strategy, work: Work, link: Link) -> Callable[..., Tensor]:
@@ -217,6 +213,5 @@ def _time_torch(length: int, shape: Shape, link: Link) -> Row:
                 forward = _slowest_ms(lambda: sdpa(q, k, v, is_causal=True))
             both = _slowest_ms(lambda: torch.autograd.grad(sdpa(q, k, v, is_causal=True), (q, k, v), x[3]))
     except (ImportError, RuntimeError, ValueError) as error:  # a peer that cannot run is part of the result
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
-        return Row(row.layer, row.strategy, row.layout, row.length, why=reason)
+        return Row(row.layer, row.strategy, row.layout, row.length, why=measure.in_a_line(error))
     return Row(row.layer, row.strategy, row.layout, row.length, forward, both - forward)

@@ -5,7 +5,6 @@ Neither is a dependency: an arm whose package is missing, or fails, is a row tha
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, QuantizedCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from . import measure
+from . import environment, measure
+from .record import LACKS
 
 INSTALL = {
     "hqq": "pip install hqq",
@@ -31,15 +31,15 @@ BACKENDS = {"hqq": ("hqq", 1), "optimum-quanto": ("quanto", 0)}
 
 def missing(package: str | None) -> str | None:
     """What an arm needs that is not installed, as its row says it; None: nothing."""
-    if package is None or measure.installed(package):
+    if package is None or environment.installed(package):
         return None
-    return f"needs `{INSTALL[package]}`"
+    return f"{LACKS}`{INSTALL[package]}`"
 
 
 def failed(package: str, error: Exception) -> str:
     """An error of a peer's own, in a sentence."""
-    what = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
-    return f"{package} {measure.installed(package)} fails under transformers {transformers.__version__}: {what}"
+    fails = f"{package} {environment.installed(package)} fails under transformers {transformers.__version__}"
+    return f"{fails}: {measure.in_a_line(error)}"
 
 
 def quantized(package: str) -> Callable[..., QuantizedCache]:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .record import commits_of
+
 Result = dict[str, Any]
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
@@ -173,7 +175,7 @@ def provenance(result: Result) -> str:
         versions = [f"{name} {made[name]}" for name in ("torch", "transformers", "lcpatch")]
         samples = max(cell["samples"] for cell in result["cells"])
         return ", ".join([result["run"]["model"], f"{samples} samples a cell", made["device"], *versions])
-    commits = sorted({row.get("commit", result["commit"]) for row in result["rows"]})
+    commits = commits_of(result)
     parts = [result["gpu"], f"torch {result['torch']}", f"triton {result['triton']}"]
     parts.append(f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}")
     if "ranks" in result:

@@ -19,9 +19,9 @@ import torch
 
 from lcpatch_kernels import BlockSparseSpec
 
-from ..core.errors import BenchmarkError
 from . import measure
-from .attention import Shape, cases, spec_of
+from .attention_cases import Shape, cases, spec_of
+from .environment import need_gpu
 
 KERNELS = ("fwd", "dq", "dkdv", "mass")
 COMPILE_LENGTH = 300  # kernels are not compiled for a length, so a short run compiles what a long one needs
@@ -52,10 +52,7 @@ def run(
     kernels: tuple[str, ...], patterns: tuple[str, ...], shape: Shape, length: int, say: Callable[[str], None] = print
 ) -> list[dict[str, Any]]:
     """Time every candidate; the fastest of each kernel and pattern come first."""
-    if not torch.cuda.is_available():
-        raise BenchmarkError("this benchmark needs a CUDA GPU; torch.cuda.is_available() is False")
-    if unknown := sorted({*kernels} - {*KERNELS}):
-        raise ValueError(f"kernels: {unknown[0]!r} is not one of {', '.join(KERNELS)}")
+    need_gpu()
     group = shape.num_heads // shape.num_kv_heads
     jobs = [
         Job(k, p, shape, tiles) for k in kernels for p in patterns for tiles in candidates(k, shape.head_dim, group)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..core.errors import UnsupportedModelError
+from ..core.flags import check_flag
 from ..core.registry import Registry
 from ..hf.models import attention_modules, full_attention_layers, unwrap, why_no_full_attention
 from ..hf.route import route
@@ -38,7 +39,14 @@ class LongCache(Cache):
     _inference = False  # a step was taken under torch.inference_mode
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LongCache:
-        """Remember what the cache was made with and for: `save` writes it down."""
+        """Remember what the cache was made with and for: `save` writes it down.
+
+        Raises:
+            ValueError: an option that is on or off, and was given anything but True or False.
+        """
+        for name, parameter in inspect.signature(cls.__init__).parameters.items():
+            if isinstance(parameter.default, bool) and name in kwargs:
+                check_flag(name, kwargs[name])
         self = super().__new__(cls)
         self._given = (args[1:], {k: v for k, v in kwargs.items() if k != "model"})
         model = args[0] if args else kwargs.get("model")

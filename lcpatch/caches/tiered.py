@@ -26,6 +26,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.flags import check_flag
 from ..hf.models import attention_modules, full_attention_layers, unwrap
 from ..hf.watch import Call
 from .budget import check_integer, is_integer
@@ -108,6 +109,8 @@ class TieredCache(PagedCache):
                 check_integer(name, value, 1)
         if disk is not None and not isinstance(disk, (str, Path)):
             raise ValueError(f"disk={disk!r} must be a folder, such as '/scratch'")
+        if ahead is not None:
+            check_flag("ahead", ahead)
         if compiled and (disk is not None or ahead):
             raise ValueError("compiled=True fetches from host memory, within the step: leave out disk and ahead")
         base = unwrap(model)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._load import load_model
-from ._options import describe, parse_options
+from ._options import counts, describe, parse_options
 
 if TYPE_CHECKING:
     from ..eval import Arm
@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a folder, an id on the Hub, or `demo`")
     parser.add_argument("--list", action="store_true", help="list the tasks with their options")
     parser.add_argument("--tasks", type=_names, default=["perplexity"], metavar="A,B", help="default: perplexity")
-    parser.add_argument("--lengths", type=_lengths, default=[4096], metavar="N,N", help="in tokens (default 4096)")
+    parser.add_argument("--lengths", type=counts, default=[4096], metavar="N,N", help="in tokens (default 4096)")
     what = parser.add_argument_group("what is compared")
     what.add_argument("--method", metavar="METHOD", help="patch the model with this method")
     what.add_argument("--cache", metavar="CACHE", help="keep its past in this cache")
@@ -128,10 +128,3 @@ def _tasks() -> str:
 
 def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _lengths(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers of tokens, as in 4096,8192") from None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.markdown import table
+
+if TYPE_CHECKING:
+    from ..training.step_cost import Sizes
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,17 +32,21 @@ def run(args: argparse.Namespace) -> None:
     gib = _memory(args.gpu)
     if args.length < 2:
         raise ValueError(f"--length {args.length} must be at least 2 tokens")
+    if args.ranks is not None and not (1 <= args.ranks <= args.length and args.bandwidth > 0):
+        raise ValueError(f"--ranks {args.ranks} must be 1 to {args.length}, and --bandwidth {args.bandwidth} above 0")
     from transformers import AutoConfig
 
     from ..training.model import resolve
-    from ..training.plan import plan, why_no_chunks, window_of
+    from ..training.plan import plan
 
     config = AutoConfig.from_pretrained(resolve(args.model))
-    rows = plan(config, args.length, gib, attentions=args.attention.split(","), tune=args.tune)
+    found = plan(config, args.length, gib, attentions=args.attention.split(","), tune=args.tune)
     header = ("Attention", "Peak GiB", "Fits", "s a step", "Flags of lcpatch train")
-    cells = [(r.name, f"{r.gib:.1f}", "yes" if r.fits else "no", f"{r.seconds:.2f}", f"`{r.flags}`") for r in rows]
+    cells = [
+        (r.name, f"{r.gib:.1f}", "yes" if r.fits else "no", f"{r.seconds:.2f}", f"`{r.flags}`") for r in found.rows
+    ]
     print(table(header, cells))
-    fitting = [row for row in rows if row.fits]
+    fitting = [row for row in found.rows if row.fits]
     if fitting:
         best = min(fitting, key=lambda row: row.seconds)  # of equals the first, which is the simplest
         print(f"\nFastest that fits {args.gpu}: {best.flags} --tune {args.tune} --length {args.length}")
@@ -49,18 +56,18 @@ def run(args: argparse.Namespace) -> None:
         "One row a step, bf16, checkpointing. Times are an H100's; measured there within 10 % for dense and S2, by "
         "chunks too; the formula's word for the rest."
     )
-    if reason := why_no_chunks(config, args.length):
-        print(f"Not by chunks (--chunk-size): {reason}.")
-    if window := window_of(config):
+    if found.why_no_chunks:
+        print(f"Not by chunks (--chunk-size): {found.why_no_chunks}.")
+    if found.window:
         print(
-            f"Layers with a window take the time of its {window} tokens, as --dense flash_attention_2 does; sdpa "
+            f"Layers with a window take the time of its {found.window} tokens, as --dense flash_attention_2 does; sdpa "
             "computes them as dense ones."
         )
-    if args.ranks:
-        _over_ranks(args, config)
+    if args.ranks is not None:
+        _over_ranks(args, config, found.sizes)
 
 
-def _over_ranks(args: argparse.Namespace, config: Any) -> None:
+def _over_ranks(args: argparse.Namespace, config: Any, sizes: Sizes) -> None:
     """Print which strategy of `training.parallel` each arm's layers take."""
     from lcpatch_kernels import DENSE, BlockSparseSpec
 
@@ -69,10 +76,8 @@ def _over_ranks(args: argparse.Namespace, config: Any) -> None:
     from ..training.arms import patch_for
     from ..training.parallel.cost import Rates, choose_for
 
-    if not 1 <= args.ranks <= args.length or not args.bandwidth > 0:
-        raise ValueError(f"--ranks {args.ranks} must be 1 to {args.length}, and --bandwidth {args.bandwidth} above 0")
     shape = shape_of(config, 0, config.num_hidden_layers)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = sizes.attention // shape.num_heads
     rates = Rates(bandwidth=args.bandwidth * 1e9)
     print(
         f"\nOne layer's attention over {args.ranks} GPUs of {args.bandwidth:g} GB/s, by the bytes that its plan sends:"

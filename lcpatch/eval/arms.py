@@ -46,11 +46,11 @@ class Arm:
     label: str = ""
 
     def __post_init__(self) -> None:
-        """Check the names and set the label."""
-        if self.method:
-            patterns.get(self.method)
-        if self.cache:
-            caches.get(self.cache)
+        """Check the names, those of options too, and set the label."""
+        of_method, of_cache = _options_of(self.method, self.cache)
+        for given, known in ((self.options, of_method), (self.cache_options, of_cache)):
+            if unknown := [name for name in given if name not in known]:
+                raise ValueError(no_option(unknown[0], self.method, self.cache))
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk={self.chunk} must be at least 1 token")
         if not self.label:
@@ -128,7 +128,7 @@ def no_option(name: str, method: str | None, cache: str | None) -> str:
     """What to tell whoever gave an option that neither has."""
     of_method, of_cache = map(sorted, _options_of(method, cache))
     known = [f"the method {method!r} has {', '.join(of_method)}"] if method else []
-    known += [f"the cache {cache!r} has {', '.join(of_cache)}"] if cache else []
+    known += [f"the cache {cache!r} has {', '.join(of_cache) or 'none'}"] if cache else []
     close = difflib.get_close_matches(name, [*of_method, *of_cache], n=1)
     guess = f" Did you mean {close[0]!r}?" if close else ""
     return f"no option {name!r}.{guess} " + ("; ".join(known) or "options are of a --method or a --cache: name one")

@@ -14,6 +14,9 @@ from .stats import Interval, bootstrap, paired
 from .task import tasks
 
 SCHEMA = 1
+METRICS = ("nll", "tail_nll", "bits_per_byte", "rank", "generate")
+"""What a row may say, the main figure first."""
+ACCURACIES = ("rank", "generate")
 
 
 @dataclass(frozen=True)
@@ -95,14 +98,9 @@ class Report:
         """Entries for the `model-index` of a model card: one a cell of every arm."""
         results = []
         for cell in self.cells:
-            value = cell.get("perplexity", cell["mean"])
-            kind = (
-                "perplexity"
-                if "perplexity" in cell
-                else "accuracy"
-                if cell["metric"] in ("rank", "generate")
-                else cell["metric"]
-            )
+            value, kind = cell["mean"], "accuracy" if cell["metric"] in ACCURACIES else cell["metric"]
+            if "perplexity" in cell:
+                value, kind = cell["perplexity"], "perplexity"
             label = f"{cell['task']}, {cell['length']} tokens, {cell['arm']}, {cell['metric']}"
             results.append(
                 {
@@ -138,7 +136,7 @@ class Report:
 
 def metrics(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What these rows say, the main figure first."""
-    return [m for m in ("nll", "tail_nll", "bits_per_byte", "rank", "generate") if all(m in row for row in rows)]
+    return [m for m in METRICS if all(m in row for row in rows)]
 
 
 def versions() -> dict[str, str]:

@@ -72,10 +72,13 @@ def evaluate(
     check_lengths(model, lengths, beyond)
     if len({arm.label for arm in arms}) < len(arms) or not arms:
         raise ValueError("arms need labels of their own, and there must be at least one")
+    _try_arms(model, arms)
     if documents is None:
         documents, source = read_documents(text)
     words = Text(tokenizer, documents, source, chat=chat)
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not seeds:
+        raise ValueError("seeds must be at least one: it is what samples are drawn with")
     plan = _plan(chosen, words, lengths, seeds)
     store = Store(None if out is None else Path(out), _header(model, words, name, score, chat))
     _run(model, words, plan, arms, store, score, batch_size, progress)
@@ -116,6 +119,15 @@ def check_lengths(model: nn.Module, lengths: Sequence[int], beyond: bool) -> Non
             f"length {max(lengths)} is beyond the {limit} positions of this model: ask for shorter --lengths, scale "
             "its RoPE (config.rope_parameters) first, or add --beyond to see it fail there"
         )
+
+
+def _try_arms(model: nn.Module, arms: Sequence[Arm]) -> None:
+    """Set every arm up once: one that cannot be fails before the others have been measured."""
+    with warnings.catch_warnings(action="ignore"):  # they come again, when the arm is measured
+        for arm in arms:
+            with arm.on(model) as make_cache:
+                if make_cache is not None:
+                    make_cache()
 
 
 def _plan(chosen: Sequence[Task], text: Text, lengths: Sequence[int], seeds: Sequence[int]) -> list[tuple[Task, Unit]]:

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .report import SCHEMA, Report, metrics
+from .report import METRICS, SCHEMA, Report, metrics
 from .task import tasks
 
 FILE = "report.json"
 MAX_BYTES = 16 * 2**20
-METRICS = ("nll", "tail_nll", "bits_per_byte", "rank", "generate")
 RUN = {"model": str, "dtype": str, "text": str, "text_hash": str, "parameters": int, "text_tokens": int, "chat": bool}
 """What the report's own Markdown and pictures read of the run."""
 

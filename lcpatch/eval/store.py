@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ..core.difference import difference
+
 SCHEMA = 1
 FILE = "results.jsonl"
 
@@ -31,10 +33,11 @@ class Store:
             return
         folder.mkdir(parents=True, exist_ok=True)
         lines = self._read(self.path) if self.path.exists() else []
-        if lines:
+        if len(lines) > 1:
             self._compare(lines[0])
             self.rows = {row["key"]: row for row in lines[1:]}
-        else:
+        elif lines != [self.header]:  # what was begun and measured nothing binds nobody
+            self._write(self.path, b"")
             self._append(self.header)
 
     def add(self, key: str, row: dict[str, Any]) -> None:
@@ -84,24 +87,12 @@ class Store:
             raise ValueError(
                 f"{self.path} has schema {found['schema']}; this lcpatch goes on with schema {SCHEMA} only"
             )
-        if different := _difference(found, self.header):
+        if different := difference(found, self.header):
             name, theirs, ours = different
             raise ValueError(
                 f"{self.path} holds a run with {name}={theirs!r}, this one has {ours!r}: take another --out, or "
                 "delete that folder"
             )
-
-
-def _difference(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
-    """The first name under which two headers differ, within groups of settings too, and what each has there."""
-    for name in {**one, **other}:
-        first, second = one.get(name), other.get(name)
-        if isinstance(first, dict) and isinstance(second, dict):
-            if inner := _difference(first, second, f"{prefix}{name}."):
-                return inner
-        elif first != second:
-            return prefix + name, first, second
-    return None
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

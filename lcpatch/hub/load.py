@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..core.config import PatchConfig
+from ..core.flags import check_flag
 from ..hf.models import attention_modules, unwrap
 from ..hf.sinks import sink_parameters
 from ..patching import apply
@@ -48,9 +49,13 @@ def from_pretrained(
         **kwargs: for transformers' `from_pretrained`, such as `dtype`, `device_map` or `trust_remote_code`.
 
     Raises:
-        ValueError: no patch there, or one that is broken, of a newer format or not for this model.
+        ValueError: no patch there, or one that is broken, of a newer format or not for this model; a flag that is
+            neither True nor False.
         HubError: the Hub did not give the files; the message says why and what to do.
     """
+    check_flag("local_files_only", local_files_only)
+    if kwargs.get("trust_remote_code") is not None:
+        check_flag("trust_remote_code", kwargs["trust_remote_code"])
     from transformers import AutoModelForCausalLM
 
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}

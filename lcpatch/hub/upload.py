@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import HubError
+from ..core.flags import check_flag
 from .card_files import README, is_ours
 from .errors import sentence
 
@@ -40,6 +41,11 @@ class Target:
     revision: str | None = None
     create_pr: bool = False
     token: str | bool | None = None
+
+    def __post_init__(self) -> None:
+        check_flag("create_pr", self.create_pr)
+        if self.private is not None:
+            check_flag("private", self.private)
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,13 @@ def publish(
         dry_run: list the files, and talk to nobody.
 
     Raises:
-        ValueError: the repository's name is not a valid one; and what `fill` raises.
+        ValueError: the repository's name is not a valid one, `dry_run` is no bool; and what `fill` raises.
         HubError: the Hub refused or failed; the files are kept, and the message says where.
     """
     from huggingface_hub.utils import validate_repo_id
 
     validate_repo_id(target.repo_id)
+    check_flag("dry_run", dry_run)
     folder = Path(tempfile.mkdtemp(prefix="lcpatch-push-"))
     keep = False
     try:

@@ -5,18 +5,20 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 import lcpatch
-from lcpatch.bench import attention, decode, measure, tables
+from lcpatch.bench import attention, attention_peers, decode, tables
+from lcpatch.bench.attention_cases import Shape, spec_of
+from lcpatch.bench.environment import environment
 from lcpatch.core.errors import BenchmarkError
 
-SHAPE = attention.Shape(num_heads=4, num_kv_heads=2)
+SHAPE = Shape(num_heads=4, num_kv_heads=2)
 
 
 @pytest.mark.parametrize("length", [1024, 1500])
 @pytest.mark.parametrize("blocks", [(64, 4, 3), (128, 2, 5), (64, 3, 2)])
 def test_flex_is_given_the_pattern(blocks, length):
     pattern = lcpatch.S2(*blocks, sink_blocks=0)
-    ours = attention.flex_block_mask(pattern, SHAPE, length, torch.device("cpu"))
-    spec = attention.spec_of(pattern, SHAPE)
+    ours = attention_peers.flex_block_mask(pattern, SHAPE, length, torch.device("cpu"))
+    spec = spec_of(pattern, SHAPE)
     keep = attention.dense_oracle.mask_mod(spec, None, length, length, torch.device("cpu"))
     theirs = create_block_mask(keep, 1, SHAPE.num_heads, length, length, device="cpu")
     assert torch.equal(ours.to_dense(), theirs.to_dense())
@@ -45,7 +47,7 @@ def test_without_a_gpu_nothing_is_measured(run):
 def test_bytes_of_a_decode_step_count_each_kv_head_once():
     pattern = lcpatch.S2(64, 4, 3, sink_blocks=0)
     length = 64 * 30
-    spec = attention.spec_of(pattern, SHAPE)
+    spec = spec_of(pattern, SHAPE)
     kept = [len([b for b in range(30) if 29 - b < 4 or b % 3 == c]) for c in (0, 2)]
     assert decode._share(spec, SHAPE, length) == pytest.approx(sum(kept) / (2 * 30))
 
@@ -56,7 +58,7 @@ def test_tables_show_every_row_and_what_could_not_run(tmp_path):
         attention.Row("lcpatch", "s2 64/16/16", 8192, 0.25, 0.5, 1.0, 0.5, 0.45, 4.0, 4.0, 4.0),
         attention.Row("Flex", "s2 64/16/16", 8192, 0.25, why="out of memory"),
     ]
-    result = {**measure.environment("abc"), "rows": [attention.asdict(row) for row in rows], "matmul_tflops": 800.0}
+    result = {**environment("abc"), "rows": [attention.asdict(row) for row in rows], "matmul_tflops": 800.0}
     header, lines = tables.attention(result)
     assert all(len(line) == len(header) for line in lines)
     assert "4.0×" in lines[1][2]
@@ -66,12 +68,3 @@ def test_tables_show_every_row_and_what_could_not_run(tmp_path):
     assert [line[0] for line in tables.shapes(shaped)[1]] == ["32 / 8 heads of 64"] * 3
     tables.plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
-
-
-def test_results_are_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "results" / "x.json"
-    measure.write({"a": 1}, path)
-    with pytest.raises(TypeError):
-        measure.write({"a": object()}, path)
-    assert path.read_text() == '{\n "a": 1\n}\n'
-    assert [p.name for p in path.parent.iterdir()] == ["x.json"]

@@ -1,11 +1,13 @@
 """`lcpatch bench training` at sizes for a CPU: every part runs, and wrong gradients stop it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lcpatch.bench import tables, training
+from lcpatch.bench import tables, training, training_parts
+from lcpatch.bench.training_setup import TINY
 from lcpatch.cli import main
 from lcpatch.core.errors import BenchmarkError
 
@@ -41,7 +43,7 @@ def test_wrong_gradients_stop_it(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(DeviceStore, "take", wrong)
     with pytest.raises(BenchmarkError, match="nothing is timed"):
-        training.run("a", training.TINY)
+        training.run("a", TINY)
 
 
 def test_without_a_gpu_nothing_is_measured():
@@ -51,6 +53,20 @@ def test_without_a_gpu_nothing_is_measured():
         training.run("a")
 
 
-def test_unknown_part(capsys: pytest.CaptureFixture):
-    assert main(["bench", "training", "--part", "a,z"]) != 0
-    assert "'z' is not one of a, b, c, d, e, f" in capsys.readouterr().err
+def test_what_runs_out_of_memory_is_a_row_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch):
+    """Draws of part d whose kept chunks do not fit; and all of it, where there is then no bound."""
+    chunks, fits = training_parts.Parts._chunks, [7]
+
+    def tight(self, length, chunk=None, **options):
+        fits[0] -= 1
+        if fits[0] < 0:
+            raise torch.OutOfMemoryError
+        chunks(self, length, chunk, **options)
+
+    monkeypatch.setattr(training_parts.Parts, "_chunks", tight)
+    rows = training.run("da", replace(TINY, draws=3))["rows"]
+    assert [row["why"] for row in rows if row["part"] == "d"] == [None, None, None, None, "out of memory", None]
+    assert rows[5]["arm"] == "2 draws"
+    assert rows[-1]["part"] == "a"
+    fits[0] = 0
+    assert [row["why"] for row in training.run("d", TINY)["rows"]] == [None, "out of memory"]

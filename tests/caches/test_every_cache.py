@@ -1,5 +1,6 @@
 """The contract that every cache keeps, whatever the schedule; walks the registry."""
 
+import inspect
 import random
 
 import pytest
@@ -186,6 +187,20 @@ def test_memory_is_what_hangs_on_the_layers_and_shrinks_with_the_budget(name):
         held[small] = real
     if name not in ("s2", *KEEPS_ALL):
         assert held[True] < held[False] / 3
+
+
+@every_cache
+def test_what_is_on_or_off_takes_no_text(name):
+    """Or the text "false" would be True."""
+    model, kind = make_model(name), caches.get(name)
+    parameters = inspect.signature(kind).parameters.values()
+    flags = [p.name for p in parameters if "bool" in str(p.annotation)]
+    assert flags or name == "s2"
+    for flag in flags:
+        with pytest.raises(ValueError, match=f"^{flag}='false' must be True or False$"):
+            kind(model, **{flag: "false"})
+        with pytest.raises(ValueError, match=f"^{flag}=0 must be True or False$"):
+            kind(model, **{flag: 0})
 
 
 @every_cache

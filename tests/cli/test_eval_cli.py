@@ -83,4 +83,4 @@ def test_refusals(words, message, folder, capsys):
 def test_lengths_are_numbers(folder, capsys):
     with pytest.raises(SystemExit):
         main(["eval", str(folder), "--lengths", "4k"])
-    assert "'4k' is not numbers of tokens" in capsys.readouterr().err
+    assert "'4k' is not a whole number above 0" in capsys.readouterr().err

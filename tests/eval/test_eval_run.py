@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -17,10 +18,12 @@ from torch.nn import functional as F
 
 import lcpatch
 from lcpatch.caches import GrowingLayer, LongCache, caches
+from lcpatch.core.options import parse_options
 from lcpatch.eval import Arm, evaluate, tasks
 from lcpatch.eval.arms import sort_options
 from lcpatch.eval.ask import split
 from lcpatch.eval.reader import Reader
+from lcpatch.eval.store import Store
 from lcpatch.eval.text import Text, read_documents
 from lcpatch.training import sources
 
@@ -153,16 +156,12 @@ def test_arms_leave_the_model_as_it_was():
 
 
 def test_arms_read_from_text():
-    def values(words):
-        return {"words": words}
-
-    assert Arm.parse("s2 --stride 8 --cache s2 --budget 1", values) == Arm(
-        "s2", {"words": ["--stride", "8"]}, "s2", {"words": ["--budget", "1"]}
-    )
-    assert Arm.parse("dense", values) == Arm(None, {"words": []})
-    assert Arm.parse("--cache s2", values).cache == "s2"
+    both = Arm("sink", {"window": 8}, "h2o", {"budget": 1})
+    assert Arm.parse("sink --window 8 --cache h2o --budget 1", parse_options) == both
+    assert Arm.parse("dense", parse_options) == Arm()
+    assert Arm.parse("--cache s2", parse_options).cache == "s2"
     with pytest.raises(ValueError, match=r"--cache needs a name; choices: .*s2"):
-        Arm.parse("--cache", values)
+        Arm.parse("--cache", parse_options)
     with pytest.raises(ValueError, match="unknown cache 'nope'"):
         Arm(cache="nope")
     with pytest.raises(ValueError, match="chunk=0"):
@@ -294,7 +293,44 @@ def test_more_seeds_and_lengths_go_into_the_same_file(tmp_path):
     assert len({row["key"] for row in rows}) == len(rows) == 8
 
 
+def test_what_was_begun_and_measured_nothing_binds_nobody(tmp_path):
+    Store(tmp_path, {"steps": 1})
+    Store(tmp_path, {"steps": 2}).add("full/0", {"nll": 3.0})
+    assert Store(tmp_path, {"steps": 2}).rows == {"full/0": {"key": "full/0", "nll": 3.0}}
+    with pytest.raises(ValueError, match="holds a run with steps=2, this one has 1"):
+        Store(tmp_path, {"steps": 1})
+
+
 # Bad input
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("--cache h2o --budget 2.5", "budget=2.5 must be tokens"),
+        ("s2 --stride 0", "stride=0 must be"),
+        ("s2 --layers 77", "77"),
+        ("--cache s2", "S2Cache needs a model patched with s2"),
+    ],
+)
+def test_an_arm_that_cannot_be_fails_before_the_others_are_measured(arm, message, tmp_path):
+    arms = [Arm(), Arm.parse(arm, parse_options)]
+    with pytest.raises(ValueError, match=message):
+        run("passkey", lengths=[300], out=tmp_path, arms=arms)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("--cache h2o --buget 0.2", "no option 'buget'. Did you mean 'budget'?"),
+        ("s2 --strid 4 --cache s2", "no option 'strid'. Did you mean 'stride'?"),
+        ("dense --stride 4", "options are of a --method or a --cache: name one"),
+    ],
+)
+def test_an_option_that_an_arm_does_not_have(arm, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Arm.parse(arm, parse_options)
 
 
 @pytest.mark.parametrize(
@@ -306,6 +342,7 @@ def test_more_seeds_and_lengths_go_into_the_same_file(tmp_path):
         ({"lengths": [1]}, "at least 2 tokens"),
         ({"arms": []}, "arms need labels"),
         ({"arms": [Arm(), Arm()]}, "arms need labels"),
+        ({"seeds": 0}, "seeds must be at least one"),
         ({"score": "guess"}, "score='guess' is not one of generate, rank, both"),
         ({"chat": True}, "no chat template; leave --chat out"),
         ({"options": {"digit": 7}}, "no option 'digit' in perplexity; they have: last, max_windows, protocol"),

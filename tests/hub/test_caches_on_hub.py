@@ -203,6 +203,7 @@ def test_options_are_values_not_code():
         ("h2o", {"score": "summ"}, "score='summ' is not one of 'sum', 'mean', 'decay'"),
         ("h2o", {"codec": "int4", "compiled": True}, "which codec='int4' does not allow"),
         ("sink", {"positions": "rollng"}, "positions='rollng' is not one of"),
+        ("cluster", {"log_size": 1}, "log_size=1 must be True or False"),
         ("retrieval", {"codec": "int8"}, "give offload=True, or leave codec out"),
         ("retrieval", {"scorer": "quset"}, "Did you mean 'quest'"),
         ("tiered", {"attend": 8}, "attend=8 must hold"),

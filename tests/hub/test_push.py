@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 from hub_client import client
 from hub_server import HubServer
+from models import build
+
+import lcpatch
 
 PUSH = """
 from huggingface_hub import HfApi
@@ -171,6 +174,13 @@ def test_a_failed_push_says_why_and_keeps_the_files(case: str, message: str, sto
     assert message in said
     assert "The saved files are whole in" in said
     assert story["pushed"].get(f"kept {case}", True)
+
+
+@pytest.mark.parametrize("flag", ["private", "create_pr", "dry_run"])
+def test_a_word_is_no_yes(flag: str):
+    """Or the text "false" would be True, and what is published stays."""
+    with pytest.raises(ValueError, match=f"^{flag}='false' must be True or False$"):
+        lcpatch.push_to_hub(lcpatch.apply(build(), "s2"), "me/model", **{flag: "false"})
 
 
 @pytest.mark.parametrize("what", ["model", "cached", "branch", "adapter", "plain", "merged"])

@@ -232,6 +232,15 @@ def test_a_broken_sidecar_is_refused(text: str | dict, message: str, tmp_path: P
         lcpatch.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("flag", ["trust_remote_code", "local_files_only"])
+def test_a_word_is_no_yes(flag: str, tmp_path: Path):
+    """Or the text "false" would run a repository's code."""
+    lcpatch.save_pretrained(lcpatch.apply(build(), "s2", **SHORT["s2"]), tmp_path)
+    with pytest.raises(ValueError, match=f"^{flag}='false' must be True or False$"):
+        lcpatch.from_pretrained(tmp_path, **{flag: "false"})
+    assert lcpatch.from_pretrained(tmp_path, trust_remote_code=None, local_files_only=True)
+
+
 def test_two_different_patches_are_refused(tmp_path: Path):
     lcpatch.save_pretrained(patched(), tmp_path)
     (tmp_path / "lcpatch_config.json").write_text(json.dumps({"format": 1, "patch": PATCH}))

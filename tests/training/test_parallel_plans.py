@@ -13,7 +13,7 @@ from transformers import DataCollatorWithFlattening
 
 import lcpatch
 from lcpatch.bench import parallel as bench
-from lcpatch.bench.attention import Shape
+from lcpatch.bench.attention_cases import Shape
 from lcpatch.cli import main
 from lcpatch.core.errors import BenchmarkError, ParallelError, UnknownNameError
 from lcpatch.patterns import LayerShape
@@ -260,6 +260,9 @@ def test_the_plan_says_how_ranks_would_share_a_row(tmp_path, capsys):
     assert "One layer's attention over 4 GPUs of 50 GB/s" in said
     assert "\nsf: halo, " in said
     assert "MiB sent" in said
-    assert main([*words, "0"]) == 0  # not asked for
+    assert main([*words, "0"]) == 2
     assert main([*words, "4", "--bandwidth", "-1"]) == 2
-    assert "--bandwidth -1.0 above 0" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "--ranks 0 must be 1 to 16384" in told.err
+    assert "--bandwidth -1.0 above 0" in told.err
+    assert not told.out  # before the table

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 from models import config_for
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lcpatch.cli import main
-from lcpatch.training import plan
+from lcpatch.training import model_sizes, plan, step_cost
+from lcpatch.training.model_sizes import on_meta, sizes_of
 
 RESULTS = Path(__file__).parents[2] / "kernels" / "results" / "model-nvidia-h100-80gb-hbm3.json"
 LAYERS = {"dense": ("full", None), "s2, every second layer": ("s2", "every_2"), "s2, all layers": ("s2", None)}
@@ -22,13 +23,13 @@ def measured():
     result = json.loads(RESULTS.read_text())
     config = LlamaConfig(**result["geometry"])
     rows = {(r["task"], r["arm"], r["length"]): (r["seconds"], r["peak_gib"]) for r in result["rows"]}
-    return config, plan.sizes_of(config, "lora"), rows
+    return config, sizes_of(on_meta(config), "lora"), rows
 
 
 def test_the_constants_are_fitted_on_three_rows(measured):
     _, sizes, rows = measured
-    found = plan.fit(rows, sizes, LOSS_TOKENS)
-    for name, value in vars(plan.H100).items():
+    found = step_cost.fit(rows, sizes, LOSS_TOKENS)
+    for name, value in vars(step_cost.H100).items():
         assert getattr(found, name) == pytest.approx(value, rel=1e-3), name  # as they are rounded in the source
 
 
@@ -37,15 +38,17 @@ def test_the_other_rows_are_within_a_tenth(measured):
     checked = 0
     for key, (seconds, gib) in rows.items():
         task, arm, length = key
-        if key in plan.FITTED or task == "decode":
+        if key in step_cost.FITTED or task == "decode":
             continue
         attention, layers = LAYERS[arm]
-        share = plan.density(config, attention, {}, layers, length)
+        share = model_sizes.density(config, attention, {}, layers, length)
         if task == "prefill":
-            assert plan.forward_seconds(sizes, length, share) == pytest.approx(seconds, rel=LIMIT), key
+            assert step_cost.forward_seconds(sizes, length, share) == pytest.approx(seconds, rel=LIMIT), key
         else:
-            assert plan.step_seconds(sizes, length, share, head_tokens=LOSS_TOKENS) == pytest.approx(seconds, rel=LIMIT)
-            assert plan.peak_bytes(sizes, length) / plan.GIB == pytest.approx(gib, rel=LIMIT), key
+            assert step_cost.step_seconds(sizes, length, share, head_tokens=LOSS_TOKENS) == pytest.approx(
+                seconds, rel=LIMIT
+            )
+            assert step_cost.peak_bytes(sizes, length) / step_cost.GIB == pytest.approx(gib, rel=LIMIT), key
         checked += 1
     assert checked == 6
 
@@ -63,10 +66,12 @@ def test_chunks_are_within_a_tenth(measured):
     }
     for n, (key, (arm, chunk)) in enumerate(arms.items()):
         length = key[1]
-        share = plan.density(config, arm, {}, None, length)
-        seconds = plan.step_seconds(sizes, length, share, head_tokens=LOSS_TOKENS, chunk=chunk)
+        share = model_sizes.density(config, arm, {}, None, length)
+        seconds = step_cost.step_seconds(sizes, length, share, head_tokens=LOSS_TOKENS, chunk=chunk)
         assert seconds == pytest.approx(rows[key]["seconds"], rel=LIMIT if n else 0.01), key
-        assert plan.peak_bytes(sizes, length, chunk=chunk) / plan.GIB == pytest.approx(rows[key]["peak_gib"], rel=LIMIT)
+        assert step_cost.peak_bytes(sizes, length, chunk=chunk) / step_cost.GIB == pytest.approx(
+            rows[key]["peak_gib"], rel=LIMIT
+        )
 
 
 def test_sizes_are_the_models(measured):
@@ -74,20 +79,35 @@ def test_sizes_are_the_models(measured):
     assert sizes.weights == 2 * 8_030_261_248  # Llama-3.1-8B
     assert sizes.trained == 32 * 8 * (4096 + 4096 + 2 * (4096 + 1024) + 4096 + 4096)
     assert sizes.kv == 128 * 1024
-    plus = plan.sizes_of(config_for("llama", tie_word_embeddings=True))
+    plus = sizes_of(on_meta(config_for("llama", tie_word_embeddings=True)))
     assert plus.trained > 61 * 36
+
+
+def test_a_plan_builds_the_model_once(measured, tmp_path, monkeypatch):
+    """And never its weights."""
+    built, build = [], AutoModelForCausalLM.from_config
+
+    def counted(*args, **kwargs):
+        built.append(build(*args, **kwargs))
+        return built[-1]
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", counted)
+    measured[0].save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--length", "5000", "--ranks", "8"]) == 0
+    (model,) = built
+    assert all(p.is_meta for p in model.parameters())
 
 
 def test_what_fits(measured, tmp_path, capsys):
     """Longer rows and larger models take more; chunks and offloading take less; sparse layers take less time."""
     config, _, _ = measured
-    rows = {row.name: row for row in plan.plan(config, 100_000, 80)}
+    rows = {row.name: row for row in plan.plan(config, 100_000, 80).rows}
     assert rows["full, SeCO"].gib < rows["full"].gib
     assert rows["full, offloaded"].gib < rows["full"].gib
     assert rows["full, SeCO, offloaded"].gib < rows["full, SeCO"].gib
     assert rows["s2"].seconds < rows["s2, every 2nd layer"].seconds < rows["full"].seconds
     assert {row.fits for row in rows.values()} == {True, False}
-    assert not any(row.fits for row in plan.plan(config, 100_000, 20))
+    assert not any(row.fits for row in plan.plan(config, 100_000, 20).rows)
     config.save_pretrained(tmp_path)
     assert main(["plan", str(tmp_path), "--length", "100000", "--gpu", "80GB"]) == 0
     shown = capsys.readouterr().out

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from lcpatch.cli import main
-from lcpatch.training import buffers, chunkwise, plan
+from lcpatch.training import buffers, chunkwise, model_sizes, plan, step_cost
+from lcpatch.training.model_sizes import on_meta, sizes_of
 
 LIMIT = 0.1  # of test_plan.py
 SIZES = {
@@ -45,13 +46,13 @@ def made(name: str, **more):
 def test_time_is_that_of_the_products_a_token_goes_through(name: str):
     """As torch counts them; norms and biases, which it does not count, are small."""
     config, tokens = made(name), 40
-    sizes = plan.sizes_of(config, "lora")
+    sizes = sizes_of(on_meta(config), "lora")
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     if name != "gemma3":
         model.set_experts_implementation("batched_mm")  # which torch can count
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
-    attention = 2 * plan._attention(sizes, tokens)  # eager computes what is masked, too
+    attention = 2 * step_cost.attention_flops(sizes, tokens)  # eager computes what is masked, too
     counted = (counter.get_total_flops() - attention) / (2 * tokens) - sizes.head
     assert counted <= sizes.linear <= (1 + LIMIT) * counted
     assert sizes.intermediate == pytest.approx(CONFIGS[name][2], rel=LIMIT)  # beside a router
@@ -66,9 +67,9 @@ def test_layers_with_a_window_take_its_time(name: str, length: int):
     causal = (j <= i).sum()
     window = ((j <= i) & (i - j < WINDOW)).sum() / causal
     full = [kind == "full_attention" for kind in config.layer_types]
-    for arm, share in [("full", 1.0), ("sf", plan.density(made("mixtral"), "sf", {}, None, length))]:
+    for arm, share in [("full", 1.0), ("sf", model_sizes.density(made("mixtral"), "sf", {}, None, length))]:
         shares = [share if is_full else float(window) for is_full in full]
-        assert plan.density(config, arm, {}, None, length) == pytest.approx(sum(shares) / len(shares))
+        assert model_sizes.density(config, arm, {}, None, length) == pytest.approx(sum(shares) / len(shares))
 
 
 def test_by_chunks_layers_with_a_window_hold_the_whole_row(monkeypatch):
@@ -80,10 +81,10 @@ def test_by_chunks_layers_with_a_window_hold_the_whole_row(monkeypatch):
     model = AutoModelForCausalLM.from_config(config)
     ids = torch.zeros(1, length, dtype=torch.long)
     chunkwise.backward(model, input_ids=ids, labels=ids, chunk_size=32)
-    sizes = plan.sizes_of(config, "lora")
+    sizes = sizes_of(on_meta(config), "lora")
     double = torch.finfo(torch.float32).bits // torch.finfo(torch.bfloat16).bits
     assert held[0]["device"] == double * 2 * sizes.kv * (length - 1)  # nothing follows the last token's label
-    more = plan.peak_bytes(sizes, length, chunk=32) - plan.peak_bytes(sizes, 32, chunk=32)
+    more = step_cost.peak_bytes(sizes, length, chunk=32) - step_cost.peak_bytes(sizes, 32, chunk=32)
     assert more == pytest.approx(2 * sizes.kv * (length - 32))
 
 
@@ -104,7 +105,7 @@ def test_what_a_plan_cannot_say(tmp_path, capsys):
     assert main(["plan", str(tmp_path), "--length", "5000", "--gpu", "80GB"]) == 2
     assert "gemma3 has several parts; patch its language model" in capsys.readouterr().err
     with pytest.raises(ValueError, match="other: its config has no num_experts_per_tok, which a plan needs"):
-        plan._active(SimpleNamespace(model_type="other"), "layers.0.experts.down_proj", torch.zeros(2, 3))
+        model_sizes._active(SimpleNamespace(model_type="other"), "layers.0.experts.down_proj", torch.zeros(2, 3))
 
 
 def test_a_model_that_chunks_refuse_is_planned_without_them(tmp_path, capsys):
@@ -116,4 +117,4 @@ def test_a_model_that_chunks_refuse_is_planned_without_them(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "SeCO" not in said
     assert "Not by chunks (--chunk-size): layers of kind linear_attention carry a state" in said
-    assert plan.why_no_chunks(made("mixtral"), 1000) is None
+    assert plan.plan(made("mixtral"), 1000, 80).why_no_chunks is None

@@ -1,0 +1,30 @@
+"""Names out of a fixed set, as a command or a call gives them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable
+
+
+def chosen(what: str, names: Iterable[str], choices: Collection[str]) -> list[str]:
+    """`names`, each one of `choices` and there once.
+
+    Args:
+        what: who asks, for the message, such as "--part".
+        names: what was given.
+        choices: what there is.
+
+    Raises:
+        ValueError: none, an unknown one, or one that is there twice.
+    """
+    given = list(names)
+    for place, name in enumerate(given):
+        if name not in choices:
+            close = difflib.get_close_matches(name, choices, n=1)
+            guess = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{what}: {name!r} is not one of {', '.join(map(repr, choices))}.{guess}")
+        if name in given[:place]:
+            raise ValueError(f"{what}: {name!r} is there twice")
+    if not given:
+        raise ValueError(f"{what} needs at least one of {', '.join(map(repr, choices))}")
+    return given
