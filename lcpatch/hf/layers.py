@@ -98,7 +98,7 @@ def dense_states(config: Any, modules: Mapping[int, nn.Module], dense: str) -> d
 def _trained_range(config: Any) -> int | None:
     """Positions beyond which the model is lost; None if unknown, or if its frequencies follow the length."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    kind = parameters.get("full_attention", parameters).get("rope_type")
+    kind = (parameters.get("full_attention", parameters) or {}).get("rope_type")  # None: layers without positions
     return None if kind == "dynamic" else getattr(config, "max_position_embeddings", None)
 
 

@@ -47,7 +47,10 @@ def extend(config: Any, length: int, kind: str = "linear") -> Any:
     else:  # one set for each kind of layer; those with a window never see further than it
         full = parameters.get("full_attention")
         if full is None:
-            raise UnsupportedModelError(f"{config.model_type} has no full-attention layer whose positions to scale")
+            raise UnsupportedModelError(
+                f"{config.model_type} has no full-attention layer with rotary positions to scale; rope='none' takes it "
+                "as it is"
+            )
         config.rope_parameters = {
             **copy.deepcopy(parameters),
             "full_attention": _scaled(config, dict(full), kind, factor, limit),
