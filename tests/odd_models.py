@@ -19,6 +19,14 @@ SETTINGS = {
     # Windows in some layers, which every attention module names; positions in those alone.
     "Exaone4": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
     "Lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    # Takes a view of what attention returned.
+    "Afmoe": {
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 32,
+    },
     "Phi": {},  # turns half of every head
     "DiffLlama": {},  # attends twice, to either half of its values
     "JetMoe": {"kv_channels": 16, "num_experts_per_tok": 2, "num_local_experts": 4},  # repeats keys for its experts

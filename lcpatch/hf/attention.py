@@ -54,7 +54,7 @@ def attention(
         cu_seq_lens_q: int32 [N + 1], the packed documents of a flattened row.
 
     Returns:
-        `(out [B, T, H, D], None)`.
+        `(out [B, T, H, D], None)`; contiguous, as transformers' own are: some models take a view of it.
 
     Raises:
         ValueError: dropout, a 4-D mask or a bias on a sparse layer; a pattern that needs the whole sequence at once
@@ -66,7 +66,7 @@ def attention(
         _refuse(module, state, None, dropout, {**kwargs, "sliding_window": None})
         out, lse = _over_ranks(module, state, query, key, value, scaling, softcap, shard)
         sinks = sink_scores(module, query, scaling, softcap, s_aux)
-        return merge_sinks(module, out, lse, sinks).transpose(1, 2), None
+        return merge_sinks(module, out, lse, sinks).transpose(1, 2).contiguous(), None
     if shard is not None:
         raise ValueError(f"{SHARD} was given to a model that is not parallelized: its ranks would not see each other")
     spec = None if state is None else state.active_spec(module)
@@ -96,7 +96,7 @@ def attention(
     if layer is not None and sinks is not None:
         call = call._replace(sinks=sinks.detach().logsumexp(-1))
     out, lse = attend(call) if layer is None else ask(layer, call)
-    return merge_sinks(module, out, lse, sinks).transpose(1, 2), None
+    return merge_sinks(module, out, lse, sinks).transpose(1, 2).contiguous(), None
 
 
 def _over_ranks(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.errors import UnsupportedModelError
@@ -73,11 +74,24 @@ def head_of(model: nn.Module, decoder: nn.Module, output: Any, token: Tensor) ->
             decoder.forward = before
 
 
-def head_parameters(base: Any) -> list[nn.Parameter]:
-    """The parameters of a transformers model behind its decoder; of tied ones, too."""
-    inside = set(decoder_of(base).modules())
-    behind = [module for module in base.modules() if module not in inside]
-    return list({p: None for module in behind for p in module.parameters(recurse=False)})
+def trained_by(head: Callable[[Tensor], Tensor], hidden: Tensor) -> list[Tensor]:
+    """The leaves that a head's logits hand a gradient to, wherever in the model they lie; none where there are none.
+
+    Their modules do not tell: PEFT's trainable tokens lie in the embeddings, and change a head that is tied to them.
+    """
+    if not torch.is_grad_enabled():
+        return []
+    todo, seen = [head(hidden[:1, :1].detach()).grad_fn], {None}
+    found: list[Tensor] = []
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+        if hasattr(node, "variable"):  # the end of a path: what accumulates a gradient
+            found.append(node.variable)
+    return found
 
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:

@@ -136,7 +136,7 @@ def _kind(module: nn.Module) -> str:
     parameters: Any = getattr(module.config, "rope_parameters", None) or {}
     types = getattr(module.config, "layer_types", None)
     if types is not None and types[module.layer_idx] in parameters:
-        parameters = parameters[types[module.layer_idx]]
+        parameters = parameters[types[module.layer_idx]] or {}
     return parameters.get("rope_type", "default")
 
 

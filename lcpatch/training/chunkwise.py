@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core.errors import ParallelError
 from ..hf.attention import SHARD
-from ..hf.head import decode, decoder_of, head_of, head_parameters
+from ..hf.head import decode, decoder_of, head_of, trained_by
 from . import spaco
 from .buffers import DeviceStore, exact_gradients
 from .chunk_cache import ChunkCache, KeysReadElsewhere
@@ -33,7 +33,7 @@ from .loss import IGNORE, summed_cross_entropy
 from .offload import POOL, HostStore
 from .packing import chunk_mask
 from .parallel.chunks import share
-from .support import RandomState, check_model, checkpointing, is_patched, ranks_of, routed, without_wrapper
+from .support import RandomState, check_model, checkpointing, eager, is_patched, ranks_of, routed, without_wrapper
 from .text import Text, check_kwargs, make_text
 
 logger = logging.getLogger(__name__)
@@ -226,7 +226,8 @@ def _running(
     """A model made ready for both passes over a text, and afterwards as it was."""
     attention = "lcpatch" if offload and attention == "auto" else attention
     shared = bool(text.shards)
-    with nullcontext(frozenset()) if shared else routed(without_wrapper(model), base, attention) as attending:
+    ours = nullcontext(frozenset()) if shared else routed(without_wrapper(model), base, attention, text)
+    with eager(model), ours as attending:
         length = text.ids.shape[1]
         store = HostStore(length, chunk_size, attending, POOL) if offload else DeviceStore(length)
         plain, pieces = text.mask is None and text.documents is None, attention == "cudnn"
@@ -253,11 +254,12 @@ class _Run:
     """The two passes over one text."""
 
     def __init__(self, model: nn.Module, base: Any, text: Text, cache: ChunkCache, kwargs: dict[str, Any]) -> None:
-        self.model, self.base, self.text, self.cache, self.kwargs = model, base, text, cache, kwargs
+        self.model = getattr(model, "_orig_mod", model)  # which torch.compile wraps
+        self.base, self.text, self.cache, self.kwargs = base, text, cache, kwargs
         self.inner = without_wrapper(model)
         self.decoder = decoder_of(base)
         self.devices = list({p.device for p in base.parameters()})
-        self.head_parameters = head_parameters(base)
+        self.behind: list[Tensor] | None = None
 
     def record(self, start: int, end: int) -> RandomState:
         """The first pass over tokens [start, end); returns where its random numbers began."""
@@ -300,7 +302,8 @@ class _Run:
         output, hidden = self._decode(self.model, start, end)
         targets = self.text.targets[:, start:end]
         with head_of(self.inner, self.decoder, output, self.text.ids[:1, :1]) as head:
-            return summed_cross_entropy(head, hidden, targets, self.head_parameters, self.base.config.vocab_size)
+            self.behind = trained_by(head, hidden) if self.behind is None else self.behind
+            return summed_cross_entropy(head, hidden, targets, self.behind, self.base.config.vocab_size)
 
     def _decode(self, model: nn.Module, start: int, end: int) -> tuple[Any, Tensor]:
         """What the decoder returns for a chunk, and its hidden states [B, C, H]."""

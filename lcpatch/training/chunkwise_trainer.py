@@ -101,7 +101,10 @@ def _check(trainer: Trainer, options: dict[str, Any]) -> None:
     if not isinstance(options.get("chunk_size"), int):
         raise ValueError(f"chunkwise needs a chunk_size in tokens, such as 2048; got {options.get('chunk_size')!r}")
     args = trainer.args
+    owner = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
     wrong = {
+        f"{owner.__name__}.compute_loss": owner.__module__.partition(".")[0] not in ("transformers", "lcpatch"),
+        "neftune_noise_alpha, whose noise follows the length": args.neftune_noise_alpha,
         "label_smoothing_factor": args.label_smoothing_factor,
         "compute_loss_func": trainer.compute_loss_func,
         "deepspeed": getattr(trainer, "is_deepspeed_enabled", False),

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jinja2 import TemplateError
+
 from .sources import Record
 from .tokens import Document, Encoder, fingerprint
 
@@ -81,9 +83,10 @@ def _place(tokenizer: Any, text: str, limit: int) -> tuple[int, int]:
 def chats(tokenizer: Any, length: int) -> Encoder:
     """Every record's conversation through the chat template; only what the assistant says is predicted.
 
-    A record has `messages`; or `prompt` and `completion`, which take no template; or `instruction`, `output` and
-    perhaps `input` (LongAlpaca's form), which become one message of the user and one of the assistant. A conversation
-    that is longer than `length` is left out: cut short, it would lose its answer.
+    A record has `messages` and perhaps `tools`, of which an assistant's may call some instead of saying anything; or
+    `prompt` and `completion`, which take no template; or `instruction`, `output` and perhaps `input` (LongAlpaca's
+    form), which become one message of the user and one of the assistant. A conversation that is longer than `length` is
+    left out: cut short, it would lose its answer.
 
     Raises:
         ValueError: (when records are encoded) another form, or a tokenizer without a template that can be used.
@@ -98,14 +101,16 @@ def chats(tokenizer: Any, length: int) -> Encoder:
             tokens: list[int] = []
             learn: list[bool] = []
             for text, answer in _pieces(tokenizer, record):
-                ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+                starts = "prompt" in record and not answer  # a template writes what a text starts with by itself
+                ids = tokenizer(text, add_special_tokens=starts, verbose=False).input_ids
+                ids = ids[:-1] if starts and ids[-1:] == [tokenizer.eos_token_id] else ids
                 tokens += ids
                 learn += [answer] * len(ids)
             made.append(Document(tokens, learn) if len(tokens) <= length and any(learn[1:]) else None)
         return made
 
     key = hashlib.sha256(fingerprint(tokenizer).encode()).hexdigest()
-    return Encoder(encode, f"chat/{length}/{key}", split)
+    return Encoder(encode, f"chats/{length}/{key}", split)
 
 
 def _text(record: Record, field: str) -> str:
@@ -135,12 +140,12 @@ def _pieces(tokenizer: Any, record: Record) -> Iterator[tuple[str, bool]]:
             "this tokenizer has no chat template: take an instruction-tuned model's, or records with `prompt` and "
             "`completion`"
         )
-    done = ""
+    done, tools = "", record["tools"]
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+        prompt = _render(tokenizer, messages[:number], tools, add_generation_prompt=True)
+        whole = _render(tokenizer, messages[: number + 1], tools)
         if not (prompt.startswith(done) and whole.startswith(prompt)):
             raise ValueError(
                 "this chat template changes earlier turns when one is added, so that answers cannot be told from "
@@ -149,6 +154,17 @@ def _pieces(tokenizer: Any, record: Record) -> Iterator[tuple[str, bool]]:
         yield prompt[len(done) :], False
         yield whole[len(prompt) :], True
         done = whole
+
+
+def _render(tokenizer: Any, messages: list[Mapping[str, Any]], tools: list[Any] | None, **kwargs: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **kwargs)
+    except (TemplateError, TypeError, ValueError) as error:
+        roles = ", ".join(message["role"] for message in messages) or "no one before the assistant"
+        raise ValueError(
+            f"the tokenizer's chat template takes no conversation of {roles}: {error}; mend such records, or give them "
+            "as `prompt` and `completion`"
+        ) from error
 
 
 def _conversation(record: Record) -> Record:
@@ -160,8 +176,13 @@ def _conversation(record: Record) -> Record:
         more = record.get("input")
         asked = record["instruction"] + (f"\n\n{more}" if more else "")
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
+    tools = record.get("tools")
+    if not isinstance(tools, (list, type(None))):
+        raise ValueError(f"a record has tools={tools!r:.60}, which must be a list of their descriptions, or left out")
     good = isinstance(messages, list) and all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        isinstance(m, Mapping)
+        and isinstance(m.get("role"), str)
+        and (isinstance(m.get("content"), str) or (m.get("content") is None and m.get("tool_calls")))
         for m in messages
     )
     if not good or not any(m["role"] == "assistant" for m in messages):
@@ -170,4 +191,5 @@ def _conversation(record: Record) -> Record:
             "`messages` (role and content, one of them the assistant's), `prompt` and `completion`, or `instruction`, "
             "`input` and `output`"
         )
-    return {"messages": list(messages)}
+    said = [{name: value for name, value in m.items() if value is not None} for m in messages]  # Parquet fills up
+    return {"messages": said, "tools": tools or None}

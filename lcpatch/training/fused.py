@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hf.head import decode, decoder_of, head_of, head_parameters
+from ..hf.head import decode, decoder_of, head_of, trained_by
 from ..hf.models import unwrap
 from .loss import IGNORE, summed_cross_entropy
 from .support import own_loss, without_wrapper
@@ -36,5 +36,5 @@ def fused_loss(model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int
     if targets is None:
         targets = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)
     with head_of(inner, decoder, output, inputs["input_ids"][:1, :1]) as head:
-        total = summed_cross_entropy(head, hidden, targets, head_parameters(base), base.config.vocab_size)
+        total = summed_cross_entropy(head, hidden, targets, trained_by(head, hidden), base.config.vocab_size)
     return total / ((targets != IGNORE).sum() if num_items is None else num_items)

@@ -8,11 +8,12 @@ softcap, a logit scale, LoRA on the head, all that the model does behind its dec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .buffers import exact_gradients
@@ -29,7 +30,7 @@ def summed_cross_entropy(
     head: Callable[[Tensor], Tensor],
     hidden: Tensor,
     targets: Tensor,
-    parameters: Sequence[nn.Parameter],
+    parameters: Sequence[Tensor],
     vocab_size: int,
 ) -> Tensor:
     """Sum over rows of the cross-entropy of `head(hidden)`, differentiable in `hidden` and `parameters`.
@@ -70,7 +71,7 @@ class _Summed(torch.autograd.Function):
                 loss = _cross_entropy(head(x[None])[0], targets[part])
             total += loss.detach()
             if wanted:
-                with exact_gradients(rows.device.type):
+                with exact_gradients(rows.device.type), _without_hooks(parameters):
                     grads = torch.autograd.grad(loss, [x, *parameters], allow_unused=True)
                 grad_rows[part] = grads[0]
                 for total_grad, grad in zip(sums, grads[1:], strict=True):
@@ -83,6 +84,19 @@ class _Summed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_rows, *sums = ctx.saved_tensors
         return grad_rows * grad, None, None, None, *(s * grad for s in sums)
+
+
+@contextmanager
+def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """A parameter's hooks are for the gradient that backward returns, and not for its parts as well."""
+    before = [p._backward_hooks for p in parameters]
+    try:
+        for p in parameters:
+            p._backward_hooks = None
+        yield
+    finally:
+        for p, hooks in zip(parameters, before, strict=True):
+            p._backward_hooks = hooks
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

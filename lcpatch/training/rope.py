@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any
 
 from ..core.errors import UnsupportedModelError
@@ -41,13 +42,21 @@ def extend(config: Any, length: int, kind: str = "linear") -> Any:
     if length <= limit:
         return config
     config = copy.deepcopy(config)
+    flat = "rope_type" in parameters or "rope_theta" in parameters
+    full = parameters if flat else parameters.get("full_attention")
+    limit = max(limit, _reach(full or {}))
     factor = math.ceil(length / limit)
-    if "rope_type" in parameters or "rope_theta" in parameters:
+    if factor == 1:
+        config.max_position_embeddings = limit
+        return config
+    if flat:
         config.rope_parameters = _scaled(config, dict(parameters), kind, factor, limit)
     else:  # one set for each kind of layer; those with a window never see further than it
-        full = parameters.get("full_attention")
         if full is None:
-            raise UnsupportedModelError(f"{config.model_type} has no full-attention layer whose positions to scale")
+            raise UnsupportedModelError(
+                f"{config.model_type} has no full-attention layer with rotary positions to scale; rope='none' takes it "
+                "as it is"
+            )
         config.rope_parameters = {
             **copy.deepcopy(parameters),
             "full_attention": _scaled(config, dict(full), kind, factor, limit),
@@ -55,6 +64,13 @@ def extend(config: Any, length: int, kind: str = "linear") -> Any:
     if kind != "dynamic":  # which counts from the trained length, and takes this number for it
         config.max_position_embeddings = factor * limit
     return config
+
+
+def _reach(parameters: dict[str, Any]) -> int:
+    """Positions that a config's own yarn reaches: beside it `max_position_embeddings` may still be what was before."""
+    if parameters.get("rope_type") != "yarn":
+        return 0
+    return int(parameters["factor"] * parameters["original_max_position_embeddings"])
 
 
 def _scaled(config: Any, parameters: dict[str, Any], kind: str, factor: int, limit: int) -> dict[str, Any]:
@@ -66,6 +82,12 @@ def _scaled(config: Any, parameters: dict[str, Any], kind: str, factor: int, lim
             f"{config.model_type} scales its positions by rope_type={own!r} already, which {kind!r} would destroy; "
             f"{'what composes with it: ' + choices[0] if choices else 'nothing composes with it'}. Or train at no more "
             f"than its {limit} positions"
+        )
+    if own == "linear":
+        warnings.warn(
+            f"{config.model_type} divides its positions by {parameters['factor']} already, which {factor} multiplies; "
+            f"if max_position_embeddings={limit} is what it had before, as in LongLoRA's configs, correct it first",
+            stacklevel=3,
         )
     parameters |= {"rope_type": kind, "factor": float(factor) * parameters.get("factor", 1.0)}
     if kind == "yarn":

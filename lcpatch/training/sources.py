@@ -118,8 +118,16 @@ def _from_jsonl(path: Path) -> Iterator[Record]:
                 record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path} line {number} is not UTF-8 text; convert the file") from error
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{path} line {number} is not JSON: {error}; mend or delete that line") from error
+            if b"\\ud" in line.lower():  # an escape of half a character, if its other half is missing
+                try:
+                    json.dumps(record, ensure_ascii=False).encode()
+                except UnicodeEncodeError as error:
+                    raise ValueError(
+                        f"{path} line {number} has half a character in it ({error.object[error.start]!a}), which no "
+                        "tokenizer takes; mend or delete that line"
+                    ) from error
             if not isinstance(record, dict):
                 raise ValueError(f"{path} line {number} is {type(record).__name__}, not an object with fields")
             empty = False

@@ -20,6 +20,7 @@ from ..hf.models import attention_modules, full_attention_layers, unwrap
 from ..hf.route import route, unroute
 from ..hf.state import ATTRIBUTE, dense_name
 from ..hf.watch import WATCH, unwatch
+from .loss import IGNORE
 from .text import Text
 
 logger = logging.getLogger(__name__)
@@ -31,13 +32,14 @@ INSTEAD = "use loss.backward() with gradient checkpointing for this model"
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel.
+    """The model inside DistributedDataParallel and torch.compile.
 
     Raises:
         UnsupportedModelError: inside a wrapper that shards or replicates in a way that chunks would upset.
     """
+    model = getattr(model, "_orig_mod", model)
     if isinstance(model, DistributedDataParallel):
-        model = model.module
+        model = getattr(model.module, "_orig_mod", model.module)
     kinds = {kind.__name__ for kind in type(model).__mro__}
     if other := kinds & {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "DataParallel"}:
         raise UnsupportedModelError(
@@ -65,6 +67,8 @@ def check_model(model: nn.Module, text: Text, num_chunks: int) -> Any:
         UnsupportedModelError: they would not; the message says why.
         ValueError: a pattern that needs the whole sequence, or nothing to train.
     """
+    if not torch.is_grad_enabled():
+        raise ValueError("gradients are off here: call this outside of torch.no_grad() and torch.inference_mode()")
     inner = without_wrapper(model)
     base = unwrap(inner)
     config = getattr(base, "config", None)
@@ -72,9 +76,19 @@ def check_model(model: nn.Module, text: Text, num_chunks: int) -> Any:
         raise UnsupportedModelError(f"{type(base).__name__} is not a causal language model of transformers with a head")
     if reason := why_inexact(inner, config, text.ids.shape[1]):
         raise UnsupportedModelError(f"{config.model_type}: {reason}; {INSTEAD}")
+    if text.positions is None and _counts_by_pads(base, text):
+        raise UnsupportedModelError(
+            f"{config.model_type} counts positions by the pads it finds in input_ids, and a chunk does not see those "
+            "before it; pass position_ids"
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
     if num_chunks > 1:
+        if any(p._post_accumulate_grad_hooks for p in model.parameters()):
+            raise ValueError(
+                "a parameter has a hook that follows its gradient (register_post_accumulate_grad_hook), as of an "
+                "optimizer that steps inside of backward: it would run after every chunk; take one that steps later"
+            )
         for module in base.modules():
             state = state_of(module) if hasattr(module, "layer_idx") else None
             if state is not None and state.follows_length and state.active_spec(module) is state.spec:
@@ -89,8 +103,11 @@ def why_inexact(model: nn.Module, config: Any, length: int) -> str | None:
     """Why chunks would not give this model's gradient; None: they do."""
     if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
         return "only a decoder alone can be run in chunks; load the text-only class"
-    if any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values()):
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(getattr(c, "is_prompt_learning", False) for c in adapters):
         return "an adapter of learnt virtual tokens puts them before every chunk, not before the text"
+    if any(getattr(c, "alora_invocation_tokens", None) for c in adapters):
+        return "an adapter of aLoRA begins where the text invokes it, which a chunk after that does not see"
     if getattr(config, "output_router_logits", False):
         return "the routers' auxiliary loss is not a sum over tokens; set config.output_router_logits = False"
     if other := set(getattr(config, "layer_types", None) or ()) - set(KINDS):
@@ -98,7 +115,10 @@ def why_inexact(model: nn.Module, config: Any, length: int) -> str | None:
     if getattr(config, "num_kv_shared_layers", 0):
         return f"its last {config.num_kv_shared_layers} layers read other layers' keys"
     if own_loss(model):
-        return "its loss is not the cross-entropy of the next token (model.loss_function or its class says another)"
+        return (
+            "its loss is not the cross-entropy of the next token (model.loss_function, its class or its adapter says "
+            "another)"
+        )
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         return "its attention is not causal"
     if any(getattr(module, "is_causal", None) is False for module in model.modules()):
@@ -107,17 +127,33 @@ def why_inexact(model: nn.Module, config: Any, length: int) -> str | None:
 
 
 def own_loss(model: nn.Module) -> bool:
-    """Whether the model's loss is another one than transformers' for causal language models, set or by its class."""
+    """Whether the model's loss is another one than transformers' for causal language models.
+
+    Set by the user or by its class; with what an adapter adds to it; or, as decoders with an encoder compute it, of
+    labels that are not shifted.
+    """
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
     base = unwrap(model)
+    added = {"ADALORA", "SHADOW"} & {c.peft_type for c in getattr(model, "peft_config", {}).values()}
+    if added or any(name.endswith("encoder_attn") for name, _ in base.named_modules()):
+        return True
     of_its_class = LOSS_MAPPING.get(getattr(base, "loss_type", None), ForCausalLMLoss)
     return getattr(base, "_loss_function", of_its_class) is not ForCausalLMLoss
 
 
+def _counts_by_pads(base: Any, text: Text) -> bool:
+    """Whether positions depend on pads among the tokens, as in RoBERTa's kin, and there are some."""
+    return any(
+        hasattr(module, "create_position_ids_from_input_ids") and bool((text.ids == module.padding_idx).any())
+        for module in base.modules()
+    )
+
+
 def _changing_rope(config: Any, length: int) -> str | None:
     rope = getattr(config, "rope_parameters", None) or {}
-    for one in rope.values() if rope and all(isinstance(x, dict) for x in rope.values()) else (rope,):
+    kinds = [one for one in rope.values() if isinstance(one, dict)]  # one set for each kind of layer, or None for some
+    for one in kinds or (rope,):
         kind = one.get("rope_type", "default")
         trained = one.get("original_max_position_embeddings")
         for name in ("original_max_position_embeddings", "max_position_embeddings"):
@@ -129,6 +165,18 @@ def _changing_rope(config: Any, length: int) -> str | None:
                 "would disagree with one before; use linear or yarn"
             )
     return None
+
+
+@contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """What torch.compile wrapped around attention runs as it is: its graphs would be made anew for every chunk."""
+    compiled = [m for m in model.modules() if "_orig_mod" in m._modules or m._compiled_call_impl is not None]
+    if not any(hasattr(inside, "layer_idx") for module in compiled for inside in module.modules()):
+        yield
+        return
+    logger.info("chunkwise: torch.compile is off around chunks; what is compiled inside of layers may stay so")
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager
@@ -157,20 +205,21 @@ def checkpointing(base: nn.Module, recording: bool) -> Iterator[None]:
 
 
 @contextmanager
-def routed(model: nn.Module, base: Any, attention: str) -> Iterator[frozenset[int]]:
+def routed(model: nn.Module, base: Any, attention: str, text: Text) -> Iterator[frozenset[int]]:
     """For a while, lead full-attention layers through our op; yields the layers that then ask their cache to attend.
 
     Args:
         model: the model or what PEFT made of it.
         base: the transformers model inside.
         attention: "auto", "own", "lcpatch" or "cudnn" (see `chunkwise.backward`).
+        text: what is run.
 
     Raises:
         ValueError: an unknown choice, or one that would not compute what the model does.
     """
     if attention not in ATTENTION:
         raise ValueError(f"attention={attention!r} is not one of {', '.join(ATTENTION)}")
-    reason = None if attention == "own" else _not_ours(base)
+    reason = None if attention == "own" else _not_ours(base, text)
     if attention in ("lcpatch", "cudnn") and reason:
         raise ValueError(f"attention={attention!r} would not compute what this model does: {reason}; use 'own'")
     if attention == "own" or reason or (attention == "auto" and not _has_kernel(base)):
@@ -192,8 +241,11 @@ def routed(model: nn.Module, base: Any, attention: str) -> Iterator[frozenset[in
                 unwatch(module)
 
 
-def _not_ours(base: Any) -> str | None:
+def _not_ours(base: Any, text: Text) -> str | None:
     """Why our op would not do what the model's full-attention layers do; None: it does."""
+    mask = None if text.mask is None else text.mask.cpu().bool()
+    if mask is not None and bool((text.targets.ne(IGNORE) & ~mask & mask.cumsum(-1).bool()).any()):
+        return "pads behind a text have labels, and ours lets them see nothing; set those to -100"
     try:
         modules = attention_modules(base)
     except UnsupportedModelError as error:

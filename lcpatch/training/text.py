@@ -111,6 +111,8 @@ def check_kwargs(kwargs: Mapping[str, Any], length: int, position_ids: Tensor | 
             continue
         if name in ("past_key_values", "use_cache", "logits_to_keep", "inputs_embeds", "shift_labels", "return_dict"):
             raise ValueError(f"{name} is not for chunkwise backward, which makes its own cache from input_ids")
+        if name == "output_router_logits" and value:
+            raise ValueError(f"{name}: the routers' auxiliary loss is not a sum over tokens; leave it out")
         if isinstance(value, Tensor) and length in value.shape:
             raise ValueError(f"{name} {list(value.shape)} holds something per token, which is not cut into chunks")
         passed[name] = value

@@ -170,12 +170,20 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     size = 0
     for record in records:
         batch.append(record)
-        size += sum(len(value) for value in record.values() if isinstance(value, str))
+        size += _characters(record)
         if len(batch) == SHARD_RECORDS or size >= SHARD_CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _characters(value: Any) -> int:
+    """Of a record, or of what is inside it: a conversation's are those of its messages."""
+    if isinstance(value, str):
+        return len(value)
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_characters, inside))
 
 
 def _write_shard(file: Path, documents: list[Document | None]) -> None:

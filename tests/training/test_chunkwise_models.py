@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from chunkwise_cases import assert_same, chunked, far, plain, rounding, taken
+from chunkwise_cases import assert_same, chunked, far, plain, rounding, rounding_of_attention, taken
 from models import SHORT, VOCAB, build, tokens
 from odd_models import SIZES, make
 from schedules import documents, pad
@@ -17,6 +17,7 @@ from lcpatch.eval.perplexity import token_nll
 from lcpatch.hf.state import ATTRIBUTE
 from lcpatch.training import chunkwise, support
 from lcpatch.training.fused import can_fuse, fused_loss
+from lcpatch.training.rope import extend
 
 
 @pytest.mark.parametrize("prefix", ["DiffLlama", "JetMoe"])
@@ -142,3 +143,54 @@ def test_a_model_with_a_loss_of_its_own():
         with pytest.raises(UnsupportedModelError, match="its loss is not the cross-entropy of the next token"):
             chunked(model, ids, ids, 16)
     assert can_fuse(build())
+
+
+def test_decoders_of_encoders():
+    """Transformers does not shift their labels."""
+    sizes = {
+        "vocab_size": VOCAB,
+        "d_model": 32,
+        "decoder_layers": 1,
+        "decoder_ffn_dim": 40,
+        "max_position_embeddings": 99,
+    }
+    model = transformers.TrOCRForCausalLM(transformers.TrOCRConfig(**sizes, decoder_attention_heads=2))
+    assert not can_fuse(model)
+    with pytest.raises(UnsupportedModelError, match="not the cross-entropy of the next token"):
+        chunked(model, tokens(2), tokens(2), 16)
+
+
+def test_positions_that_follow_the_pads_among_tokens():
+    """RoBERTa's do, and a chunk does not see those before it; positions that are given do not."""
+    sizes = {**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = transformers.RobertaForCausalLM(transformers.RobertaConfig(**sizes, is_decoder=True)).double().train()
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.endswith("key.bias"))  # which has no gradient but rounding
+    ids = tokens(2)
+    allowed = rounding(model)
+    assert_same(chunked(model, ids, ids, 16), plain(model, ids, ids), allowed)
+    ids[0, 5] = 0
+    with pytest.raises(UnsupportedModelError, match="pass position_ids"):
+        chunked(model, ids, ids, 16)
+    given = {"position_ids": torch.arange(1, 1 + ids.shape[1])[None]}
+    assert_same(chunked(model, ids, ids, 16, **given), plain(model, ids, ids, **given), allowed)
+
+
+def test_layers_without_positions(monkeypatch: pytest.MonkeyPatch):
+    """Beam says so by a None among its rope_parameters."""
+    model, ids = build("gemma3_text").double().train(), tokens(2)
+    want, allowed = plain(model, ids, ids), rounding_of_attention(model, ids, ids)
+    monkeypatch.setitem(model.config.rope_parameters, "full_attention", None)
+    assert_same(chunked(model, ids, ids, 16, attention="lcpatch"), want, allowed)
+    with pytest.raises(UnsupportedModelError, match="rope='none'"):
+        extend(model.config, 10**4)
+
+
+def test_a_model_that_views_what_attention_returned():
+    if not hasattr(transformers, "AfmoeConfig"):
+        pytest.skip("this transformers has no AFMoE")
+    model, ids = make("Afmoe").double(), tokens(2)
+    model.set_experts_implementation("batched_mm")
+    want = plain(model, ids, ids)
+    assert_same(chunked(model, ids, ids, 16, attention="lcpatch"), want, rounding_of_attention(model, ids, ids))

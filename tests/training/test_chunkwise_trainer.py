@@ -135,9 +135,13 @@ def test_trainer_scales_what_a_grad_scaler_will_unscale(tmp_path: Path):
 
 
 def test_trainer_refuses(tmp_path: Path):
-    def make(chunkwise: dict, **settings):
+    class OwnLoss(ChunkwiseTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return 2 * super().compute_loss(*args, **kwargs)
+
+    def make(chunkwise: dict | None, kind: type = ChunkwiseTrainer, **settings):
         arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], **settings)
-        ChunkwiseTrainer(build(), arguments, train_dataset=Texts(), chunkwise=chunkwise)
+        kind(build(), arguments, train_dataset=Texts(), chunkwise=chunkwise)
 
     with pytest.raises(ValueError, match="'size'"):
         make({"size": 3})
@@ -145,6 +149,11 @@ def test_trainer_refuses(tmp_path: Path):
         make({"keep": 0.5})
     with pytest.raises(ValueError, match="label_smoothing_factor"):
         make({"chunk_size": 16}, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="neftune_noise_alpha"):
+        make({"chunk_size": 16}, neftune_noise_alpha=5)
+    with pytest.raises(ValueError, match=r"OwnLoss\.compute_loss"):
+        make({"chunk_size": 16}, OwnLoss)
+    make(None, OwnLoss, neftune_noise_alpha=5)
 
 
 @pytest.mark.parametrize("attention", ["own", "lcpatch"])

@@ -291,6 +291,8 @@ def test_first_fit(sizes):
         ("", "is empty; name a file with records"),
         ('{"text": "a"}\n{"text"', "line 2 is not JSON"),
         ("[1]\n", "line 1 is list, not an object"),
+        ('{"a": ' + "[" * 10**5, "line 1 is not JSON"),
+        ('{"text": "\\ud83d\\ude00"}\n{"text": "\\ud83d"}', r"line 2 has half a character in it \('.ud83d'\)"),
         ('{"body": "a"}\n', "a record has no text in 'text'; its fields: body. Name the right one with --text-field"),
         (
             '{"text": "a"}\n{"text": 3}\n',
@@ -334,6 +336,49 @@ def test_records_that_are_no_chats(tmp_path, chatty, record):
     says = r"data.jsonl, record 4: a record is no conversation with an answer; its fields: .*Wanted: `messages`"
     with pytest.raises(ValueError, match=says):
         store(tmp_path, [*CHATS, record], encode.chats(chatty, 100))
+
+
+def test_tools_and_their_calls(tmp_path, chatty):
+    """The template is given what the model could call, and calls that say nothing; as Parquet has them, too."""
+    chatty.chat_template = "{% for t in tools or [] %}[{{ t['name'] }}]{% endfor %}" + TEMPLATE.replace(
+        "{{ m['content'] }}", "{{ m['content'] if 'content' in m else m['tool_calls'] | length }}"
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    turns = [{"role": "user", "content": "1 + 1?", "tool_calls": None}, call, {"role": "tool", "content": "2"}]
+    said = {"role": "assistant", "content": "Two."}
+    made = store(tmp_path, [{"messages": [*turns, said], "tools": [{"name": "add"}]}], encode.chats(chatty, 100))
+    ids, learn = made.tokens(0, len(made)), made.learn(0, len(made))
+    assert TOKENIZER.decode(ids) == "[add]<s>user: 1 + 1?assistant: 1</s>tool: 2assistant: Two.</s>"
+    assert TOKENIZER.decode(ids[learn]) == "1</s>Two.</s>"
+    with pytest.raises(ValueError, match=r"record 1: a record has tools='\[\]', which must be a list"):
+        store(tmp_path, [{"messages": [turns[0], said], "tools": "[]"}], encode.chats(chatty, 100))
+
+
+def test_long_conversations_are_encoded_a_few_at_a_time(tmp_path, chatty, monkeypatch):
+    """As many as have a shard's characters: a list of tokens takes far more memory than they."""
+    monkeypatch.setattr(tokens, "SHARD_CHARACTERS", 30)
+    made = store(tmp_path, [CHATS[0]] * 7, encode.chats(chatty, 100))
+    assert len(made.index["shards"]) == 4
+    assert len(made.ends) == 7
+
+
+def test_a_prompt_without_a_template_starts_as_texts_do(tmp_path, chatty):
+    made = store(tmp_path, CHATS[2:], encode.chats(chatty, 100))
+    assert made.tokens(0, len(made)).tolist() == [*TOKENIZER("1 + 1 = 2").input_ids, EOS]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "says"),
+    [
+        ("{{ raise_exception('no system role') }}", CHATS[0]["messages"], "conversation of user: no system role; mend"),
+        ("{{ messages[0].x.y }}", CHATS[0]["messages"], "'dict object' has no attribute 'x'"),
+        (TEMPLATE, CHATS[0]["messages"][1:], "no conversation of no one before the assistant"),
+    ],
+)
+def test_conversations_that_a_template_does_not_take(tmp_path, chatty, template, messages, says):
+    chatty.chat_template = template
+    with pytest.raises(ValueError, match=says):
+        store(tmp_path, [{"messages": messages}], encode.chats(chatty, 100))
 
 
 def test_templates_that_cannot_be_used(tmp_path, chatty):

@@ -48,6 +48,24 @@ def test_extending_twice_is_extending_once(kind: str):
     assert twice.max_position_embeddings == once.max_position_embeddings == 4096
 
 
+@pytest.mark.parametrize("limit", [512, 640, 2048])
+def test_a_yarn_that_its_limit_does_not_tell_of(limit: int):
+    """Qwen's users add one beside max_position_embeddings as they were: what it reaches is not scaled again."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+    config = config_for("llama", max_position_embeddings=limit, rope_parameters=yarn)
+    within, beyond = extend(config, 2048, "linear"), extend(config, 4000, "yarn")
+    assert within.rope_parameters == config.rope_parameters
+    assert beyond.rope_parameters == {**config.rope_parameters, "factor": 8.0}
+    assert (within.max_position_embeddings, beyond.max_position_embeddings) == (2048, 4096)
+
+
+def test_a_linear_scaling_that_is_multiplied_is_told():
+    """Whether it is in the limit already, a config does not say."""
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    with pytest.warns(UserWarning, match=r"divides its positions by 4.0 already, which 2 multiplies"):
+        extend(config_for("llama", rope_parameters=linear), 1024, "linear")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_within_the_models_positions_nothing_changes(kind: str):
     config = config_for("llama")
