@@ -50,7 +50,7 @@ def _leave_group() -> None:
     """End the processes' group while Python is whole.
 
     A thread of gloo's that lets go of its last tensor while the interpreter shuts down aborts a process that has done
-    and written everything (pytorch issue 190489): one exit of some 600 on a busy machine. Ending the group joins these
+    and written everything (pytorch #190489): one exit of some 600 on a busy machine. Ending the group joins these
     threads, except FSDP2's, whose group DTensor's caches keep: they get a moment to let go.
     """
     from torch import distributed
