@@ -96,7 +96,7 @@ ARMS = (
     # ours
     Arm("H2O 0.2", _of(H2OCache, 0.2), CHUNK),
     Arm("H2O 0.2, at once", _of(H2OCache, 0.2)),
-    _compiled("H2O, nothing evicted", _whole),
+    *_and_ahead(_compiled("H2O, nothing evicted", _whole)),
     *_and_ahead(_compiled("H2O 0.2", _of(H2OCache, 0.2, compiled=True))),
     Arm("H2O 0.2, int8", _of(H2OCache, 0.2, codec="int8"), CHUNK),
     Arm("Cluster 0.2", _of(ClusterCache, 0.2), CHUNK),
