@@ -39,8 +39,8 @@ class AttendingLayer(DynamicLayer):
     owner: ClassVar[str] = "this cache"  # in messages
     again: ClassVar[str] = "and not once lcpatch.remove(model) was called: make a new cache"
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self) -> None:
+        super().__init__()
         self._clear()
 
     def _clear(self) -> None:
