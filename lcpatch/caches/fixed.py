@@ -134,6 +134,7 @@ class FixedLayer:
     It has `seen`, `pads`, `counts` (tokens kept, per row), `budgets` and `online`.
 
     Args:
+        args: of the layer that it is without.
         fixed: whether it ever does.
     """
 
@@ -142,9 +143,9 @@ class FixedLayer:
     unit = "tokens"  # of its budgets
     _until = 0  # tokens seen when it must leave
 
-    def __init__(self, *args: Any, fixed: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, fixed: bool = False) -> None:
         self.is_compileable = fixed
-        super().__init__(*args, **kwargs)
+        super().__init__(*args)
 
     def _clear(self) -> None:
         super()._clear()

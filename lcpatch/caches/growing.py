@@ -16,12 +16,11 @@ from .untrusted import fitting, size, whole
 class GrowingLayer(DynamicLayer):
     """All tokens in order, in a buffer that grows geometrically: appending a token moves one token, not all of them.
 
-    `capacity` tokens are reserved at first use; `keys` and `values` are views of what is filled.
+    `keys` and `values` are views of what is filled.
     """
 
-    def __init__(self, capacity: int = 0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.capacity = capacity
+    def __init__(self) -> None:
+        super().__init__()
         self.length = 0
         self._buffers: tuple[Tensor, Tensor] | None = None
 
@@ -97,8 +96,7 @@ class GrowingLayer(DynamicLayer):
             self._show()
 
     def _grow(self, needed: int) -> None:
-        capacity = max(needed, self.capacity, enlarged(self.length))
-        capacity = -(-capacity // GRAIN) * GRAIN
+        capacity = -(-max(needed, enlarged(self.length)) // GRAIN) * GRAIN
         self._buffers = tuple(_grown(x, capacity, self.length) for x in self._buffers)
 
     def _show(self) -> None:

@@ -24,6 +24,7 @@ from .budget import Budget, check_integer
 from .cache import LongCache, caches, routed_layers
 from .evicting import EvictingLayer
 from .fixed_slots import FixedSlots
+from .layer import kernel_impl
 from .rows import to_list
 from .step import Step
 from .untrusted import fitting
@@ -151,9 +152,9 @@ class H2OLayer(FixedSlots, EvictingLayer):
             return self._grouped(by_head)
         keys = self.keys_like(step.query)
         if scattered.is_dense(step.spec):
-            impl = step.impl if step.impl in ("triton", "reference") else "auto"
-            how = {"scale": step.scale, "softcap": step.softcap, "reduce": self.group, "impl": impl}
-            return attn_mass(step.query, keys, step.lse, bounds=self.bounds(step.num_queries), **how)
+            how = {"scale": step.scale, "softcap": step.softcap, "impl": kernel_impl(step.impl)}
+            bounds = self.bounds(step.num_queries)
+            return attn_mass(step.query, keys, step.lse, bounds=bounds, reduce=self.group, **how)
         kept = scattered.Keys(keys, None, self.key_positions(), None)
         by_head = scattered.mass(self.queries_of(step), kept, step.lse)
         return self._grouped(by_head)

@@ -39,8 +39,8 @@ class AttendingLayer(DynamicLayer):
     owner: ClassVar[str] = "this cache"  # in messages
     again: ClassVar[str] = "and not once lcpatch.remove(model) was called: make a new cache"
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self) -> None:
+        super().__init__()
         self._clear()
 
     def _clear(self) -> None:
@@ -148,8 +148,13 @@ class AttendingLayer(DynamicLayer):
 
 def decode(call: Call, keys: Tensor, values: Tensor, **which: Any) -> tuple[Tensor, ...]:
     """`sparse_decode` of the call's queries over `keys` and `values`; `which` says over which of them."""
-    impl = call.impl if call.impl in ("triton", "reference") else "auto"
-    return sparse_decode(call.query, keys, values, scale=call.scale, softcap=call.softcap, impl=impl, **which)
+    how = {"scale": call.scale, "softcap": call.softcap, "impl": kernel_impl(call.impl)}
+    return sparse_decode(call.query, keys, values, **how, **which)
+
+
+def kernel_impl(impl: str) -> str:
+    """What an `impl` of `block_sparse` asks of an op that has a kernel and a reference only."""
+    return impl if impl in ("triton", "reference") else "auto"
 
 
 def negative(tokens_to_remove: Any) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from ..hf.models import unwrap
+from ..hf.models import evaluating, unwrap
 from ..hf.watch import Call, ask, attend
 from .cache import LongCache, routed_layers
 from .paged import PagedLayer
@@ -96,12 +96,8 @@ def recall_by_page(
     for each in reads:
         _check(each, ids.shape[1] - queries)
     cache = LongCache(layers=routed_layers(model, "page_sizes", lambda _: _Probe(reads, top, queries)))
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         unwrap(model).get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
-    finally:
-        model.train(was_training)
     return [getattr(layer, "recalled", {}) for layer in cache.layers]
 
 

@@ -61,11 +61,10 @@ class PagedLayer(AttendingLayer):
         reads: Reads,
         make_index: Callable[[Reads, int], Index],
         make_pages: Callable[[], Pages | TieredPages],
-        **kwargs: Any,
     ) -> None:
         self.reads, self.make_index, self.make_pages = reads, make_index, make_pages
         self.next: Callable[[], PagedLayer | None] | None = None
-        super().__init__(**kwargs)
+        super().__init__()
 
     def follow(self, layer: PagedLayer) -> None:
         """Fetch ahead by the query of `layer`, the one before."""

@@ -83,8 +83,8 @@ class S2Layer(AttendingLayer):
     owner = "S2Cache"
     again = "as long as that keeps its patch (lcpatch.apply(model, 's2'), then a new S2Cache(model))"
 
-    def __init__(self, spec: BlockSparseSpec, config: Any, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, spec: BlockSparseSpec, config: Any) -> None:
+        super().__init__()
         num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.spec, self.blocks = spec, KeptBlocks(spec, num_kv_heads)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -49,6 +50,18 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
             f"wanted: {works}"
         )
     return dict(sorted(found.items()))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, and afterwards each of its modules in its own again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def weights_of(module: nn.Module) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..core.errors import UnsupportedModelError
-from .models import attention_modules, weights_of
+from .models import attention_modules, evaluating, weights_of
 
 FIXED = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the length; those of "dynamic" and "longrope" do."""
@@ -109,18 +109,15 @@ def _keys(base: nn.Module, owner: str) -> dict[int, Tensor]:
         return ((first, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": first})
 
     hooks = [module.register_forward_pre_hook(alike, with_kwargs=True) for module in modules]
-    modes = {module: module.training for module in base.modules()}
-    base.eval()  # dropout would tell them apart too
     try:
-        base.get_decoder()(
-            inputs_embeds=noise.to(device, base.dtype).expand(len(ASKED), -1, -1),
-            position_ids=torch.tensor(ASKED, device=device)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with evaluating(base):  # dropout would tell them apart too
+            base.get_decoder()(
+                inputs_embeds=noise.to(device, base.dtype).expand(len(ASKED), -1, -1),
+                position_ids=torch.tensor(ASKED, device=device)[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            )
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for hook in hooks:
             hook.remove()
     return {module.layer_idx: cache.layers[module.layer_idx].keys for module in modules}

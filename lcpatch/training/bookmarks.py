@@ -13,7 +13,6 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -195,8 +194,8 @@ class _LessonCache(LongCache):
 class _LessonLayer(AttendingLayer):
     owner = "train_bookmarks"
 
-    def __init__(self, layer: int, lesson: Lesson, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, layer: int, lesson: Lesson) -> None:
+        super().__init__()
         self.layer, self.lesson = layer, lesson
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,8 +134,8 @@ class _ReadingCache(LongCache):
 class _ReadingLayer(AttendingLayer):
     owner = "tune_bookmarks"
 
-    def __init__(self, layer: int, bookmarks: Bookmarks, reads: Reads, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, layer: int, bookmarks: Bookmarks, reads: Reads) -> None:
+        super().__init__()
         self.layer, self.bookmarks, self.reads = layer, bookmarks, reads
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor]:

@@ -130,8 +130,10 @@ def test_layers_with_windows_get_the_default():
 
 def test_measuring_leaves_the_model_as_it_was():
     model, ids = build().train(), tokens(1, 200)
+    model.lm_head.eval()
     page_sizes(model, ids, 0.4, **SIZES)
     assert model.training
+    assert not model.lm_head.training
     model.eval()
     lcpatch.remove(model)
     assert torch.equal(model(ids).logits, build()(ids).logits)
