@@ -203,7 +203,7 @@ class PagedLayer(AttendingLayer):
         self.lazy_initialization(like.expand(len(pads), -1, -1, -1), like)
         self.seen, self.pads = seen, pads
         if seen:  # a row cropped to nothing counts anew
-            self.budgets = wholes(numbers, "budgets", len(pads), self.reads.of(max(lengths)))
+            self.budgets = wholes(numbers, "budgets", len(pads))  # of a longer text, if some was cropped
         self.online = [bool(on) for on in wholes(numbers, "online", len(pads), 1)]
         self._load_pages(tensors, numbers, lengths, like)
 

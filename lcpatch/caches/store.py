@@ -276,7 +276,9 @@ def _load(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, Any], like:
     length = whole(numbers, "cumulative_length")
     found = fitting(tensors, {"keys": like, "values": like}, size(tensors, "keys", 0), None)
     layer.lazy_initialization(found["keys"], found["values"])
-    layer.keys, layer.values, layer.cumulative_length = found["keys"], found["values"], length
+    layer.cumulative_length = length
+    # Where steps were recorded (assisted decoding) it holds more than its window, which only such a layer leaves out.
+    layer.keys, layer.values = (found[name][:, :, -layer.sliding_window + 1 :] for name in ("keys", "values"))
 
 
 def _like(module: nn.Module, model: nn.Module) -> Tensor:

@@ -44,6 +44,8 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         raise UnsupportedModelError(
             f"{kind} has latent attention (MLA), whose keys and values differ in size; wanted: {works}"
         )
+    if any(getattr(m, "v_head_dim", None) not in (None, getattr(m, "head_dim", None)) for m in found.values()):
+        raise UnsupportedModelError(f"{kind} has keys and values that differ in size; wanted: {works}")
     if any(getattr(m, "indexer", None) is not None for m in found.values()):
         raise UnsupportedModelError(
             f"{kind} has an indexer that chooses each token's keys, which it tells transformers' own attention only; "

@@ -112,7 +112,7 @@ def _keys(base: nn.Module, owner: str) -> dict[int, Tensor]:
     try:
         with evaluating(base):  # dropout would tell them apart too
             base.get_decoder()(
-                inputs_embeds=noise.to(device, base.dtype).expand(len(ASKED), -1, -1),
+                inputs_embeds=noise.to(device, base.dtype).repeat(len(ASKED), 1, 1),  # ctrl scales them in place
                 position_ids=torch.tensor(ASKED, device=device)[:, None],
                 past_key_values=cache,
                 use_cache=True,

@@ -85,3 +85,25 @@ def test_a_model_without_positions_in_its_full_attention_layers_may_say_so_by_ty
     config.layer_types = ["sliding_attention", "full_attention"]
     config.rope_parameters = {"full_attention": None, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
     assert dense_states(config, {}, "sdpa") == {}
+
+
+def test_values_of_another_size_than_keys():
+    mimo = pytest.importorskip("transformers.models.mimo_v2_flash", reason="newer than this transformers")
+    config = mimo.MiMoV2FlashConfig(
+        **SIZES,
+        num_hidden_layers=2,
+        head_dim=16,
+        v_head_dim=8,
+        layer_types=["full_attention"] * 2,
+        mlp_layer_types=["dense"] * 2,
+        bos_token_id=1,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(lcpatch.UnsupportedModelError, match="keys and values that differ in size"):
+        lcpatch.TieredCache(model)
+
+
+def test_a_model_that_scales_its_embeddings_in_place_is_asked_for_its_positions():
+    config = transformers.CTRLConfig(vocab_size=61, n_positions=64, n_embd=32, dff=40, n_layer=2, n_head=4)
+    with pytest.raises(lcpatch.UnsupportedModelError, match="it adds positions to its tokens"):
+        lcpatch.SinkCache(transformers.CTRLLMHeadModel(config).eval())

@@ -82,6 +82,18 @@ def test_layers_with_a_window_are_saved_too(tmp_path):
     assert torch.equal(continued(model, loaded, *text), continued(model, cache, *text))
 
 
+@pytest.mark.filterwarnings("ignore:.* keep transformers' own cache")
+def test_a_window_that_held_more_while_steps_were_recorded_is_one_again(tmp_path):
+    """Assisted decoding leaves recording on, so a later turn is kept whole."""
+    model, ids = make_model("h2o", family="gemma3_text"), tokens(1, 60)
+    cache, recording = make("h2o", model), make("h2o", model)
+    recording.activate_past_recording()
+    for each in (cache, recording):
+        feed(model, ids[:, :50], each, [50])
+    loaded = lcpatch.load_cache(recording.save(tmp_path / "window"), model)
+    assert torch.equal(feed(model, ids[:, 50:], loaded, [1] * 10), feed(model, ids[:, 50:], cache, [1] * 10))
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_copy_goes_on_as_the_original(name, tmp_path):
     """What people do with a prefix in memory."""

@@ -67,3 +67,15 @@ def test_rows_repeated_in_a_fast_tier_of_bytes_are_loaded(tmp_path):
     loaded = lcpatch.load_cache(cache.save(tmp_path / "prefix.safetensors"), model)
     turn = tokens(3, 20, seed=1)
     assert torch.equal(feed(model, turn, loaded, [1] * 20), feed(model, turn, cache, [1] * 20))
+
+
+@pytest.mark.parametrize("name", ["tiered", "retrieval"])
+def test_a_share_of_a_text_that_was_longer_comes_back(name, tmp_path):
+    """`crop` leaves the pages that a token reads as many as they were."""
+    model, ids = make_model(name), tokens(1, 90)
+    cache = make(name, model, budget=0.5, page=4, recent=4)
+    feed(model, ids[:, :80], cache, [80])
+    cache.crop(-40)
+    loaded = lcpatch.load_cache(cache.save(tmp_path / name), model)
+    assert loaded.layers[0].budgets == cache.layers[0].budgets == [10]
+    assert torch.equal(feed(model, ids, loaded, [1] * 90), feed(model, ids, cache, [1] * 90))
