@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer
 from lcpatch_kernels import BlockSparseSpec, Rule
 
 from ..core.errors import UnsupportedModelError
-from ..hf.layers import state_of
+from ..hf.layers import num_kv_heads_of, state_of
 from ..hf.models import unwrap
 from ..hf.watch import Call, attend, watch
 from .cache import LongCache, caches, stock_layers
@@ -69,7 +69,7 @@ class S2Cache(LongCache):
                 raise UnsupportedModelError(
                     f"S2Cache: layer {index} is sparse only in mode={state.mode!r}; use 'always'"
                 )
-            layers[index] = S2Layer(state.spec, module.config)
+            layers[index] = S2Layer(state.spec, num_kv_heads_of(module.config, index))
         super().__init__(layers=layers)
         watch(modules)
 
@@ -80,9 +80,8 @@ class S2Layer(AttendingLayer):
     owner = "S2Cache"
     again = "as long as that keeps its patch (lcpatch.apply(model, 's2'), then a new S2Cache(model))"
 
-    def __init__(self, spec: BlockSparseSpec, config: Any, **kwargs: Any) -> None:
+    def __init__(self, spec: BlockSparseSpec, num_kv_heads: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.spec = spec
         self.rules = _one_rule_per_kv_head(spec, num_kv_heads)
         self.block = spec.block_size

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
 
     config = AutoConfig.from_pretrained(resolve(args.model))
     rows = plan(config, args.length, gib, attentions=args.attention.split(","), tune=args.tune)
+    config = config.get_text_config()  # which the plan is of
     header = ("Attention", "Peak GiB", "Fits", "s a step", "Flags of lcpatch train")
     cells = [(r.name, f"{r.gib:.1f}", "yes" if r.fits else "no", f"{r.seconds:.2f}", f"`{r.flags}`") for r in rows]
     print(table(header, cells))
@@ -68,11 +69,12 @@ def _over_ranks(args: argparse.Namespace, config: Any) -> None:
     from ..patching.resolve import pattern_of
     from ..training.arms import patch_for
     from ..training.parallel.cost import Rates, choose_for
+    from ..training.plan import sizes_of
 
     if not 1 <= args.ranks <= args.length or not args.bandwidth > 0:
         raise ValueError(f"--ranks {args.ranks} must be 1 to {args.length}, and --bandwidth {args.bandwidth} above 0")
     shape = shape_of(config, 0, config.num_hidden_layers)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = sizes_of(config, "lora").attention // shape.num_heads
     rates = Rates(bandwidth=args.bandwidth * 1e9)
     print(
         f"\nOne layer's attention over {args.ranks} GPUs of {args.bandwidth:g} GB/s, by the bytes that its plan sends:"

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from ..core.errors import UnsupportedModelError
-from ..hf.layers import shape_of
+from ..hf.layers import head_dim_of, num_kv_heads_of, shape_of
 from ..hf.models import attention_modules, full_attention_layers
 from ..hf.state import own_spec
 from ..patching.resolve import pattern_of, sparse_layers
 from . import arms, lora
-from .support import why_inexact
+from .support import KINDS, why_inexact
 
 GIB = 2**30
 FITTED = (("prefill", "dense", 32768), ("prefill", "dense", 131072), ("train", "dense", 32768))
@@ -69,9 +69,11 @@ class Sizes:
         linear: parameters of the layers' matrix products, as far as one token goes through them.
         head: parameters of the head.
         trained: parameters that are trained.
-        layers, hidden: as in its config.
+        layers: those that attend.
+        depth: all of them.
+        hidden: size of the residual stream.
         intermediate: of a gated MLP with as many parameters as a token goes through in the widest layer's.
-        attention: query heads x head dim.
+        attention: query heads x head dim, mean over the layers.
         kv: bytes of a token's keys and values, all layers.
     """
 
@@ -80,6 +82,7 @@ class Sizes:
     head: int
     trained: int
     layers: int
+    depth: int
     hidden: int
     intermediate: int
     attention: int
@@ -88,7 +91,7 @@ class Sizes:
     @property
     def checkpoints(self) -> int:
         """Bytes of a token's checkpoints: one hidden state a layer."""
-        return 2 * self.layers * self.hidden
+        return 2 * self.depth * self.hidden
 
     def work(self, constants: Constants) -> float:
         """Bytes of a token in the layer that is computed again."""
@@ -122,12 +125,13 @@ def sizes_of(config: Any, tune: str = "lora+") -> Sizes:
     """
     model = _on_meta(config)
     modules = attention_modules(model)
+    config = config.get_text_config()  # of several parts, where the model is only its text's
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     behind = {id(p) for m in (head, embeddings) for p in m.parameters()}
     linear = sum(_active(config, n, p) for n, p in model.named_parameters() if id(p) not in behind)
     shape = shape_of(config, 0, 1)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // shape.num_heads
+    keys = sum(head_dim_of(module) * num_kv_heads_of(config, layer) for layer, module in modules.items())
     intermediate = max(_active_in_mlp(config, model, module) for module in modules.values()) // (3 * config.hidden_size)
     with torch.device("meta"):
         trained = sum(p.numel() for p in lora.trainable(lora.prepare(model, tune)))
@@ -137,10 +141,11 @@ def sizes_of(config: Any, tune: str = "lora+") -> Sizes:
         head=head.weight.numel(),
         trained=trained,
         layers=len(modules),
+        depth=config.num_hidden_layers,
         hidden=config.hidden_size,
         intermediate=intermediate,
-        attention=shape.num_heads * head_dim,
-        kv=2 * 2 * len(modules) * shape.num_kv_heads * head_dim,
+        attention=shape.num_heads * sum(map(head_dim_of, modules.values())) // len(modules),
+        kv=2 * 2 * keys,
     )
 
 
@@ -170,21 +175,28 @@ def _active_in_mlp(config: Any, model: torch.nn.Module, attention: torch.nn.Modu
 
 
 def density(config: Any, attention: str, options: Mapping[str, Any], layers: Any, length: int) -> float:
-    """Pairs that an arm attends to over the causal ones, mean over the layers; a layer's own window counts as well."""
+    """Pairs that an arm attends to over the causal ones, mean over the layers that attend; a window counts as well."""
     patch = arms.patch_for(attention, dict(options), layers)
-    every = list(range(config.num_hidden_layers))
+    every = _attending(config)
     full = full_attention_layers(config, every)
     shares = dict.fromkeys(every, own_spec(1, window_of(config)).density(length)) | dict.fromkeys(full, 1.0)
     if patch.mode != "never":
         chosen, pattern = sparse_layers(patch.layers, config, every), pattern_of(patch)
         for rank, layer in enumerate(chosen):
-            shares[layer] = pattern.spec(shape_of(config, rank, len(chosen))).density(length)
+            shares[layer] = pattern.spec(shape_of(config, rank, len(chosen), layer)).density(length)
     return sum(shares.values()) / len(shares)
+
+
+def _attending(config: Any) -> list[int]:
+    """The layers with attention; in some models others carry a state."""
+    kinds = getattr(config, "layer_types", None) or [KINDS[0]] * config.num_hidden_layers
+    return [layer for layer, kind in enumerate(kinds) if kind in KINDS]
 
 
 def window_of(config: Any) -> int | None:
     """The tokens that those layers attend within that do not attend to their whole past; None: there are none."""
-    if len(full_attention_layers(config, range(config.num_hidden_layers))) == config.num_hidden_layers:
+    every = _attending(config)
+    if len(full_attention_layers(config, every)) == len(every):
         return None
     return getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
 
@@ -239,6 +251,7 @@ def plan(
         tune: as `--tune` takes it.
     """
     sizes = sizes_of(config, tune)
+    config = config.get_text_config()
     whole_rows = why_no_chunks(config, length) is not None
     rows = []
     for attention in attentions:
@@ -269,9 +282,9 @@ def _ways(config: Any, attention: str, length: int) -> Iterator[tuple[str, str, 
 
 def _every_2nd(config: Any) -> list[Any]:
     """Every second layer that a pattern can govern, as `--layers` takes it; nothing where there is but one."""
-    every = list(range(config.num_hidden_layers))
+    every = _attending(config)
     full = full_attention_layers(config, every)
-    return [] if len(full) < 2 else ["every_2" if full == every else full[::2]]
+    return [] if len(full) < 2 else ["every_2" if len(full) == config.num_hidden_layers else full[::2]]
 
 
 def fit(rows: Mapping[tuple[str, str, int], tuple[float, float]], sizes: Sizes, head_tokens: int) -> Constants:

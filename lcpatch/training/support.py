@@ -15,7 +15,7 @@ from lcpatch_kernels.block_sparse import TRITON_DTYPES, TRITON_MAX_HEAD_DIM, has
 
 from ..core.errors import UnsupportedModelError
 from ..hf import NAME
-from ..hf.layers import state_of
+from ..hf.layers import head_dim_of, state_of
 from ..hf.models import attention_modules, full_attention_layers, unwrap
 from ..hf.route import route, unroute
 from ..hf.state import ATTRIBUTE, dense_name
@@ -263,7 +263,7 @@ def _not_ours(base: Any, text: Text) -> str | None:
 
 def _has_kernel(base: Any) -> bool:
     weight = next(base.parameters())
-    head_dim = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
+    head_dim = max(map(head_dim_of, attention_modules(base).values()))
     return weight.is_cuda and has_triton() and weight.dtype in TRITON_DTYPES and head_dim <= TRITON_MAX_HEAD_DIM
 
 

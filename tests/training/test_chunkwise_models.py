@@ -103,11 +103,13 @@ def gemma4(**changes) -> nn.Module:
 
 @pytest.mark.parametrize("changes", [{}, {"attention_k_eq_v": True, "num_global_key_value_heads": 1}])
 def test_gemma4(changes: dict):
-    """Heads of two sizes, embeddings for every layer; keys that are the values."""
+    """Heads of two sizes, embeddings for every layer; keys that are the values; patched, too."""
     model, ids = gemma4(**changes), tokens(2)
     want, allowed = plain(model, ids, ids), rounding(model)
-    for options in ({"attention": "own"}, {"attention": "lcpatch"}, {"offload": True}):
+    for options in ({}, {"attention": "own"}, {"attention": "lcpatch"}, {"offload": True}):
         assert_same(chunked(model, ids, ids, 16, **options), want, allowed)
+    lcpatch.apply(model, "s2", sinks="logit:0", **SHORT["s2"]).double()
+    assert_same(chunked(model, ids, ids, 16), plain(model, ids, ids), rounding(model))
 
 
 def test_gemma4_whose_layers_share_keys():
