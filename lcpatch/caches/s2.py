@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer
 from lcpatch_kernels import BlockSparseSpec
 
 from ..core.errors import UnsupportedModelError
-from ..hf.layers import state_of
+from ..hf.layers import num_kv_heads_of, state_of
 from ..hf.models import attention_modules, unwrap
 from ..hf.watch import Call, attend, watch
 from .cache import LongCache, caches, stock_layers
@@ -72,7 +72,7 @@ class S2Cache(LongCache):
                 raise UnsupportedModelError(
                     f"S2Cache: layer {index} is sparse only in mode={state.mode!r}; use 'always'"
                 )
-            layers[index] = S2Layer(state.spec, module.config)
+            layers[index] = S2Layer(state.spec, num_kv_heads_of(module.config, index))
         super().__init__(layers=layers)
         watch(modules)
 
@@ -83,9 +83,8 @@ class S2Layer(AttendingLayer):
     owner = "S2Cache"
     again = "as long as that keeps its patch (lcpatch.apply(model, 's2'), then a new S2Cache(model))"
 
-    def __init__(self, spec: BlockSparseSpec, config: Any) -> None:
+    def __init__(self, spec: BlockSparseSpec, num_kv_heads: int) -> None:
         super().__init__()
-        num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.spec, self.blocks = spec, KeptBlocks(spec, num_kv_heads)
 
     def _clear(self) -> None:

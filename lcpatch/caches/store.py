@@ -23,6 +23,7 @@ from transformers import __version__ as transformers_version
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..core.errors import LcpatchError, StoreError
+from ..hf.layers import head_dim_of, num_kv_heads_of
 from ..hf.models import attention_modules, unwrap, weights_of
 from .cache import LongCache, caches
 from .identity import identity_of, tokenizer_identity
@@ -283,8 +284,6 @@ def _load(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, Any], like:
 
 def _like(module: nn.Module, model: nn.Module) -> Tensor:
     """An empty tensor [1, K, 0, D] as the layer's keys will be: heads, size, dtype and device."""
-    config = module.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(module, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, head_dim = num_kv_heads_of(module.config, module.layer_idx), head_dim_of(module)
     device = next((x.device for x in weights_of(module) if not x.is_meta), torch.device("cpu"))
     return torch.empty(1, heads, 0, head_dim, dtype=unwrap(model).dtype, device=device)

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
             "computes them as dense ones."
         )
     if args.ranks is not None:
-        _over_ranks(args, config, found.sizes)
+        _over_ranks(args, config.get_text_config(), found.sizes)
 
 
 def _over_ranks(args: argparse.Namespace, config: Any, sizes: Sizes) -> None:

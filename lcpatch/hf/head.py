@@ -13,8 +13,14 @@ from ..core.errors import UnsupportedModelError
 
 
 def decoder_of(base: Any) -> nn.Module:
-    """The part of a transformers model that ends in hidden states, as the model calls it: OPT's is inside its base."""
-    return getattr(base.base_model, "decoder", base.base_model)
+    """The part of a transformers model that ends in hidden states, as the model calls it: OPT's is inside its base.
+
+    The model itself, if it has no head.
+    """
+    inner = base.base_model
+    if inner is base:  # Llama 4's prefix is of the model with its vision, and names nothing in the text's alone
+        inner = getattr(base, "model", base)
+    return getattr(inner, "decoder", inner)
 
 
 def decode(model: nn.Module, decoder: nn.Module, **inputs: Any) -> tuple[Any, Tensor]:

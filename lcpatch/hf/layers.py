@@ -27,11 +27,17 @@ def is_self_attention(module: nn.Module) -> bool:
     )
 
 
-def shape_of(config: Any, rank: int, num_sparse: int) -> LayerShape:
-    """The heads of the model's layers, for the pattern."""
+def shape_of(config: Any, rank: int, num_sparse: int, layer: int = 0) -> LayerShape:
+    """The heads of a model's layer, for the pattern."""
     num_heads = config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    return LayerShape(num_heads, num_kv_heads, rank, num_sparse)
+    return LayerShape(num_heads, num_kv_heads_of(config, layer), rank, num_sparse)
+
+
+def num_kv_heads_of(config: Any, layer: int) -> int:
+    """KV heads of a layer; those of some models differ (Gemma 4), whose config then has no number for all."""
+    per_layer = getattr(config, "per_layer_config", None)  # of newer transformers
+    own = config if per_layer is None else per_layer[layer]
+    return getattr(own, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def head_dim_of(module: nn.Module) -> int:
@@ -69,7 +75,7 @@ def layer_states(
     for index, state in states.items():
         states[index] = replace(state, mode=patch.mode, impl=impl, routed=False)
         if index in patch.layers:
-            shape = shape_of(config, patch.layers.index(index), len(patch.layers))
+            shape = shape_of(config, patch.layers.index(index), len(patch.layers), index)
             rules = with_sink_tokens(pattern.rules(shape), patch.sinks)
             spec = BlockSparseSpec.of(rules, getattr(pattern, "block_size", 64))
             states[index] = replace(

@@ -69,7 +69,7 @@ def make_sinks(module: nn.Module, setting: str | None) -> dict[str, nn.Parameter
     sinks = parse_sinks(setting)
     if sinks is None or not sinks.learnable:
         return {}
-    shape, device = shape_of(module.config, 0, 1), next(weights_of(module)).device
+    shape, device = shape_of(module.config, 0, 1, module.layer_idx), next(weights_of(module)).device
     if sinks.kind == "logit":
         return {
             SINK_LOGIT: nn.Parameter(torch.full((shape.num_heads,), sinks.start, dtype=torch.float32, device=device))

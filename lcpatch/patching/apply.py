@@ -194,7 +194,7 @@ def _states(
             f"a share of; give a fixed group_size, such as {pattern.name!r}, group_size=1024 (and no wrap)"
         )
     states = layer_states(model_config, modules, config, pattern, impl)
-    for message in pattern.warnings(shape_of(model_config, 0, len(chosen))):
+    for message in pattern.warnings(shape_of(model_config, 0, len(chosen), chosen[0])):
         warnings.warn(message, stacklevel=3)
     return states, config
 

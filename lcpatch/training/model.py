@@ -57,7 +57,7 @@ def why_documents_meet(config: TrainConfig) -> str | None:
     """Why documents in one row would see each other in this model, whatever its attention does; None: they do not."""
     from transformers import AutoConfig
 
-    model = AutoConfig.from_pretrained(resolve(config.model))
+    model = AutoConfig.from_pretrained(resolve(config.model)).get_text_config()
     kinds = set(getattr(model, "layer_types", None) or ()) - {*KINDS, *STATELESS}
     if not kinds:
         return None

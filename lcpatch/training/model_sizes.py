@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from ..core.errors import UnsupportedModelError
-from ..hf.layers import head_dim_of, shape_of
+from ..hf.layers import head_dim_of, num_kv_heads_of, shape_of
 from ..hf.models import attention_modules, full_attention_layers
 from ..hf.state import own_spec
 from ..patching.resolve import pattern_of, sparse_layers
 from . import arms, lora
 from .step_cost import Sizes
+from .support import KINDS
 
 
 def on_meta(config: Any) -> nn.Module:
@@ -35,13 +36,13 @@ def sizes_of(model: nn.Module, tune: str = "lora+") -> Sizes:
     Raises:
         UnsupportedModelError: a model that `tune` or a patch does not take.
     """
-    config, modules = model.config, attention_modules(model)
+    config, modules = model.config.get_text_config(), attention_modules(model)
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     behind = {id(p) for m in (head, embeddings) for p in m.parameters()}
     linear = sum(_active(config, n, p) for n, p in model.named_parameters() if id(p) not in behind)
     shape = shape_of(config, 0, 1)
-    head_dim = head_dim_of(next(iter(modules.values())))
+    keys = sum(head_dim_of(module) * num_kv_heads_of(config, layer) for layer, module in modules.items())
     intermediate = max(_active_in_mlp(config, model, module) for module in modules.values()) // (3 * config.hidden_size)
     with torch.device("meta"):
         trained = sum(p.numel() for p in lora.trainable(lora.prepare(model, tune)))
@@ -51,10 +52,11 @@ def sizes_of(model: nn.Module, tune: str = "lora+") -> Sizes:
         head=head.weight.numel(),
         trained=trained,
         layers=len(modules),
+        depth=config.num_hidden_layers,
         hidden=config.hidden_size,
         intermediate=intermediate,
-        attention=shape.num_heads * head_dim,
-        kv=2 * 2 * len(modules) * shape.num_kv_heads * head_dim,
+        attention=shape.num_heads * sum(map(head_dim_of, modules.values())) // len(modules),
+        kv=2 * 2 * keys,
     )
 
 
@@ -76,20 +78,27 @@ def _active_in_mlp(config: Any, model: nn.Module, attention: nn.Module) -> int:
 
 
 def density(config: Any, attention: str, options: Mapping[str, Any], layers: Any, length: int) -> float:
-    """Pairs that an arm attends to over the causal ones, mean over the layers; a layer's own window counts as well."""
+    """Pairs that an arm attends to over the causal ones, mean over the layers that attend; a window counts as well."""
     patch = arms.patch_for(attention, dict(options), layers)
-    every = list(range(config.num_hidden_layers))
+    every = attending(config)
     full = full_attention_layers(config, every)
     shares = dict.fromkeys(every, own_spec(1, window_of(config)).density(length)) | dict.fromkeys(full, 1.0)
     if patch.mode != "never":
         chosen, pattern = sparse_layers(patch.layers, config, every), pattern_of(patch)
         for rank, layer in enumerate(chosen):
-            shares[layer] = pattern.spec(shape_of(config, rank, len(chosen))).density(length)
+            shares[layer] = pattern.spec(shape_of(config, rank, len(chosen), layer)).density(length)
     return sum(shares.values()) / len(shares)
+
+
+def attending(config: Any) -> list[int]:
+    """The layers with attention; in some models others carry a state."""
+    kinds = getattr(config, "layer_types", None) or [KINDS[0]] * config.num_hidden_layers
+    return [layer for layer, kind in enumerate(kinds) if kind in KINDS]
 
 
 def window_of(config: Any) -> int | None:
     """The tokens that those layers attend within that do not attend to their whole past; None: there are none."""
-    if len(full_attention_layers(config, range(config.num_hidden_layers))) == config.num_hidden_layers:
+    every = attending(config)
+    if len(full_attention_layers(config, every)) == len(every):
         return None
     return getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)

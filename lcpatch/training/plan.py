@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..hf.models import full_attention_layers
-from .model_sizes import density, on_meta, sizes_of, window_of
+from .model_sizes import attending, density, on_meta, sizes_of, window_of
 from .step_cost import GIB, Sizes, peak_bytes, step_seconds
 from .support import why_inexact
 
@@ -64,6 +64,7 @@ def plan(
         UnsupportedModelError: a model that `tune` or a patch does not take.
     """
     model = on_meta(config)
+    config = config.get_text_config()  # of several parts, where the model is only its text's
     why_no_chunks = why_inexact(model, config, length)
     sizes = sizes_of(model, tune)
     rows = []
@@ -95,6 +96,6 @@ def _ways(config: Any, attention: str, length: int) -> Iterator[tuple[str, str, 
 
 def _every_2nd(config: Any) -> list[Any]:
     """Every second layer that a pattern can govern, as `--layers` takes it; nothing where there is but one."""
-    every = list(range(config.num_hidden_layers))
+    every = attending(config)
     full = full_attention_layers(config, every)
-    return [] if len(full) < 2 else ["every_2" if full == every else full[::2]]
+    return [] if len(full) < 2 else ["every_2" if len(full) == config.num_hidden_layers else full[::2]]

@@ -32,6 +32,13 @@ def extend(config: Any, length: int, kind: str = "linear") -> Any:
     """
     if kind not in KINDS:
         raise ValueError(f"rope={kind!r} is not one of {', '.join(KINDS)}, none")
+    if (text := config.get_text_config()) is not config:
+        if extend(text, length, kind) is text:
+            return config
+        raise UnsupportedModelError(
+            f"{config.model_type} has several parts, and only a language model alone is extended to {length} tokens: "
+            "save it by itself first, or take rope='none'"
+        )
     limit = getattr(config, "max_position_embeddings", None)
     parameters = getattr(config, "rope_parameters", None)
     if limit is None or not parameters:

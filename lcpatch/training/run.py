@@ -15,13 +15,16 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..core.errors import UnsupportedModelError
 from ..hf.demo_model import cache_folder
+from ..hf.models import unwrap
 from . import arms, encode, lora, rows, tokens
 from .checkpoints import alone_in, arriving, claim, resumed_from, step_of
 from .config import TrainConfig
 from .model import checkpointing_settings, dtype_of, enable_inputs, load_model, load_tokenizer, why_documents_meet
 from .sharded import launched_as
 from .sources import sources
+from .support import why_inexact
 
 LOG_FILE = "log.json"
 Save = Callable[..., None]
@@ -99,6 +102,8 @@ def _train(config: TrainConfig, save: Save | None, held: ExitStack) -> Result:
         checkpoint = resumed_from(output, record, config.resume if state.is_main_process else "auto")
     set_seed(config.seed)
     model = load_model(config)
+    if config.chunk_size and (reason := why_inexact(model, unwrap(model).config, config.length)):
+        raise UnsupportedModelError(f"{config.model}: {reason}; or leave --chunk-size out")
     stop = StopOnSignal()
     with ExitStack() as stack:
         stack.callback(enable_inputs(model).remove)

@@ -57,9 +57,11 @@ class Sizes:
         linear: parameters of the layers' matrix products, as far as one token goes through them.
         head: parameters of the head.
         trained: parameters that are trained.
-        layers, hidden: as in its config.
+        layers: those that attend.
+        depth: all of them.
+        hidden: size of the residual stream.
         intermediate: of a gated MLP with as many parameters as a token goes through in the widest layer's.
-        attention: query heads x head dim.
+        attention: query heads x head dim, mean over the layers.
         kv: bytes of a token's keys and values, all layers.
     """
 
@@ -68,6 +70,7 @@ class Sizes:
     head: int
     trained: int
     layers: int
+    depth: int
     hidden: int
     intermediate: int
     attention: int
@@ -76,7 +79,7 @@ class Sizes:
     @property
     def checkpoints(self) -> int:
         """Bytes of a token's checkpoints: one hidden state a layer."""
-        return 2 * self.layers * self.hidden
+        return 2 * self.depth * self.hidden
 
     @property
     def work(self) -> float:

@@ -15,7 +15,8 @@ from lcpatch_kernels.block_sparse import TRITON_DTYPES, TRITON_MAX_HEAD_DIM, has
 
 from ..core.errors import UnsupportedModelError
 from ..hf import NAME
-from ..hf.layers import state_of
+from ..hf.head import decoder_of
+from ..hf.layers import head_dim_of, state_of
 from ..hf.models import attention_modules, full_attention_layers, unwrap
 from ..hf.route import route, unroute
 from ..hf.state import ATTRIBUTE, dense_name
@@ -72,7 +73,7 @@ def check_model(model: nn.Module, text: Text, num_chunks: int) -> Any:
     inner = without_wrapper(model)
     base = unwrap(inner)
     config = getattr(base, "config", None)
-    if config is None or getattr(base, "base_model", base) is base:
+    if config is None or not hasattr(base, "base_model") or decoder_of(base) is base:
         raise UnsupportedModelError(f"{type(base).__name__} is not a causal language model of transformers with a head")
     if reason := why_inexact(inner, config, text.ids.shape[1]):
         raise UnsupportedModelError(f"{config.model_type}: {reason}; {INSTEAD}")
@@ -263,7 +264,7 @@ def _not_ours(base: Any, text: Text) -> str | None:
 
 def _has_kernel(base: Any) -> bool:
     weight = next(base.parameters())
-    head_dim = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
+    head_dim = max(map(head_dim_of, attention_modules(base).values()))
     return weight.is_cuda and has_triton() and weight.dtype in TRITON_DTYPES and head_dim <= TRITON_MAX_HEAD_DIM
 
 

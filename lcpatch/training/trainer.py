@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..core.errors import TrainingError
 from ..hf.models import unwrap
+from ..hf.state import SINK_LOGIT
 from . import arms
 from .checkpoints import STAGING, TRAINER_STATE_NAME, discard, load_sinks, reading, save_sinks, sinks_of, writing
 from .chunkwise_trainer import ChunkwiseMixin
@@ -106,6 +107,10 @@ class LongTrainer(ParallelMixin, ChunkwiseMixin, ShardedMixin, Trainer):
         norm = super()._get_grad_norm(*args, **kwargs)
         self._finite("gradient's norm", float(norm))
         return norm
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Without sink logits: like a bias, one has no reason to be small, and 0 is far from where it begins."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(SINK_LOGIT)]
 
     def _finite(self, what: str, value: float) -> float:
         if math.isfinite(value):

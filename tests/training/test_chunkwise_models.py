@@ -103,11 +103,13 @@ def gemma4(**changes) -> nn.Module:
 
 @pytest.mark.parametrize("changes", [{}, {"attention_k_eq_v": True, "num_global_key_value_heads": 1}])
 def test_gemma4(changes: dict):
-    """Heads of two sizes, embeddings for every layer; keys that are the values."""
+    """Heads of two sizes, embeddings for every layer; keys that are the values; patched, too."""
     model, ids = gemma4(**changes), tokens(2)
     want, allowed = plain(model, ids, ids), rounding(model)
-    for options in ({"attention": "own"}, {"attention": "lcpatch"}, {"offload": True}):
+    for options in ({}, {"attention": "own"}, {"attention": "lcpatch"}, {"offload": True}):
         assert_same(chunked(model, ids, ids, 16, **options), want, allowed)
+    lcpatch.apply(model, "s2", sinks="logit:0", **SHORT["s2"]).double()
+    assert_same(chunked(model, ids, ids, 16), plain(model, ids, ids), rounding(model))
 
 
 def test_gemma4_whose_layers_share_keys():
@@ -194,3 +196,21 @@ def test_a_model_that_views_what_attention_returned():
     model.set_experts_implementation("batched_mm")
     want = plain(model, ids, ids)
     assert_same(chunked(model, ids, ids, 16, attention="lcpatch"), want, rounding_of_attention(model, ids, ids))
+
+
+def test_llama4():
+    """Its base is no part of it by name; layers attend within chunks of their own, or without positions."""
+    own = {"intermediate_size_mlp": 40, "num_local_experts": 2, "num_experts_per_tok": 1, "attention_chunk_size": 20}
+    config = transformers.Llama4TextConfig(**{**SIZES, "num_hidden_layers": 4, "head_dim": 16}, **own, floor_scale=8)
+    torch.manual_seed(0)
+    model = transformers.Llama4ForCausalLM(config).double().train()
+    whole, (padded, mask) = tokens(2), pad(documents(), "left")
+    for ids, inputs in ((whole, {}), (padded, {"attention_mask": mask})):
+        labels = ids.masked_fill(mask == 0, -100) if inputs else ids
+        want, allowed = plain(model, ids, labels, **inputs), rounding_of_attention(model, ids, labels, **inputs)
+        for attention in ("own", "lcpatch"):
+            assert_same(chunked(model, ids, labels, 16, attention=attention, **inputs), want, allowed)
+    model.zero_grad()
+    loss = fused_loss(model, {"input_ids": whole, "labels": whole, "use_cache": False})
+    loss.backward()
+    assert_same((loss.item(), taken(model)), plain(model, whole, whole), rounding(model))

@@ -3,14 +3,18 @@
 from types import SimpleNamespace
 
 import pytest
+import test_chunkwise_models
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from lcpatch.cli import main
-from lcpatch.training import buffers, chunkwise, model_sizes, plan, step_cost
-from lcpatch.training.model_sizes import on_meta, sizes_of
+from lcpatch.core.errors import UnsupportedModelError
+from lcpatch.training import buffers, chunkwise, model_sizes, plan, rope, step_cost
+from lcpatch.training.config import TrainConfig
+from lcpatch.training.model import why_documents_meet
+from lcpatch.training.model_sizes import density, on_meta, sizes_of
 
 LIMIT = 0.1  # of test_plan.py
 SIZES = {
@@ -118,3 +122,37 @@ def test_a_model_that_chunks_refuse_is_planned_without_them(tmp_path, capsys):
     assert "SeCO" not in said
     assert "Not by chunks (--chunk-size): layers of kind linear_attention carry a state" in said
     assert plan.plan(made("mixtral"), 1000, 80).why_no_chunks is None
+    kinds = ["linear_attention", "full_attention"] * 2
+    assert density(transformers.Qwen3NextConfig(**sizes, layer_types=kinds), "s2", {}, None, 10**6) == (
+        pytest.approx(density(made("mixtral", num_hidden_layers=2), "s2", {}, None, 10**6))
+    )  # of the layers that attend
+    sizes = sizes_of(on_meta(config))
+    assert sizes.checkpoints == 2 * 4 * SIZES["hidden_size"]
+    assert sizes.layers == 1
+
+
+def test_heads_of_two_sizes():
+    """Gemma 4's: keys and values as by chunks they are held, and scores of either size."""
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("this transformers has no Gemma 4")
+    config = test_chunkwise_models.gemma4(attention_k_eq_v=True, num_global_key_value_heads=1).config
+    sizes = sizes_of(on_meta(config), "lora")
+    assert sizes.attention == 4 * (16 + 32) // 2
+    assert sizes.kv == 2 * 2 * 2 * (2 * 16 + 1 * 32)
+    assert len(plan.plan(config, 1000, 80).rows) > 4
+
+
+def test_a_config_of_parts_whose_model_is_its_texts(tmp_path, capsys):
+    if not hasattr(transformers, "Qwen3_5Config"):
+        pytest.skip("this transformers has no Qwen 3.5")
+    text = {**SIZES, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "head_dim": 16}
+    transformers.Qwen3_5Config(text_config=text).save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--length", "1000", "--ranks", "2", "--attention", "full"]) == 0
+    assert "Not by chunks (--chunk-size): layers of kind linear_attention" in capsys.readouterr().out
+    settings = TrainConfig(model=str(tmp_path))
+    assert "carry a state from one document to the next" in why_documents_meet(settings)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    limit = config.get_text_config().max_position_embeddings
+    assert rope.extend(config, limit) is config
+    with pytest.raises(UnsupportedModelError, match="qwen3_5 has several parts"):
+        rope.extend(config, limit + 1)

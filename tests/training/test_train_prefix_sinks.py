@@ -10,6 +10,7 @@ from training_cases import Interrupt, ids, run
 import lcpatch
 from lcpatch.hf.models import attention_modules, unwrap
 from lcpatch.hf.sinks import is_sink, sink_parameters
+from lcpatch.hf.state import SINK_LOGIT
 from lcpatch.training import lora, trainer
 
 SETTINGS = {"attention": "sf", "sinks": "prefix:2", "eval_rows": 0}
@@ -78,3 +79,15 @@ def test_a_stopped_run_goes_on_exactly(base, tmp_path: Path, monkeypatch):
     assert stopped.losses + resumed.losses == whole.losses
     want = sinks(whole.model)
     assert all(torch.equal(x, want[name]) for name, x in sinks(resumed.model).items())
+
+
+def test_logits_do_not_decay(base, tmp_path: Path):
+    """Of what is trained, the first step moves by its gradient alone what is no weight."""
+    settings = {"attention": "sf", "sinks": "logit:-3", "steps": 1, "save_every": 0, "eval_rows": 0}
+    decayed, whole = (
+        dict(run(base, tmp_path / str(decay), weight_decay=decay, **settings).model.named_parameters())
+        for decay in (0.5, 0.0)
+    )
+    same = {name for name, p in whole.items() if p.requires_grad and torch.equal(p, decayed[name])}
+    assert sum(name.endswith(SINK_LOGIT) for name in same) == 2
+    assert not any("lora_A" in name for name in same)

@@ -42,8 +42,9 @@ def test_settings_that_fit_no_model_are_told_before_data_is_read(base, tmp_path:
 
 def test_settings_that_do_not_fit_the_model_take_no_folder(base, tmp_path: Path):
     """So that the mended command does not find another run there."""
-    for settings in ({"dense": "nothing"}, {"attention": "s2", "layers": (7,)}):
-        with pytest.raises(ValueError, match=r"nothing|layers: there is no layer 7"):
+    dynamic = {"attention": "full", "length": 600, "rope": "dynamic", "chunk_size": 40}
+    for settings in ({"dense": "nothing"}, {"attention": "s2", "layers": (7,)}, dynamic):
+        with pytest.raises(ValueError, match=r"nothing|layers: there is no layer 7|or leave --chunk-size out"):
             run(base, tmp_path, **FAST | settings)
         assert not list(tmp_path.iterdir())
     assert run(base, tmp_path, **FAST).finished
