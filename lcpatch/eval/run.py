@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from ..hf.models import evaluating
 from ..patching.apply import RECORD, unwrap
 from .arms import CACHE_CHUNK, Arm
 from .reader import Reader
@@ -179,28 +180,23 @@ def _run(
     work = {a.label: sum(unit.length for _, unit, left in todo if a in left) for a in arms}
     for arm in arms:
         arm.warn()
-    was_training = model.training
-    model.eval()
     # In tokens, not samples, so that the ETA holds when lengths differ.
     look = {"unit": "tok", "unit_scale": True, "disable": None if progress is None else not progress}
-    try:
-        with tqdm(total=sum(work.values()), **look) as bar:
-            for task, unit, left in todo:
-                sample = task.sample(text, unit) if left else None  # once, for all arms
-                for arm in left:
-                    bar.set_description_str(f"{task.name} {unit.length} {arm.label}"[:48])
-                    row = _measure(model, text, task, sample, arm, score, batch_size)
-                    facts = {
-                        "arm": arm.label,
-                        "task": task.name,
-                        "length": unit.length,
-                        "seed": unit.seed,
-                        **unit.facts,
-                    }
-                    store.add(_key(arm, task, unit), facts | row)
-                    bar.update(unit.length)
-    finally:
-        model.train(was_training)
+    with evaluating(model), tqdm(total=sum(work.values()), **look) as bar:
+        for task, unit, left in todo:
+            sample = task.sample(text, unit) if left else None  # once, for all arms
+            for arm in left:
+                bar.set_description_str(f"{task.name} {unit.length} {arm.label}"[:48])
+                row = _measure(model, text, task, sample, arm, score, batch_size)
+                facts = {
+                    "arm": arm.label,
+                    "task": task.name,
+                    "length": unit.length,
+                    "seed": unit.seed,
+                    **unit.facts,
+                }
+                store.add(_key(arm, task, unit), facts | row)
+                bar.update(unit.length)
 
 
 def _measure(

@@ -22,7 +22,7 @@ from ..caches.layer import AttendingLayer
 from ..caches.scattered import is_dense
 from ..caches.scorers import Bookmarks
 from ..core.errors import TrainingError
-from ..hf.models import unwrap
+from ..hf.models import evaluating, unwrap
 from ..hf.route import is_routed, unroute
 from ..hf.watch import Call, attend
 
@@ -122,13 +122,13 @@ def _lessons(model: nn.Module, texts: Iterable[Tensor], lesson: Lesson) -> Itera
 @contextmanager
 def lent(model: nn.Module) -> Iterator[None]:
     """The model frozen and in eval mode, and afterwards as it was, its attention routed to caches or not."""
-    routed, training = is_routed(unwrap(model)), model.training
+    routed = is_routed(unwrap(model))
     trained = [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        model.train(training)
         for p in trained:
             p.requires_grad_(True)
         if not routed:

@@ -21,7 +21,7 @@ from lcpatch_kernels import BlockSparseSpec
 from ..core.config import PatchConfig
 from ..hf import watch
 from ..hf.layers import state_of
-from ..hf.models import attention_modules, unwrap
+from ..hf.models import attention_modules, evaluating, unwrap
 from ..patching import apply, remove
 from ..patching.apply import record_of
 from ..patterns import AttentionPattern
@@ -80,21 +80,18 @@ def attention_mass(
         raise ValueError("the model is patched: lcpatch.remove(model) first, as its dense attention is looked at")
     if not texts:
         raise ValueError("give at least one text to measure on")
-    was_training = model.training
     apply(model, pattern, mode="never")
     try:
-        model.eval()
         states = {n: state_of(m) for n, m in attention_modules(base).items()}
         specs = {n: state.spec for n, state in states.items() if state is not None and state.spec is not None}
         sums = {n: torch.zeros(base.config.num_attention_heads, dtype=torch.float64) for n in specs}
         rows = 0
         for ids in texts:
-            with _listening(base, specs, sums):
+            with evaluating(model), _listening(base, specs, sums):
                 model(input_ids=ids.to(base.device), use_cache=False, logits_to_keep=1)
             rows += ids.numel()
     finally:
         remove(model)
-        model.train(was_training)
     length = max(ids.shape[1] for ids in texts)
     density = sum(spec.density(length) for spec in specs.values()) / len(specs)
     return Mass(torch.stack([sums[n] / rows for n in specs]), tuple(specs), density)
