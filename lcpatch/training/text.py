@@ -66,6 +66,8 @@ def make_text(
         ValueError: shapes that do not fit, or no label and no `num_items_in_batch` to divide by.
     """
     _check(input_ids, labels, attention_mask, position_ids, chunk_size)
+    if isinstance(num_items_in_batch, int) and num_items_in_batch < 1:  # a tensor's number would be waited for
+        raise ValueError(f"num_items_in_batch={num_items_in_batch}, which divides the loss, must be at least 1")
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     valid = targets != IGNORE
     if num_items_in_batch is None:
@@ -126,8 +128,8 @@ def _check(
         raise ValueError(f"input_ids {list(input_ids.shape)} must be [batch, tokens], with at least one token")
     if labels.shape != input_ids.shape:
         raise ValueError(f"labels {list(labels.shape)} must have the shape of input_ids, {list(input_ids.shape)}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size} must be at least 1 token")
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size!r} must be a whole number of tokens, at least 1")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask {list(attention_mask.shape)} must be [batch, tokens] like input_ids "

@@ -369,6 +369,8 @@ def test_inputs():
     model, ids = double(), tokens(2)
     refused(model, "labels", ValueError, labels=ids[:, 1:])
     refused(model, "chunk_size=0", ValueError, size=0)
+    refused(model, "chunk_size='16' must be a whole number", ValueError, size="16")
+    refused(model, "num_items_in_batch=0, which divides the loss", ValueError, num_items_in_batch=0)
     refused(model, "input_ids", ValueError, ids=ids[0])
     refused(model, "attention_mask", ValueError, attention_mask=torch.ones(2, 3))
     refused(model, "position_ids", ValueError, position_ids=torch.arange(TOKENS))
