@@ -1,4 +1,4 @@
-"""Chelsea against its definition, spelt out in float64 with Python's lists: who joins whom, and what attention gives."""
+"""Chelsea against its definition, spelt out in float64 with Python's lists: who joins whom, what attention gives."""
 
 import math
 
@@ -10,6 +10,7 @@ from lcpatch.caches.budget import Budget
 from lcpatch.caches.cluster import ClusterLayer, Merging
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
+SIZES = {"prompt": [70, *[1] * 40], "chunks": [20, 25, 1, 1, 30, *[1] * 20], "tokens": [1] * 60}
 
 
 class Cluster:
@@ -47,7 +48,8 @@ def merged(slots, to, chunk):
         last = max(gives * rest // len(slots), gives - whole * (chunk // 2))
         each, more = divmod(gives - last, whole) if whole else (0, 0)
         parts = [matched(slots[n * chunk : (n + 1) * chunk], each + (n < more)) for n in range(whole)]
-        slots, passes = [x for part in [*parts, matched(slots[whole * chunk :], last)] for x in part], max(passes - 1, 0)
+        slots = [x for part in [*parts, matched(slots[whole * chunk :], last)] for x in part]
+        passes = max(passes - 1, 0)
     return slots
 
 
@@ -85,7 +87,7 @@ class Definition:
         self.centroids = to
 
 
-@pytest.mark.parametrize("sizes", [[70, *[1] * 40], [20, 25, 1, 1, 30, *[1] * 20], [1] * 60], ids=["prompt", "chunks", "tokens"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("budget", [Budget(20, 2, 0.25, 1, 1), Budget(16, 1, 5, 4, 1), Budget(0.3, 3, 0.5, None, 1)])
 @pytest.mark.parametrize("chunk", [4, 16])
 def test_cluster_is_its_definition(sizes, budget, chunk):
