@@ -50,7 +50,8 @@ class H2OCache(LongCache):
             any; "decay": each step's older sums count `decay` to the power of the step's queries.
         decay: of score="decay".
         group: how the query heads of a KV head are put together: "sum", "mean" or "max".
-        grace: so many of the newest tokens beyond `recent` are not judged either, while they fit: their sums are young.
+        grace: where it is more than `recent`, so many of the newest tokens are not judged either, while they fit: their
+            sums are young.
         evict_every: tokens between two compactions while generating; default a 32nd of the budget, at most 256.
         codec: how keys and values are stored: None (as they are), "bf16", "int8", "int4" or "fp8".
         compiled: generate in buffers that never move: on a GPU `generate` then compiles the decode step, once, and
