@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 from jinja2 import TemplateError
@@ -86,7 +88,8 @@ def chats(tokenizer: Any, length: int) -> Encoder:
     A record has `messages` and perhaps `tools`, of which an assistant's may call some instead of saying anything; or
     `prompt` and `completion`, which take no template; or `instruction`, `output` and perhaps `input` (LongAlpaca's
     form), which become one message of the user and one of the assistant. A conversation that is longer than `length` is
-    left out: cut short, it would lose its answer.
+    left out: cut short, it would lose its answer. Where a template writes earlier turns otherwise once there is a later
+    one (Qwen 3's drops what was thought), only the last answer is predicted, after what the model then reads.
 
     Raises:
         ValueError: (when records are encoded) another form, or a tokenizer without a template that can be used.
@@ -140,20 +143,32 @@ def _pieces(tokenizer: Any, record: Record) -> Iterator[tuple[str, bool]]:
             "this tokenizer has no chat template: take an instruction-tuned model's, or records with `prompt` and "
             "`completion`"
         )
-    done, tools = "", record["tools"]
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = _render(tokenizer, messages[:number], tools, add_generation_prompt=True)
-        whole = _render(tokenizer, messages[: number + 1], tools)
-        if not (prompt.startswith(done) and whole.startswith(prompt)):
-            raise ValueError(
-                "this chat template changes earlier turns when one is added, so that answers cannot be told from "
-                "prompts; give records with `prompt` and `completion` instead"
-            )
+    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    found = [_turn(tokenizer, messages, n, record["tools"]) for n in answers]
+    if not all(later.startswith(prompt + answer) for (prompt, answer), (later, _) in pairwise(found)):
+        warnings.warn(
+            "this chat template changes earlier turns when one is added (as where it drops what was thought): of such "
+            "conversations only the last answer is learnt, after what it makes of the others then",
+            stacklevel=2,
+        )
+        found = found[-1:]
+    done = ""
+    for prompt, answer in found:
         yield prompt[len(done) :], False
-        yield whole[len(prompt) :], True
-        done = whole
+        yield answer, True
+        done = prompt + answer
+
+
+def _turn(tokenizer: Any, messages: list[Any], number: int, tools: list[Any] | None) -> tuple[str, str]:
+    """What the assistant reads before message `number`, and what it says."""
+    prompt = _render(tokenizer, messages[:number], tools, add_generation_prompt=True)
+    whole = _render(tokenizer, messages[: number + 1], tools)
+    if not whole.startswith(prompt):
+        raise ValueError(
+            "this chat template changes earlier turns when an answer is added to them, so that it cannot be told from "
+            "its prompt; give records with `prompt` and `completion` instead"
+        )
+    return prompt, whole[len(prompt) :]
 
 
 def _render(tokenizer: Any, messages: list[Mapping[str, Any]], tools: list[Any] | None, **kwargs: bool) -> str:

@@ -381,6 +381,22 @@ def test_conversations_that_a_template_does_not_take(tmp_path, chatty, template,
         store(tmp_path, [{"messages": messages}], encode.chats(chatty, 100))
 
 
+def test_a_template_that_writes_earlier_turns_otherwise(tmp_path, chatty):
+    """As Qwen 3's, which drops what was thought: the model will read the last answer's past so, and learns that one."""
+    chatty.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' and loop.last %}(thought) {% endif %}"
+        "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    roles = ("user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, ("a", "b", "c", "d"), strict=True)]
+    with pytest.warns(UserWarning, match="changes earlier turns"):
+        made = store(tmp_path, [{"messages": messages}], encode.chats(chatty, 1000))
+    prompt, answer = "user: a\nassistant: b\nuser: c\nassistant: ", "(thought) d\n"
+    prompt_ids, answer_ids = (TOKENIZER(text, add_special_tokens=False).input_ids for text in (prompt, answer))
+    assert made.tokens(0, len(made)).tolist() == prompt_ids + answer_ids
+    assert made.learn(0, len(made)).tolist() == [False] * len(prompt_ids) + [True] * len(answer_ids)
+
+
 def test_templates_that_cannot_be_used(tmp_path, chatty):
     chatty.chat_template = "{{ messages | length }}{{ messages[0]['content'] }}"
     with pytest.raises(ValueError, match="changes earlier turns"):
