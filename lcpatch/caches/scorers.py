@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from lcpatch_kernels import page_bounds, page_scores
 
-from ..core.errors import LcpatchError
+from ..core.errors import LcpatchError, UnsupportedModelError
 from ..core.registry import Registry
+from ..hf.layers import head_dim_of, num_kv_heads_of
+from ..hf.models import attention_modules, full_attention_layers, unwrap
 
 scorers: Registry[type[Scorer]] = Registry("page scorer", package="lcpatch.caches")
 
@@ -106,11 +108,21 @@ class Bookmarks(nn.Module):
 
     @classmethod
     def of(cls, model: nn.Module) -> Bookmarks:
-        """Untrained ones of the shape that `model` needs."""
-        config = model.config.get_text_config()
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, head_dim)
+        """Untrained ones of the shape that `model` needs.
+
+        Raises:
+            UnsupportedModelError: its full-attention layers have KV heads of several numbers or sizes.
+        """
+        base = unwrap(model)
+        config, modules = base.config.get_text_config(), attention_modules(base)
+        full = full_attention_layers(config, list(modules)) or list(modules)
+        shapes = {(num_kv_heads_of(config, layer), head_dim_of(modules[layer])) for layer in full}
+        if len(shapes) > 1:
+            found = " and ".join(f"{heads} KV heads of {size}" for heads, size in sorted(shapes))
+            raise UnsupportedModelError(
+                f"{config.model_type} has layers with {found} numbers; bookmarks are of one shape: take scorer='mean'"
+            )
+        return cls(config.num_hidden_layers, *shapes.pop())
 
     def scores(self, layer: int, query: Tensor, keys: Tensor, page: int) -> Tensor:
         """Scores [B, H, T, pages] of any queries [B, H, T, D] for the full pages of keys [B, K, S, D]."""

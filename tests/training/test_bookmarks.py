@@ -10,11 +10,13 @@ import pytest
 import torch
 from cache_cases import feed
 from models import build, tokens
+from test_chunkwise_models import gemma4
 from transformers import DynamicCache
 
 import lcpatch
 from lcpatch.caches.scorers import Bookmarks
 from lcpatch.core.errors import TrainingError
+from lcpatch.hf.models import attention_modules
 from lcpatch.training.bookmarks import Lesson, measure_bookmarks, train_bookmarks
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +25,23 @@ PAGES = {"page": 4, "num_sinks": 4, "recent": 4}
 
 def texts(steps, length=120):
     return [tokens(2, length, seed=n) for n in range(steps)]
+
+
+def test_their_shape_is_that_of_the_layers_that_read_pages():
+    """Gemma 4's layers with a window have other KV heads. Untrained, bookmarks are means."""
+    model = gemma4(attention_k_eq_v=True, num_global_key_value_heads=1).eval()
+    assert Bookmarks.of(model).query.shape == (4, 1, 32, 32)
+    ids = tokens(1, 60) % model.config.vocab_size
+    caches = (lcpatch.RetrievalCache(model, 16, scorer=s, **PAGES) for s in ("mean", Bookmarks.of(model)))
+    one, other = (feed(model, ids, cache, [50, *[1] * 10]) for cache in caches)
+    assert torch.equal(one, other)
+
+
+def test_layers_of_several_shapes_have_no_bookmarks(monkeypatch):
+    model = build()
+    monkeypatch.setattr(next(iter(attention_modules(model).values())), "head_dim", 7)
+    with pytest.raises(lcpatch.UnsupportedModelError, match="3 KV heads of 7 and 3 KV heads of 16 numbers"):
+        Bookmarks.of(model)
 
 
 def test_pages_with_much_attention_come_to_score_high():
