@@ -86,10 +86,11 @@ def chats(tokenizer: Any, length: int) -> Encoder:
     """Every record's conversation through the chat template; only what the assistant says is predicted.
 
     A record has `messages` and perhaps `tools`, of which an assistant's may call some instead of saying anything; or
-    `prompt` and `completion`, which take no template; or `instruction`, `output` and perhaps `input` (LongAlpaca's
-    form), which become one message of the user and one of the assistant. A conversation that is longer than `length` is
-    left out: cut short, it would lose its answer. Where a template writes earlier turns otherwise once there is a later
-    one (Qwen 3's drops what was thought), only the last answer is predicted, after what the model then reads.
+    `prompt` and `completion`, which take no template, and start as texts do unless the prompt says that itself; or
+    `instruction`, `output` and perhaps `input` (LongAlpaca's form), which become one message of the user and one of the
+    assistant. A conversation that is longer than `length` is left out: cut short, it would lose its answer. Where a
+    template writes earlier turns otherwise once there is a later one (Qwen 3's drops what was thought), only the last
+    answer is predicted, after what the model then reads.
 
     Raises:
         ValueError: (when records are encoded) another form, or a tokenizer without a template that can be used.
@@ -100,13 +101,14 @@ def chats(tokenizer: Any, length: int) -> Encoder:
 
     def encode(records: list[Record]) -> list[Document | None]:
         made: list[Document | None] = []
+        start = _start(tokenizer)
         for record in records:
             tokens: list[int] = []
             learn: list[bool] = []
             for text, answer in _pieces(tokenizer, record):
-                starts = "prompt" in record and not answer  # a template writes what a text starts with by itself
-                ids = tokenizer(text, add_special_tokens=starts, verbose=False).input_ids
-                ids = ids[:-1] if starts and ids[-1:] == [tokenizer.eos_token_id] else ids
+                ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+                if "prompt" in record and not answer and ids[: len(start)] != start:  # a template writes its own
+                    ids = start + ids
                 tokens += ids
                 learn += [answer] * len(ids)
             made.append(Document(tokens, learn) if len(tokens) <= length and any(learn[1:]) else None)
@@ -114,6 +116,12 @@ def chats(tokenizer: Any, length: int) -> Encoder:
 
     key = hashlib.sha256(fingerprint(tokenizer).encode()).hexdigest()
     return Encoder(encode, f"chats/{length}/{key}", split)
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts in front of a text."""
+    whole, alone = (tokenizer("a", add_special_tokens=added, verbose=False).input_ids for added in (True, False))
+    return whole[: whole.index(alone[0])]
 
 
 def _text(record: Record, field: str) -> str:

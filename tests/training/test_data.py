@@ -367,6 +367,14 @@ def test_a_prompt_without_a_template_starts_as_texts_do(tmp_path, chatty):
     assert made.tokens(0, len(made)).tolist() == [*TOKENIZER("1 + 1 = 2").input_ids, EOS]
 
 
+def test_a_prompt_that_says_how_it_starts_or_ends_keeps_its_tokens(tmp_path, chatty):
+    """One that was written by a template begins with what texts start with, and earlier turns may end in its last."""
+    bos, eos = TOKENIZER.bos_token, TOKENIZER.eos_token
+    made = store(tmp_path, [{"prompt": f"{bos}1 + 1{eos}", "completion": " = 2"}], encode.chats(chatty, 100))
+    words = TOKENIZER(f"{bos}1 + 1{eos} = 2{eos}", add_special_tokens=False).input_ids
+    assert made.tokens(0, len(made)).tolist() == words
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "says"),
     [
