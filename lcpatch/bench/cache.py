@@ -30,6 +30,7 @@ from .geometry import LLAMA_8B, random_llama
 from .judge import between_backends
 
 LIMIT_S = 300  # for an arm at one length and batch
+WIDTH = max(len(arm.name) for arm in ARMS)
 
 
 def run(
@@ -93,7 +94,7 @@ def place(row: dict[str, Any]) -> tuple[int, int, int]:
 
 def format_row(row: Row) -> str:
     """One line of the table."""
-    start = f"{row.arm:36s} batch {row.batch:2d} {row.length:7d} "
+    start = f"{row.arm:{WIDTH}s} batch {row.batch:2d} {row.length:7d} "
     if row.why is not None:
         return start + row.why
     peak = "" if row.peak_gib is None else f"  peak {row.peak_gib:5.1f} GiB"

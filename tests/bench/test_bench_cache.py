@@ -184,3 +184,8 @@ def test_without_a_gpu_nothing_is_measured(capsys):
         pytest.skip("there is a GPU")
     assert main(["bench", "cache"]) == 2
     assert "needs a CUDA" in capsys.readouterr().err
+
+
+def test_lines_have_their_columns_in_one_place():
+    rows = [cache.Row(arm.name, 1, 96, why="out of memory") for arm in cache.ARMS]
+    assert len({cache.format_row(row).index("out of memory") for row in rows}) == 1
