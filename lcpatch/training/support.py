@@ -170,14 +170,27 @@ def _changing_rope(config: Any, length: int) -> str | None:
 
 @contextmanager
 def eager(model: nn.Module) -> Iterator[None]:
-    """What torch.compile wrapped around attention runs as it is: its graphs would be made anew for every chunk."""
+    """What torch.compile wrapped around attention runs as it is: its graphs would be made anew for every chunk.
+
+    Nothing else does: FlexAttention, which is compiled where it is called, would hold all scores.
+    """
     compiled = [m for m in model.modules() if "_orig_mod" in m._modules or m._compiled_call_impl is not None]
-    if not any(hasattr(inside, "layer_idx") for module in compiled for inside in module.modules()):
+    around = [m for m in compiled if any(hasattr(inside, "layer_idx") for inside in m.modules())]
+    wrappers = {m: m.forward for m in around if "_orig_mod" in m._modules}
+    in_place = {m: m._compiled_call_impl for m in around if m._compiled_call_impl is not None}
+    if wrappers or in_place:
+        logger.info("chunkwise: torch.compile is off around chunks; what is compiled inside of layers stays so")
+    try:
+        for module in wrappers:
+            module.forward = module._orig_mod.__call__
+        for module in in_place:
+            module._compiled_call_impl = None
         yield
-        return
-    logger.info("chunkwise: torch.compile is off around chunks; what is compiled inside of layers may stay so")
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    finally:
+        for module, forward in wrappers.items():
+            module.forward = forward
+        for module, call in in_place.items():
+            module._compiled_call_impl = call
 
 
 @contextmanager

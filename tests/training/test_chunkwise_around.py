@@ -85,6 +85,26 @@ def test_torch_compile(what: str):
     assert_same((float(loss), grads), want, allowed)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_is_compiled_inside_of_layers_stays_so(in_place: bool):
+    """As FlexAttention, which holds all scores where it is not compiled; and afterwards the model is compiled again."""
+    made: list[str] = []
+
+    def backend(what: str):
+        return lambda graph, _: made.append(what) or graph.forward
+
+    model, ids = build().train(), tokens(2)
+    for layer in model.model.layers:
+        layer.mlp.compile(backend=backend("mlp"))
+    compiled = torch.compile(model, backend=backend("model")) if not in_place else model
+    if in_place:
+        model.compile(backend=backend("model"))
+    chunkwise.backward(compiled, input_ids=ids, labels=ids, chunk_size=16)
+    assert set(made) == {"mlp"}
+    compiled(input_ids=ids, use_cache=False)
+    assert "model" in made
+
+
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
 def test_where_gradients_are_off(off: type):
     model, ids = build(), tokens(2)
