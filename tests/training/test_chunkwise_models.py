@@ -208,9 +208,12 @@ def test_llama4():
     for ids, inputs in ((whole, {}), (padded, {"attention_mask": mask})):
         labels = ids.masked_fill(mask == 0, -100) if inputs else ids
         want, allowed = plain(model, ids, labels, **inputs), rounding_of_attention(model, ids, labels, **inputs)
+        allowed = max(allowed, torch.finfo(torch.float32).eps)  # it rotates in fp32, where shapes decide the last bit
         for attention in ("own", "lcpatch"):
             assert_same(chunked(model, ids, labels, 16, attention=attention, **inputs), want, allowed)
     model.zero_grad()
     loss = fused_loss(model, {"input_ids": whole, "labels": whole, "use_cache": False})
     loss.backward()
-    assert_same((loss.item(), taken(model)), plain(model, whole, whole), rounding(model))
+    assert_same(
+        (loss.item(), taken(model)), plain(model, whole, whole), max(rounding(model), torch.finfo(torch.float32).eps)
+    )
