@@ -157,7 +157,7 @@ class ClusterLayer(FixedSlots, EvictingLayer):
         length, most = self.slots.length, max(targets)
         out = self._empty(most)
         for rows in alike(zip(self.counts, targets, self.budgets, self.centroids, self.pads, strict=True)):
-            row, which = rows[0], as_index(rows, len(self.pads))
+            row, which = rows[0], as_index(rows, len(self.pads), self.device)
             count, target = self.counts[row], targets[row]
             old, new = length - count, most - target
             if target == count:
@@ -185,7 +185,7 @@ class ClusterLayer(FixedSlots, EvictingLayer):
             return old.tensors
         return {n: x.new_zeros(*x.shape[:2], capacity, *x.shape[3:]) for n, x in self.slots.tensors.items()}
 
-    def _clusters(self, which: list[int] | slice, begin: int, end: int) -> Clusters:
+    def _clusters(self, which: Tensor | slice, begin: int, end: int) -> Clusters:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         tensors = {name: x[which, :, begin:end] for name, x in self.slots.tensors.items()}
         keys, values = (self._decoded(Slots(tensors, end - begin), name, like) for name in ("keys", "values"))

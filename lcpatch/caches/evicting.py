@@ -220,6 +220,7 @@ class EvictingLayer(SlottedLayer):
         """
         step, self._pending = self._pending, None
         if step is None:
+            self._trim()  # of a batch that lost its longest row, a step was taken back
             return
         self.observe(step)
         several = step.num_queries > 1

@@ -35,7 +35,7 @@ class FastTier:
     def tensors(self) -> tuple[Tensor, ...]:
         return self.data, *self.residents.tables
 
-    def open_pages(self, which: list[int] | slice) -> Tensor:
+    def open_pages(self, which: Tensor | slice) -> Tensor:
         """[rows, K, 2, page, D]; a view of all rows."""
         return self.data[which, :, :, self.slots * self.page :]
 
@@ -53,7 +53,7 @@ class FastTier:
         """Write pages [n, 2, page, D] to their slots."""
         by_group(self.data, self.page)[group, :, slot] = pages
 
-    def keep(self, which: list[int] | slice, end: int, pages: Tensor) -> None:
+    def keep(self, which: Tensor | slice, end: int, pages: Tensor) -> None:
         """Give slots to these rows' full pages [rows, K, n, 2, page, D], the last of which is `end` - 1."""
         num = pages.shape[2]
         page = torch.full((*self.data.shape[:2], num), -1, device=self.data.device)

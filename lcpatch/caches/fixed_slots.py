@@ -79,13 +79,17 @@ class FixedSlots(FixedLayer):
         self._return()
 
     def _return(self) -> None:
-        """Where what is kept has moved elsewhere, take it back or let the old tensors go: nothing is held twice."""
+        """Where what is kept has moved elsewhere, take it back or let the old tensors go: nothing is held twice.
+
+        They go too where a later turn's budget fills them, and left no room for the token that overflows it.
+        """
         if self._home is None:
             return
         home = self._home["keys"]
         if home.data_ptr() == self.slots.tensors["keys"].data_ptr():
-            return
-        if (len(home), home.shape[2]) == (len(self.pads), self._size()) and self.slots.length <= self._size():
+            if home.shape[2] < self._size():
+                self._home = None
+        elif (len(home), home.shape[2]) == (len(self.pads), self._size()) and self.slots.length <= self._size():
             for name, x in self._home.items():
                 x[:, :, : self.slots.length] = self.slots[name]
             self.slots = Slots(self._home, self.slots.length)

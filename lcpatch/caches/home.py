@@ -60,7 +60,7 @@ class Home:
             more = -(-missing // GRAIN) * GRAIN
             self.table, self.address = pad(self.table, (0, more), value=-1), pad(self.address, (0, more))
 
-    def put(self, which: list[int] | slice, begin: int, records: Tensor) -> None:
+    def put(self, which: Tensor | slice, begin: int, records: Tensor) -> None:
         """Store records [rows, K, n, bytes] of these rows' pages from `begin` on."""
         first, shape, end = self.store.append(records.flatten(0, 2)), records.shape[:3], begin + records.shape[2]
         numbers = torch.arange(first, first + shape.numel())

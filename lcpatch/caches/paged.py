@@ -204,6 +204,8 @@ class PagedLayer(AttendingLayer):
         self.seen, self.pads = seen, pads
         if seen:  # a row cropped to nothing counts anew
             self.budgets = wholes(numbers, "budgets", len(pads))  # of a longer text, if some was cropped
+            if min(self.budgets) < self.reads.least:
+                raise ValueError(f"budgets={self.budgets} must each be at least {self.reads.least} pages")
         self.online = [bool(on) for on in wholes(numbers, "online", len(pads), 1)]
         self._load_pages(tensors, numbers, lengths, like)
 

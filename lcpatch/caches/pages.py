@@ -54,7 +54,7 @@ class Pages:
         for rows in alike(zip(self.lengths, skip, strict=True)):
             length, first = self.lengths[rows[0]], skip[rows[0]]
             end = length + keys.shape[2] - first
-            which = as_index(rows, len(self.lengths))
+            which = as_index(rows, len(self.lengths), self.keys.device)
             for own, new in ((self.keys, keys), (self.values, values)):
                 own[which, :, length:end] = new[which, :, first:]
             for row in rows:

@@ -16,10 +16,13 @@ def alike(states: Iterable[object]) -> list[list[int]]:
     return list(groups.values())
 
 
-def as_index(rows: list[int], num_rows: int) -> list[int] | slice:
-    """`rows`, in order, of `num_rows` as an index: all of them as a slice, which copies nothing and does not wait for
-    the device."""
-    return slice(None) if len(rows) == num_rows else rows
+def as_index(rows: list[int], num_rows: int, device: torch.device) -> Tensor | slice:
+    """`rows`, in order, of `num_rows` as an index of tensors there.
+
+    All of them as a slice, which copies nothing and does not wait for the device; some as a tensor, for a list would be
+    copied anew, and waited for, wherever it is used.
+    """
+    return slice(None) if len(rows) == num_rows else torch.tensor(rows, device=device)
 
 
 def rearranged(x: Tensor, rows: Tensor | list[int]) -> Tensor:

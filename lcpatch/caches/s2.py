@@ -278,7 +278,7 @@ class S2Layer(AttendingLayer):
             if offset == 0:
                 new_block = True
                 self._open_block(rows, block)
-            which = as_index(rows, len(self.pads))
+            which = as_index(rows, len(self.pads), self.device)
             for pages, new in zip(self._pages, (keys, values), strict=True):
                 page = pages[:, :, block % self.blocks.ring, offset]
                 page[which] = new[which, :, 0]

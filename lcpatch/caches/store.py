@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..core.errors import LcpatchError, StoreError
 from ..hf.layers import head_dim_of, num_kv_heads_of
 from ..hf.models import attention_modules, unwrap, weights_of
+from .budget import is_integer
 from .cache import LongCache, caches
 from .identity import identity_of, tokenizer_identity
 from .untrusted import fitting, size, whole
@@ -162,6 +163,7 @@ def _state(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any] | 
 
 
 def _json(options: dict[str, Any], name: str) -> dict[str, Any]:
+    options = {key: int(value) if is_integer(value) else value for key, value in options.items()}  # numpy's too
     for key, value in options.items():
         values = value if isinstance(value, (list, tuple)) else [value]
         if not all(isinstance(x, (str, int, float, bool, type(None))) for x in values):

@@ -102,7 +102,7 @@ class TieredPages:
             self._begin(keys)
         self._land()
         for rows in alike(zip(self.lengths, self.limits, skip, strict=True)):
-            which, first = as_index(rows, len(self.lengths)), skip[rows[0]]
+            which, first = self._index(rows), skip[rows[0]]
             yield from self._append(rows, torch.stack([x[which, :, first:] for x in (keys, values)], 2))
 
     def close(self) -> Iterator[Filled]:
@@ -111,7 +111,7 @@ class TieredPages:
         for some in alike([(self.lengths[row], self.limits[row]) for row in full]):
             rows = [full[n] for n in some]
             end = self.lengths[rows[0]] // self.page
-            pages = self.fast.open_pages(as_index(rows, len(self.lengths)))
+            pages = self.fast.open_pages(self._index(rows))
             self._settle(rows, end - 1, pages[:, :, None])
             yield rows, end - 1, pages[:, :, 0]
 
@@ -171,7 +171,7 @@ class TieredPages:
         place = torch.arange(full, device=out.device).expand_as(away)
         self.home.bring(place.masked_fill(~away, -1), place.int(), out)
         for rows in alike(self.lengths):
-            which, end = as_index(rows, len(self.lengths)), self.lengths[rows[0]]
+            which, end = self._index(rows), self.lengths[rows[0]]
             rest = end % self.page
             out[which, :, :, end - rest : end] = self.fast.open_pages(which)[:, :, :, :rest]
         return out[:, :, 0, :most], out[:, :, 1, :most]
@@ -225,7 +225,7 @@ class TieredPages:
         self._begin(keys)
         self.lengths = [0] * len(lengths)
         for rows in alike(zip(lengths, self.limits, strict=True)):
-            which, end = as_index(rows, len(self.lengths)), lengths[rows[0]]
+            which, end = self._index(rows), lengths[rows[0]]
             for _ in self._append(rows, torch.stack([x[which, :, :end] for x in (keys, values)], 2)):
                 pass
 
@@ -274,7 +274,7 @@ class TieredPages:
 
     def _append(self, rows: list[int], new: Tensor) -> Iterator[Filled]:
         """Store the tokens [rows, K, 2, T, D] of rows that are alike."""
-        page, length, which = self.page, self.lengths[rows[0]], as_index(rows, len(self.lengths))
+        page, length, which = self.page, self.lengths[rows[0]], self._index(rows)
         rest, begin, single = length % page, length // page, new.shape[3] == 1
         length += new.shape[3]
         end, keys = length // page, None
@@ -294,7 +294,7 @@ class TieredPages:
 
     def _settle(self, rows: list[int], begin: int, full: Tensor) -> None:
         """Send full pages [rows, K, n, 2, page, D] home, and keep the last of them on the device."""
-        which, end = as_index(rows, len(self.lengths)), begin + full.shape[2]
+        which, end = self._index(rows), begin + full.shape[2]
         self.home.put(which, begin, self.home.record.pack(full.flatten(0, 2)).unflatten(0, full.shape[:3]))
         self.fast.widen(end, self.limits)
         self.fast.keep(which, end, full[:, :, max(0, full.shape[2] - self.limits[rows[0]]) :])
@@ -315,6 +315,9 @@ class TieredPages:
     def _land(self) -> None:
         if self._coming is not None:
             self._coming.land()
+
+    def _index(self, rows: list[int]) -> Tensor | slice:
+        return as_index(rows, len(self.lengths), self.fast.data.device)
 
 
 def traffic(stores: list[TieredPages]) -> dict[str, Any]:

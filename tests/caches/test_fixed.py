@@ -153,6 +153,16 @@ def test_a_budget_that_grew_gets_other_tensors_and_lets_the_old_ones_go():
     assert real <= sum(cache.memory().values()) + 512 * len(cache.layers)
 
 
+@pytest.mark.parametrize("kind", [lcpatch.H2OCache, lcpatch.SinkCache, lcpatch.ClusterCache])
+def test_a_budget_that_grew_to_what_just_fills_the_tensors_gets_others(kind):
+    """15 tokens of 29 lie in 16 slots; so would 16 of 32, which want one more."""
+    model, ids, cut = build(), tokens(1, 52), [29, 1, 2, *[1] * 20]
+    plain, fixed = kind(model, 0.5), kind(model, 0.5, compiled=True)
+    want, got = (feed(model, ids, cache, cut) for cache in (plain, fixed))
+    assert fixed.layers[0].budgets == [16]
+    assert distance(got, want) <= model_budget(model, ids)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [lcpatch.H2OCache, lcpatch.SinkCache, lcpatch.ClusterCache])
 def test_the_compiled_step_copies_no_keys_and_values(kind):

@@ -74,3 +74,27 @@ def test_a_crop_into_the_pads(name):
         real = mask[:, part].bool()
         assert distance(got[real], want[:, max(seen - PADS, 0) : part.stop - PADS][0]) <= model_budget(model, ids)
         seen += size
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_batch_that_lost_its_longest_row_while_a_step_was_recorded(name, tmp_path):
+    model = build()
+    ids, mask = tokens(2, 40), left_padding([0, PADS], 40)
+    want = feed(model, ids[1:, PADS:], make(name, model, small=True), [20 - PADS, *[1] * 20])
+    cache = make(name, model, small=True)
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    feed(model, ids[:, :20], cache, [20], mask[:, :20])
+    for layer in cache.layers:
+        if isinstance(layer, EvictingLayer):
+            layer.activate_past_recording()
+    with torch.no_grad():
+        step = {"attention_mask": mask[:, :23], "position_ids": position[:, 20:23]}
+        model(ids[:, 20:23], past_key_values=cache, **step)
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.crop(-3)
+    cache = lcpatch.load_cache(cache.save(tmp_path / "prefix"), model)
+    for n in range(20, 40):
+        with torch.no_grad():
+            step = {"attention_mask": mask[1:, : n + 1], "position_ids": position[1:, n : n + 1]}
+            got = model(ids[1:, n : n + 1], past_key_values=cache, **step).logits
+        assert distance(got, want[:, n - PADS : n - PADS + 1]) <= model_budget(model, ids)

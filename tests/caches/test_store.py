@@ -5,6 +5,7 @@ import json
 import os
 import threading
 
+import numpy as np
 import pytest
 import torch
 from cache_cases import ALL, feed, left_padding, make, make_model
@@ -359,6 +360,12 @@ def test_what_cannot_be_saved_says_why(tmp_path):
     cache._model = lambda: None
     with pytest.raises(lcpatch.StoreError, match="is gone"):
         cache.save(path)
+
+
+def test_a_budget_of_numpys_is_written_as_a_number(tmp_path):
+    model = make_model("h2o")
+    cache = make("h2o", model, budget=np.int64(24))
+    assert lcpatch.load_cache(cache.save(tmp_path / "prefix"), model).options() == {"budget": 24}
 
 
 def test_an_empty_cache_can_be_saved(tmp_path):

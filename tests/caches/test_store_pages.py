@@ -6,7 +6,7 @@ from cache_cases import feed, make, make_model
 from models import tokens
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_store import continued, saved
+from test_store import continued, rewritten, saved
 
 import lcpatch
 
@@ -46,6 +46,19 @@ def test_a_broken_table_of_a_tiered_cache_is_refused(tmp_path):
         save_file(wrong, tmp_path / "wrong.safetensors", metadata=header)
         with pytest.raises(lcpatch.LcpatchError, match=message):
             lcpatch.load_cache(tmp_path / "wrong.safetensors", model)
+
+
+@pytest.mark.parametrize("name", ["retrieval", "tiered"])
+def test_a_row_that_reads_fewer_pages_than_are_always_read_is_refused(name, tmp_path):
+    path, cache, model, _ = saved(name, tmp_path)
+    least = cache.layers[0].reads.least
+
+    def fewer(header):
+        header["layers"][0]["numbers"]["budgets"][1] = least - 1
+        return header
+
+    with pytest.raises(lcpatch.StoreError, match=f"must each be at least {least} pages"):
+        lcpatch.load_cache(rewritten(path, fewer), model)
 
 
 @pytest.mark.parametrize("name", APART)
