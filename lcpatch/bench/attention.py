@@ -29,7 +29,7 @@ from . import measure
 from .attention_cases import SHAPES, SHAPES_PATTERN, Shape, cases, spec_of
 from .attention_peers import backend, flex, grouped_cudnn
 from .environment import environment, need_gpu
-from .judge import out_and_grads, relative_error
+from .judge import out_and_grads, passes, relative_error
 
 CHECK_LENGTH = 2055  # odd, several tiles long, and small enough for the oracle's T x T scores
 
@@ -134,7 +134,7 @@ def check(name: str, pattern: AttentionPattern, shape: Shape) -> dict[str, Any]:
         part: (relative_error(mine, true), 2 * relative_error(theirs, true))
         for part, mine, theirs, true in zip(("out", "dq", "dk", "dv"), ours, peer, oracle, strict=True)
     }
-    return {"pattern": name, "errors": errors, "passed": all(e <= b for e, b in errors.values())}
+    return {"pattern": name, "errors": errors, "passed": all(passes(e, b) for e, b in errors.values())}
 
 
 HEADER = (

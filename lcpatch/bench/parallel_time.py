@@ -28,7 +28,7 @@ from ..training.parallel.strategy import Strategy, Work, strategies
 from . import measure
 from .attention_cases import Shape
 from .environment import environment
-from .judge import out_and_grads, relative_error
+from .judge import out_and_grads, passes, relative_error
 from .parallel import ITEM, layers, spec_for, strategies_for
 
 CHECK_LENGTH, SHRINK = 2055, 16  # an odd row, and patterns that are sparse on it
@@ -80,7 +80,7 @@ def _run(lengths: tuple[int, ...], shape: Shape, link: Link, commit: str | None)
             errors, budget = _check(pattern, name, layout, shape, link)
             if first:
                 print(f"check {layer:26s} {name:10s} {max(errors):.1e} <= {budget:.1e}", flush=True)
-            if not max(errors) <= budget:
+            if not passes(max(errors), budget):
                 wrong.append(f"{name} on {layer}")
     if wrong:
         raise BenchmarkError(f"wrong results for {', '.join(wrong)}: nothing is timed")

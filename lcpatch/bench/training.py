@@ -27,6 +27,7 @@ from ..core.errors import BenchmarkError
 from ..training import chunkwise, spaco
 from .environment import environment, need_gpu
 from .geometry import random_llama
+from .judge import passes, relative_error
 from .training_parts import Parts, Row
 from .training_setup import Setup, random_ids
 
@@ -115,7 +116,7 @@ def check(setup: Setup) -> dict[str, Any]:
     higher = torch.float64 if setup.dtype == torch.float32 else torch.float32
     exact = gradient(plain, higher)
     errors = {
-        name: ((gradient(run, setup.dtype) - exact).norm() / exact.norm()).item()
+        name: relative_error(gradient(run, setup.dtype), exact)
         for name, run in {
             "plain": plain,
             "chunks": chunks,
@@ -124,5 +125,5 @@ def check(setup: Setup) -> dict[str, Any]:
         }.items()
     }
     budget = 2 * errors["plain"]
-    passed = max(errors["chunks"], errors["offloaded"]) <= budget < errors["no hops"]
+    passed = passes(max(errors["chunks"], errors["offloaded"]), budget) and budget < errors["no hops"]
     return {"errors": errors, "budget": budget, "passed": passed}
