@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from ..core.choices import chosen
+from ._options import is_count
 
 Result = dict[str, Any]
 
@@ -70,7 +71,7 @@ def model(args: argparse.Namespace) -> Result:
 
     def task(word: str) -> tuple[str, int]:
         name, _, length = word.partition(":")
-        if name not in model.TASKS or not _is_count(length):
+        if name not in model.TASKS or not is_count(length):
             raise ValueError(f"--tasks: {word!r} is not {', '.join(f'{t}:TOKENS' for t in model.TASKS)}")
         return name, int(length)
 
@@ -99,7 +100,7 @@ def cache(args: argparse.Namespace) -> Result:
 
     def task(word: str) -> tuple[int, int]:
         batch, _, length = word.partition(":")
-        if not (_is_count(batch) and _is_count(length)):
+        if not (is_count(batch) and is_count(length)):
             raise ValueError(f"--tasks: {word!r} is not BATCH:TOKENS, as in 1:32768")
         return int(batch), int(length)
 
@@ -148,7 +149,3 @@ def _tasks(text: str, task: Callable[[str], Any]) -> tuple[Any, ...]:
 
 def _words(text: str, between: str = ",") -> list[str]:
     return [word.strip() for word in text.split(between)]
-
-
-def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit() and int(text) > 0

@@ -6,6 +6,12 @@ import difflib
 from collections.abc import Collection, Iterable
 
 
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """A question to go behind a sentence, with a space in front; empty where no choice is close."""
+    close = difflib.get_close_matches(name, list(choices), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
 def chosen(what: str, names: Iterable[str], choices: Collection[str]) -> list[str]:
     """`names`, each one of `choices` and there once.
 
@@ -20,9 +26,8 @@ def chosen(what: str, names: Iterable[str], choices: Collection[str]) -> list[st
     given = list(names)
     for place, name in enumerate(given):
         if name not in choices:
-            close = difflib.get_close_matches(name, choices, n=1)
-            guess = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{what}: {name!r} is not one of {', '.join(map(repr, choices))}.{guess}")
+            known = ", ".join(map(repr, choices))
+            raise ValueError(f"{what}: {name!r} is not one of {known}.{did_you_mean(name, choices)}")
         if name in given[:place]:
             raise ValueError(f"{what}: {name!r} is there twice")
     if not given:

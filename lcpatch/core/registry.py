@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
+from .choices import did_you_mean
 from .errors import UnknownNameError
 
 T = TypeVar("T", bound=type)
@@ -55,8 +55,7 @@ class Registry(Generic[T]):
             return classes[name]
         if hint := self._ambiguous.get(name.lower()):
             raise UnknownNameError(f"{self.kind} {name!r} is ambiguous: {hint}. Choices: {', '.join(classes)}.")
-        close = difflib.get_close_matches(name.lower(), classes, n=1)
-        guess = f" Did you mean {close[0]!r}?" if close else ""
+        guess = did_you_mean(name.lower(), classes)
         raise UnknownNameError(f"unknown {self.kind} {name!r}.{guess} Choices: {', '.join(classes)}.")
 
     def all(self) -> dict[str, T]:

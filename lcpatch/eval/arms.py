@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import shlex
 import warnings
@@ -14,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..caches import caches
+from ..core.choices import did_you_mean
 from ..patching import patched, remove
 from ..patching.apply import RECORD, unwrap
 from ..patterns import patterns
@@ -129,8 +129,7 @@ def no_option(name: str, method: str | None, cache: str | None) -> str:
     of_method, of_cache = map(sorted, _options_of(method, cache))
     known = [f"the method {method!r} has {', '.join(of_method)}"] if method else []
     known += [f"the cache {cache!r} has {', '.join(of_cache) or 'none'}"] if cache else []
-    close = difflib.get_close_matches(name, [*of_method, *of_cache], n=1)
-    guess = f" Did you mean {close[0]!r}?" if close else ""
+    guess = did_you_mean(name, [*of_method, *of_cache])
     return f"no option {name!r}.{guess} " + ("; ".join(known) or "options are of a --method or a --cache: name one")
 
 

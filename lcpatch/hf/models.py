@@ -13,9 +13,14 @@ from ..core.errors import UnsupportedModelError
 from .layers import is_self_attention
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile(model)` wraps; any other as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
 def unwrap(model: nn.Module) -> Any:
     """The transformers model inside a PEFT or compiled wrapper."""
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

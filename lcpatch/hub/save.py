@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core.config import PatchConfig
 from ..hf import NAME
-from ..hf.models import attention_modules, unwrap
+from ..hf.models import attention_modules, uncompiled, unwrap
 from ..hf.sinks import give_sinks, sink_parameters, sinks_of
 from ..patching.apply import record_of
 from .sidecar import POSITIONS, write_config, write_sinks
@@ -35,7 +35,7 @@ def save_pretrained(model: nn.Module, path: str | Path, *, tokenizer: Any = None
         ValueError: the model is not patched, or another format than safetensors is asked for.
     """
     folder = Path(path)
-    model = getattr(model, "_orig_mod", model)  # a compiled model's own
+    model = uncompiled(model)
     patch = patch_of(model)
     if not kwargs.pop("safe_serialization", True):
         raise ValueError("safe_serialization=False would write pickles; lcpatch saves safetensors only")

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core.errors import ParallelError
 from ..hf.attention import SHARD
 from ..hf.head import decode, decoder_of, head_of, trained_by
+from ..hf.models import uncompiled
 from . import spaco
 from .buffers import DeviceStore, exact_gradients
 from .chunk_cache import ChunkCache, KeysReadElsewhere
@@ -254,7 +255,7 @@ class _Run:
     """The two passes over one text."""
 
     def __init__(self, model: nn.Module, base: Any, text: Text, cache: ChunkCache, kwargs: dict[str, Any]) -> None:
-        self.model = getattr(model, "_orig_mod", model)  # which torch.compile wraps
+        self.model = uncompiled(model)
         self.base, self.text, self.cache, self.kwargs = base, text, cache, kwargs
         self.inner = without_wrapper(model)
         self.decoder = decoder_of(base)

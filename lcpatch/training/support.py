@@ -17,7 +17,7 @@ from ..core.errors import UnsupportedModelError
 from ..hf import NAME
 from ..hf.head import decoder_of
 from ..hf.layers import head_dim_of, state_of
-from ..hf.models import attention_modules, full_attention_layers, unwrap
+from ..hf.models import attention_modules, full_attention_layers, uncompiled, unwrap
 from ..hf.route import route, unroute
 from ..hf.state import ATTRIBUTE, dense_name
 from ..hf.watch import WATCH, unwatch
@@ -38,9 +38,9 @@ def without_wrapper(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: inside a wrapper that shards or replicates in a way that chunks would upset.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     if isinstance(model, DistributedDataParallel):
-        model = getattr(model.module, "_orig_mod", model.module)
+        model = uncompiled(model.module)
     kinds = {kind.__name__ for kind in type(model).__mro__}
     if other := kinds & {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "DataParallel"}:
         raise UnsupportedModelError(
