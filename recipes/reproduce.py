@@ -9,6 +9,7 @@ SmolLM2-135M's 8K positions are stretched to 32K by position interpolation; ever
 tokens, in the same order, from the same weights. Each is evaluated densely and under its own pattern: perplexity over
 windows with bootstrap intervals, pass keys, and R = (P0 - P) / (P0 - Pfull) against two baselines P0: interpolation
 without training, and training with plain groups ("short"). SinkLoRA states neither P0 nor Pfull (arXiv 2406.05678).
+R is of the seeds that the arm and both ends have: with an interval from three on, of two with each one's own R.
 """
 
 import argparse

@@ -75,12 +75,17 @@ def recovery(
             rows = rng.integers(0, x.shape[0], x.shape[0])
             windows = rng.integers(0, x.shape[1], x.shape[1])
             draws.append(stack[:, rows][:, :, windows].mean((1, 2)))
-        sampled, here = np.array(draws), stack.mean((1, 2))[None]
-        results[name] = {
-            unit: (float(_share(change(here))[0]), *_ends(_share(change(sampled))))
-            for unit, change in (("ppl", np.exp), ("nats", np.asarray))
-        }
+        here, sampled = _shares(stack.mean((1, 2))[None]), _shares(np.array(draws))
+        results[name] = {unit: (float(here[unit][0]), *_ends(sampled[unit])) for unit in here}
     return results
+
+
+def recovered(
+    arm: Sequence[Sequence[float]], full: Sequence[Sequence[float]], base: Sequence[Sequence[float]]
+) -> dict[str, float]:
+    """R alone, of runs [seeds][windows] that share their seeds and windows: of seeds too few for an interval."""
+    shares = _shares(np.asarray([base, arm, full], dtype=np.float64).mean((1, 2))[None])
+    return {unit: float(share[0]) for unit, share in shares.items()}
 
 
 def _losses(name: str, values: Sequence[Sequence[float]]) -> np.ndarray:
@@ -91,10 +96,14 @@ def _losses(name: str, values: Sequence[Sequence[float]]) -> np.ndarray:
     return np.asarray(values, dtype=np.float64)
 
 
-def _share(losses: np.ndarray) -> np.ndarray:
-    """[draws, (base, arm, full)] -> [draws]; a draw without a gap says nothing."""
-    gap = losses[:, 0] - losses[:, 2]
-    return np.divide(losses[:, 0] - losses[:, 1], gap, out=np.full(len(gap), np.nan), where=gap != 0)
+def _shares(losses: np.ndarray) -> dict[str, np.ndarray]:
+    """[draws, (base, arm, full)] -> [draws] by unit; a draw without a gap says nothing."""
+    found = {}
+    for unit, change in (("ppl", np.exp), ("nats", np.asarray)):
+        base, arm, full = change(losses).T
+        gap = base - full
+        found[unit] = np.divide(base - arm, gap, out=np.full(len(gap), np.nan), where=gap != 0)
+    return found
 
 
 def _ends(values: np.ndarray) -> tuple[float, float]:

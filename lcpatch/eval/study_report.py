@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.markdown import table
-from .stats import MIN_SEEDS, bootstrap, recovery
+from .stats import MIN_SEEDS, bootstrap, recovered, recovery
 from .study import FULL, SHORT, UNTUNED
 
 if TYPE_CHECKING:
@@ -48,8 +48,12 @@ def picture(store: Store) -> Figure:
 
 def losses_of(rows: Sequence[Mapping[str, Any]], arm: str, way: str, length: str) -> list[list[float]]:
     """[seeds][windows] of one arm, seeds in order."""
+    return list(_by_seed(rows, arm, way, length).values())
+
+
+def _by_seed(rows: Sequence[Mapping[str, Any]], arm: str, way: str, length: str) -> dict[int, list[float]]:
     mine = sorted(_rows_of(rows, arm), key=lambda row: row["seed"])
-    return [row["perplexity"][way][length] for row in mine if way in row["perplexity"]]
+    return {row["seed"]: row["perplexity"][way][length] for row in mine if way in row["perplexity"]}
 
 
 def _rows_of(rows: Sequence[Mapping[str, Any]], arm: str) -> list[Mapping[str, Any]]:
@@ -74,7 +78,6 @@ def _line(rows: Sequence[Mapping[str, Any]], arm: str, way: str, length: str) ->
     mean, low, high = _perplexity(losses)
     mine = _rows_of(rows, arm)
     keys = [row["passkey"][way][length] for row in mine if way in row["passkey"]]
-    shares = _shares(rows, losses, arm, length)
     steps = [
         row["train_seconds"] / len(row["train_losses"]) for row in mine if row["train_losses"] and row["train_seconds"]
     ]
@@ -85,8 +88,8 @@ def _line(rows: Sequence[Mapping[str, Any]], arm: str, way: str, length: str) ->
         str(len(losses)),
         f"{mean:.3f} ({low:.3f} to {high:.3f})",
         f"{np.mean(keys):.2f}" if keys else "",
-        shares.get("pi", ""),
-        shares.get("short", ""),
+        _recovered(rows, arm, way, length, UNTUNED),
+        _recovered(rows, arm, way, length, SHORT),
         f"{np.median(steps):.2f}" if steps else "",
         f"{max(peaks):.1f}" if peaks else "",
     )
@@ -98,21 +101,31 @@ def _perplexity(losses: list[list[float]]) -> tuple[float, float, float]:
     return math.exp(mean), math.exp(low), math.exp(high)
 
 
-def _shares(rows: Sequence[Mapping[str, Any]], losses: list[list[float]], arm: str, length: str) -> dict[str, str]:
-    """R against both baselines, over perplexities and over their logarithms."""
-    full = losses_of(rows, FULL, "dense", length)
-    bases = {"pi": losses_of(rows, UNTUNED, "dense", length), "short": losses_of(rows, SHORT, "dense", length)}
-    bases = {name: found for name, found in bases.items() if found and (len(found) in (1, len(losses)))}
-    if arm in (UNTUNED, FULL) or len(losses) < MIN_SEEDS or len(full) != len(losses) or not bases:
-        return {}
-    found = recovery(losses, full, bases)
-    written = {}
-    for name, units in found.items():
-        if name == SHORT and arm == SHORT:
-            continue
+def _recovered(rows: Sequence[Mapping[str, Any]], arm: str, way: str, length: str, base: str) -> str:
+    """R of the seeds that the arm and both ends of the gap have, over perplexities and over their logarithms.
+
+    Of two seeds, which make no interval, each one's own R is there instead; a single run says nothing of its chance.
+    """
+    if arm in (UNTUNED, FULL, base):
+        return ""
+    found, full = _by_seed(rows, arm, way, length), _by_seed(rows, FULL, "dense", length)
+    start = _by_seed(rows, base, "dense", length)
+    if base == UNTUNED and start:  # without training nothing was drawn: its one run is every seed's
+        start = dict.fromkeys(found, *start.values())
+    seeds = [seed for seed in found if seed in full and seed in start]
+    runs = [[losses[seed] for seed in seeds] for losses in (found, full, start)]
+    if len(seeds) < 2:
+        return ""
+    if len(seeds) < MIN_SEEDS:
+        share = recovered(*runs)
+        each = [recovered([x], [top], [p0])["ppl"] for x, top, p0 in zip(*runs, strict=True)]
+        r, nats, spread = share["ppl"], share["nats"], "by seed " + " and ".join(f"{one:.0%}" for one in each)
+    else:
+        units = recovery(*runs[:2], {base: runs[2]})[base]
         (r, low, high), (nats, *_) = units["ppl"], units["nats"]
-        written[name] = f"{r:.0%} ({low:.0%} to {high:.0%}; nats {nats:.0%})"
-    return written
+        spread = f"{low:.0%} to {high:.0%}"
+    fewer = f"; {len(seeds)} seeds" if len(seeds) < len(found) else ""
+    return f"{r:.0%} ({spread}; nats {nats:.0%}{fewer})"
 
 
 def _curves(ax: Axes, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -106,29 +107,51 @@ def test_half_precision_weights(words, tmp_path, monkeypatch):
     assert all(5 < nll < 8 for way in losses.values() for nll in way["48"])  # log 512 = 6.2: it knows next to nothing
 
 
+def made_up(runs: dict[str, dict[int, float]]) -> list[str]:
+    """The report's lines of a study of one length: what each (arm, seed) loses over the same eight windows."""
+    store = Store(None, {"lengths": [64]})
+    windows = np.random.default_rng(0).normal(3, 0.1, 8)
+    facts = {"train_seconds": 1.0, "train_losses": [], "peak_gib": None, "passkey": {}}
+    for arm, seeds in runs.items():
+        for seed, extra in seeds.items():
+            nll = {"dense": {"64": (windows + extra).tolist()}}
+            store.add(f"{arm}/{seed}", {"arm": arm, "seed": seed, **facts, "perplexity": nll})
+    return study_report.summary(store).splitlines()
+
+
+def line_of(arm: str, lines: list[str]) -> str:
+    return next(line for line in lines if line.startswith(f"| {arm} "))
+
+
 def test_recovery_follows_from_the_rows():
     """Of made-up losses: an arm a quarter of the way from full to short, in nats."""
-    store = Store(None, {"lengths": [64]})
-    rng = np.random.default_rng(0)
-    window = rng.normal(3, 0.1, 8)
-    level = {"untuned": 1.0, "full": 0.0, "short": 0.4, "sf": 0.1}
-    for arm, extra in level.items():
-        for seed in range(1 if arm == "untuned" else 3):
-            nll = (window + extra).tolist()
-            facts = {
-                "arm": arm,
-                "seed": seed,
-                "train_seconds": 1.0,
-                "train_losses": [],
-                "peak_gib": None,
-                "passkey": {},
-            }
-            store.add(f"{arm}/{seed}", {**facts, "perplexity": {"dense": {"64": nll}}})
-    table = study_report.summary(store)
-    line = next(line for line in table.splitlines() if line.startswith("| sf "))
+    level = {"full": 0.0, "short": 0.4, "sf": 0.1}
+    table = made_up({"untuned": {0: 1.0}} | {arm: dict.fromkeys(range(3), extra) for arm, extra in level.items()})
+    line = line_of("sf", table)
     assert "nats 90%" in line
     assert "nats 75%" in line
-    short = next(line for line in table.splitlines() if line.startswith("| short "))
+    short = line_of("short", table)
     assert "nats 60%" in short
     assert short.count("nats") == 1  # from itself there is no gap to recover
-    assert "nats" not in next(line for line in table.splitlines() if line.startswith("| full "))
+    assert "nats" not in line_of("full", table)
+
+
+def test_recovery_is_of_the_seeds_that_both_have():
+    """Seeds differ by more than arms: an arm against another arm's other seeds would recover anything at all."""
+    full = {0: 0.0, 1: 0.5, 2: -0.5, 3: 9.0}
+    table = made_up({
+        "untuned": {0: 5.0},
+        "full": full,
+        "short": {seed: full[seed] + 0.4 for seed in (1, 2, 3)},
+        "sf": {seed: full[seed] + 0.1 for seed in (0, 1, 2)},
+        "s2": {1: 0.5 + 0.1, 3: 9.0 + 0.3},
+        "shift": {0: 0.1},
+    })  # fmt: skip
+    sf, s2 = line_of("sf", table), line_of("s2", table)
+    assert "(100% to 100%; nats 98%) |" in sf  # from interpolation: all three
+    assert "nats 75%; 2 seeds)" in sf  # from short: of seeds 1 and 2
+    share = (math.exp(0.4) - math.exp(0.1)) / (math.exp(0.4) - 1)
+    assert f"(by seed {share:.0%} and {share:.0%}; nats 75%; 2 seeds)" in sf
+    share = [(math.exp(0.4) - math.exp(extra)) / (math.exp(0.4) - 1) for extra in (0.1, 0.3)]
+    assert f"(by seed {share[0]:.0%} and {share[1]:.0%}; nats 50%) |" in s2
+    assert "nats" not in line_of("shift", table)  # one run says nothing of its chance
