@@ -106,6 +106,19 @@ def run(study: Study, out: Path, minutes: float = math.inf, say: Callable[[str],
     return store
 
 
+def found_in(out: Path) -> Store:
+    """The study in a folder, as far as it is; nothing is written.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: something else than a study is.
+    """
+    store = Store.found_in(out)
+    if not {"training", "lengths"} <= store.header.keys():
+        raise ValueError(f"{out} holds results of `lcpatch eval`, not of a study: name a study's folder")
+    return store
+
+
 def describe(row: Mapping[str, Any]) -> str:
     """One row in a line."""
     losses = row["train_losses"]

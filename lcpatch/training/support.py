@@ -140,8 +140,8 @@ def own_loss(model: nn.Module) -> bool:
     added = {"ADALORA", "SHADOW"} & {c.peft_type for c in getattr(model, "peft_config", {}).values()}
     if added or any(name.endswith("encoder_attn") for name, _ in base.named_modules()):
         return True
-    own_forward = inspect.unwrap(type(base).forward).__code__
-    if type(base).__module__.startswith("transformers.") and "loss_function" not in own_forward.co_names:
+    forward = inspect.unwrap(type(base).forward)
+    if forward.__module__.startswith("transformers.") and "loss_function" not in forward.__code__.co_names:
         return True
     of_its_class = LOSS_MAPPING.get(getattr(base, "loss_type", None), ForCausalLMLoss)
     return getattr(base, "_loss_function", of_its_class) is not ForCausalLMLoss
