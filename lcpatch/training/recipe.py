@@ -40,7 +40,9 @@ def script(run: Callable[[], int]) -> None:
     try:
         status = run()
     except (LcpatchError, ValueError, OSError, ImportError) as error:
-        print(f"{sys.argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        of_a_file = isinstance(error, OSError) and error.filename and error.strerror
+        says = f"{error.filename}: {error.strerror}" if of_a_file else str(error)
+        print(f"{sys.argv[0]}: {' '.join(says.split())}", file=sys.stderr)
         sys.exit(2)
     _leave_group()
     sys.exit(status)
