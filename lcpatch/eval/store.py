@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import warnings
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.difference import difference
+from ..core.disk import why_unwritten
+from ..core.errors import LcpatchError
 
 SCHEMA = 1
 FILE = "results.jsonl"
@@ -58,19 +61,31 @@ class Store:
         return store
 
     def add(self, key: str, row: dict[str, Any]) -> None:
-        """Keep a row, on disk before this returns."""
+        """Keep a row, on disk before this returns.
+
+        Raises:
+            LcpatchError: it could not be written.
+        """
         self.rows[key] = {"key": key, **row}
         if self.path is not None:
             self._append(self.rows[key])
 
     def _append(self, row: dict[str, Any]) -> None:
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, line)  # one call: nothing of another process lands inside the line
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                whole = os.write(handle, line) == len(line)  # one call: nothing of another process lands inside
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            if not whole:  # what did fit is a line that was cut off
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise LcpatchError(
+                f"{self.path}: a result could not be written ({why_unwritten(error, self.path.parent)}); those before "
+                "it are kept. Make room, and the same command measures it again"
+            ) from error
 
     def _read(self, path: Path) -> list[dict[str, Any]]:
         """Every whole line; a last one that was cut off is taken out of the file."""

@@ -1,18 +1,15 @@
-"""A disk that is full: one sentence, whole checkpoints, and a run that goes on once there is room.
-
-A limit on a file's size makes the real writers fail as a full disk does, each in its own words.
-"""
+"""A disk that is full: one sentence, whole checkpoints, and a run that goes on once there is room."""
 
 import errno
 import os
 import resource
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import pytest
 from data_cases import texts
 from launched import FAST, environment
+from room import room_for
 from training_cases import run
 
 from lcpatch.caches.scorers import Bookmarks
@@ -23,17 +20,6 @@ from lcpatch.training.checkpoints import STAGING, arriving, claim, resumed_from
 
 SMALL = {"attention": "full", "tune": "lora", "lora_r": 1, "save_every": 2, "steps": 6, "eval_rows": 0}
 """An adapter that is smaller than its tokenizer."""
-
-
-@contextmanager
-def room_for(size: int):
-    """No file may grow beyond `size` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(
