@@ -87,6 +87,22 @@ def test_a_study_goes_on_where_it_stopped(reproduce, words, tmp_path, monkeypatc
         reproduce.main([*words, "--out", str(tmp_path), "--arms", "nothing"])
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (["--eval-text", "nothing.txt"], "nothing.txt"),
+        (["--length", "3"], "sf: group_size=0 must be"),
+        (["--length", "3", "--arms", "full"], r"lengths \[1, 3\] must be at least 2"),
+        (["--passkeys", "1"], "passkey at 64 tokens: length 64 is too short"),
+    ],
+)
+def test_what_could_not_be_evaluated_is_not_trained(reproduce, words, tmp_path, monkeypatch, changed, says):
+    monkeypatch.setattr(study, "_one", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises((ValueError, OSError), match=says):
+        reproduce.main([*words, *changed, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_report_reads_only(reproduce, tmp_path, monkeypatch, capsys):
     """Of whatever settings, and where there is nothing it makes nothing."""
     monkeypatch.chdir(tmp_path)
