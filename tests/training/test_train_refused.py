@@ -174,3 +174,9 @@ def test_an_output_that_can_be_no_folder(base, tmp_path: Path):
     for output in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(ValueError, match=r"cannot be made a folder \(.*\); take another --output"):
             run(base, output, **FAST)
+
+
+def test_evaluation_data_that_is_too_short_is_named(base, tmp_path: Path):
+    (tmp_path / "one.txt").write_text("One line.")
+    with pytest.raises(ValueError, match=r"--eval-data: the data has \d+ tokens, and a row 96"):
+        run(base, tmp_path / "run", **FAST | {"eval_rows": 2}, eval_data=(str(tmp_path / "one.txt"),))

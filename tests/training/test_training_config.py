@@ -14,6 +14,7 @@ from lcpatch.core.errors import UnknownNameError
 from lcpatch.training import recipe
 from lcpatch.training.arms import patch_for
 from lcpatch.training.config import TrainConfig, load
+from lcpatch.training.run import Result
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ["sinklora", "longlora", "s2", "chunkwise"]
@@ -196,6 +197,11 @@ def test_a_recipe_tells_of_a_file_without_the_systems_number(monkeypatch, capsys
     with pytest.raises(SystemExit):
         recipe.script(lambda: (tmp_path / "file" / "x").mkdir())
     assert capsys.readouterr().err == f"x.py: {tmp_path / 'file' / 'x'}: Not a directory\n"
+
+
+def test_a_summary_says_which_steps_its_losses_are_of():
+    assert "2 steps, loss 3.0000 -> 2.0000" in recipe.summary(Result(None, [3.0, 2.0], step=2), "run")
+    assert "steps 5 to 6, loss 3.0000 -> 2.0000" in recipe.summary(Result(None, [3.0, 2.0], step=6), "run")
 
 
 def test_a_recipe_ends_its_group_before_python_ends():
