@@ -2,8 +2,8 @@
 
     python recipes/reproduce.py --model FOLDER --data TEXTS --eval-text TEXTS --out results/smollm2
     python recipes/reproduce.py … --minutes 25        # stops in time; the same command goes on
-    python recipes/reproduce.py … --report            # the tables of what is there
-    python recipes/reproduce.py … --report --write recipes/RESULTS.md --plot recipes/results.png
+    python recipes/reproduce.py --out results/smollm2 --report            # the tables of what is there
+    python recipes/reproduce.py --out results/smollm2 --report --write recipes/RESULTS.md --plot recipes/results.png
 
 SmolLM2-135M's 8K positions are stretched to 32K by position interpolation; every arm then trains LoRA+ on the same
 tokens, in the same order, from the same weights. Each is evaluated densely and under its own pattern: perplexity over
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lcpatch.caches import caches
 from lcpatch.core.markdown import with_block
-from lcpatch.eval.study import UNTUNED, Study, run
+from lcpatch.eval.study import UNTUNED, Study, found_in, run
 from lcpatch.eval.study_report import picture, summary
 from lcpatch.training import recipe
 from lcpatch.training.config import TrainConfig
@@ -58,7 +58,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--arms", help="comma-separated, out of: " + ", ".join(arms(4)))
     parser.add_argument("--minutes", type=float, default=math.inf, help="do not begin what would not end by then")
     parser.add_argument("--checkpointing", default="full", choices=["full", "selective", "none"], help="default full")
-    parser.add_argument("--report", action="store_true", help="run nothing; show what is there")
+    parser.add_argument("--report", action="store_true", help="run nothing; show what is in --out")
     parser.add_argument("--write", type=Path, help="put the tables between this file's study markers")
     parser.add_argument("--plot", type=Path, help="draw loss curves and perplexities into this file")
     return parser.parse_args(argv)
@@ -100,9 +100,12 @@ def study(args: argparse.Namespace) -> Study:
 
 def main(argv=None) -> int:
     args = parse(argv)
-    store = run(study(args), args.out, 0 if args.report else args.minutes, lambda line: print(line, flush=True))
+    if args.report:
+        store = found_in(args.out)
+    else:
+        store = run(study(args), args.out, args.minutes, lambda line: print(line, flush=True))
     if not store.rows:
-        print("nothing was measured yet")
+        print(f"nothing was measured yet in {args.out}")
         return 0
     print(f"\n{summary(store)}")
     if args.write:

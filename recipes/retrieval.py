@@ -52,6 +52,10 @@ def main(argv=None) -> int:
     args = parse(argv)
     if args.steps < 1:
         raise ValueError(f"--steps {args.steps} must be at least 1")
+    if args.out.is_dir():
+        raise ValueError(
+            f"--out {args.out} is a folder; name the file to write, such as {args.out}/bookmarks.safetensors"
+        )
     args.out.parent.mkdir(parents=True, exist_ok=True)  # better now than after the training
     name = resolve(args.model)
     tokenizer = AutoTokenizer.from_pretrained(name)

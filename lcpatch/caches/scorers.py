@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lcpatch_kernels import page_bounds, page_scores
 
+from ..core.disk import replacing
 from ..core.errors import LcpatchError, UnsupportedModelError
 from ..core.registry import Registry
 from ..hf.layers import head_dim_of, num_kv_heads_of
@@ -136,11 +137,18 @@ class Bookmarks(nn.Module):
         return Bookmark(self.query[layer].detach(), self.key[layer].detach())
 
     def save(self, path: str | Path) -> None:
-        """Write the projections as safetensors, with what they are in the header."""
+        """Write the projections as safetensors, with what they are in the header.
+
+        Raises:
+            LcpatchError: the file could not be written; what was there is untouched.
+        """
         tensors = {name: x.detach().contiguous().cpu() for name, x in self.named_parameters()}
-        save_file(
-            tensors, str(path), metadata={"format": "pt", "lcpatch": json.dumps({"kind": "bookmarks", "version": 1})}
-        )
+        about = {"format": "pt", "lcpatch": json.dumps({"kind": "bookmarks", "version": 1})}
+        try:
+            with replacing(Path(path)) as partial:
+                save_file(tensors, partial, metadata=about)
+        except (OSError, SafetensorError) as error:
+            raise LcpatchError(f"{path} could not be written, what was there is untouched: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Bookmarks:

@@ -77,9 +77,6 @@ def evaluate(
     if documents is None:
         documents, source = read_documents(text)
     words = Text(tokenizer, documents, source, chat=chat)
-    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not seeds:
-        raise ValueError("seeds must be at least one: it is what samples are drawn with")
     plan = _plan(chosen, words, lengths, seeds)
     store = Store(None if out is None else Path(out), _header(model, words, name, score, chat))
     _run(model, words, plan, arms, store, score, batch_size, progress)
@@ -87,6 +84,23 @@ def evaluate(
     return Report(
         store.header, {t.name: t.options() for t in chosen}, [a.label for a in arms], [store.rows[k] for k in wanted]
     )
+
+
+def check(
+    tokenizer: Any,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    *,
+    text: Sequence[str | Path] | None,
+    seeds: int | Sequence[int],
+    options: Mapping[str, Any],
+) -> None:
+    """Fail where `evaluate` would, as far as no model is needed to tell: for who trains one before.
+
+    Raises:
+        ValueError: a task, length or text that does not fit.
+    """
+    _plan(make_tasks(tasks, options), Text(tokenizer, *read_documents(text)), lengths, seeds)
 
 
 def make_tasks(names: Sequence[str], options: Mapping[str, Any]) -> list[Task]:
@@ -112,8 +126,7 @@ def check_lengths(model: nn.Module, lengths: Sequence[int], beyond: bool) -> Non
     Raises:
         ValueError: below 2, or beyond the model's positions without `beyond`.
     """
-    if not lengths or min(lengths) < 2:
-        raise ValueError(f"lengths {list(lengths)} must be at least 2 tokens each, and at least one")
+    _at_least_two(lengths)
     limit = getattr(unwrap(model).config, "max_position_embeddings", None)
     if limit and max(lengths) > limit and not beyond:
         raise ValueError(
@@ -131,8 +144,19 @@ def _try_arms(model: nn.Module, arms: Sequence[Arm]) -> None:
                     make_cache()
 
 
-def _plan(chosen: Sequence[Task], text: Text, lengths: Sequence[int], seeds: Sequence[int]) -> list[tuple[Task, Unit]]:
+def _at_least_two(lengths: Sequence[int]) -> None:
+    if not lengths or min(lengths) < 2:
+        raise ValueError(f"lengths {list(lengths)} must be at least 2 tokens each, and at least one")
+
+
+def _plan(
+    chosen: Sequence[Task], text: Text, lengths: Sequence[int], seeds: int | Sequence[int]
+) -> list[tuple[Task, Unit]]:
     """Everything to measure. One sample of each task and length is built: what cannot be fails before all else."""
+    _at_least_two(lengths)
+    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not seeds:
+        raise ValueError("seeds must be at least one: it is what samples are drawn with")
     plan = []
     for task in chosen:
         for length in dict.fromkeys(lengths):

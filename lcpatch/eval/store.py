@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import warnings
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.difference import difference
+from ..core.disk import why_unwritten
+from ..core.errors import LcpatchError
 
 SCHEMA = 1
 FILE = "results.jsonl"
@@ -40,38 +43,57 @@ class Store:
             self._write(self.path, b"")
             self._append(self.header)
 
+    @classmethod
+    def found_in(cls, folder: Path) -> Store:
+        """What is there, by whatever settings it was measured; the folder is left as it is.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            ValueError: a file of a newer format, or with a broken line before its last.
+        """
+        path = folder / FILE
+        lines, _ = _whole_lines(path) if path.is_file() else ([], False)
+        if not lines:
+            raise FileNotFoundError(f"{path} is missing or empty: name the folder of what was measured as --out")
+        _check_schema(path, lines[0])
+        store = cls(None, {})
+        store.header, store.rows = lines[0], {row["key"]: row for row in lines[1:]}
+        return store
+
     def add(self, key: str, row: dict[str, Any]) -> None:
-        """Keep a row, on disk before this returns."""
+        """Keep a row, on disk before this returns.
+
+        Raises:
+            LcpatchError: it could not be written.
+        """
         self.rows[key] = {"key": key, **row}
         if self.path is not None:
             self._append(self.rows[key])
 
     def _append(self, row: dict[str, Any]) -> None:
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, line)  # one call: nothing of another process lands inside the line
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                whole = os.write(handle, line) == len(line)  # one call: nothing of another process lands inside
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            if not whole:  # what did fit is a line that was cut off
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise LcpatchError(
+                f"{self.path}: a result could not be written ({why_unwritten(error, self.path.parent)}); those before "
+                "it are kept. Make room, and the same command measures it again"
+            ) from error
 
     def _read(self, path: Path) -> list[dict[str, Any]]:
         """Every whole line; a last one that was cut off is taken out of the file."""
-        data = path.read_bytes()
-        lines = data.splitlines(keepends=True)
-        rows: list[dict[str, Any]] = []
-        for number, line in enumerate(lines, 1):
-            row = _parse(line)
-            if row is not None and ("schema" in row if number == 1 else "key" in row):
-                rows.append(row)
-                continue
-            if number < len(lines):
-                raise ValueError(
-                    f"{path} line {number} is no result of `lcpatch eval`; nothing was changed. Delete that line to "
-                    "measure it again, or take another --out"
-                )
+        rows, cut_off = _whole_lines(path)
+        if cut_off:
+            number = len(rows) + 1
             warnings.warn(f"{path} line {number} was cut off and is measured again; {len(rows)} are kept", stacklevel=4)
-            self._write(path, b"".join(lines[: number - 1]))
+            self._write(path, b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
         return rows
 
     def _write(self, path: Path, data: bytes) -> None:
@@ -83,16 +105,38 @@ class Store:
         os.replace(new, path)
 
     def _compare(self, found: dict[str, Any]) -> None:
-        if found["schema"] != SCHEMA:
-            raise ValueError(
-                f"{self.path} has schema {found['schema']}; this lcpatch goes on with schema {SCHEMA} only"
-            )
+        _check_schema(self.path, found)
         if different := difference(found, self.header):
             name, theirs, ours = different
             raise ValueError(
                 f"{self.path} holds a run with {name}={theirs!r}, this one has {ours!r}: take another --out, or "
                 "delete that folder"
             )
+
+
+def _check_schema(path: Path | None, header: dict[str, Any]) -> None:
+    if header["schema"] != SCHEMA:
+        raise ValueError(f"{path} has schema {header['schema']}; this lcpatch goes on with schema {SCHEMA} only")
+
+
+def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The file's lines as objects, and whether one more follows that was cut off.
+
+    Raises:
+        ValueError: a broken line before the last.
+    """
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        row = _parse(line)
+        if row is not None and ("schema" in row if number == 1 else "key" in row):
+            rows.append(row)
+        elif number < len(lines):
+            raise ValueError(
+                f"{path} line {number} is no result of `lcpatch eval`; nothing was changed. Delete that line to "
+                "measure it again, or take another --out"
+            )
+    return rows, len(rows) < len(lines)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

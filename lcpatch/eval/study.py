@@ -66,6 +66,17 @@ class Study:
         untuned = [(UNTUNED, self.seeds[0])] if UNTUNED in self.arms else []
         return [*untuned, *((arm, seed) for seed in self.seeds for arm in trained)]
 
+    def asked(self) -> dict[str, Any]:
+        """What `evaluate` is told of every run."""
+        tasks = ["perplexity", *(["passkey"] if self.passkey_seeds else [])]
+        told = {"text": self.text, "seeds": self.passkey_seeds or 1, "options": {"max_windows": self.windows}}
+        return {"tasks": tasks, "lengths": self.lengths, **told}
+
+    def config_of(self, arm: str, seed: int, folder: Path) -> TrainConfig:
+        """The settings of one run."""
+        own = {"attention": FULL, "seed": seed, "output": str(folder), "save_every": 0, "eval_rows": 0}
+        return replace(self.config, **{**own, **self.arms[arm]})
+
     def header(self) -> dict[str, Any]:
         """What rows in one file must have in common."""
         fixed = self.config.to_dict()
@@ -88,8 +99,9 @@ def run(study: Study, out: Path, minutes: float = math.inf, say: Callable[[str],
     """Do what of `study` is not in `out` yet, and stop before `minutes` are over.
 
     Raises:
-        ValueError: `out` holds another study.
+        ValueError: `out` holds another study; or an arm, a length or the text do not fit, before anything is trained.
     """
+    _check(study, out)
     store = Store(out, study.header())
     start, longest = time.perf_counter(), 0.0
     for number, (arm, seed) in enumerate(todo := study.todo()):
@@ -106,6 +118,19 @@ def run(study: Study, out: Path, minutes: float = math.inf, say: Callable[[str],
     return store
 
 
+def found_in(out: Path) -> Store:
+    """The study in a folder, as far as it is; nothing is written.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: something else than a study is.
+    """
+    store = Store.found_in(out)
+    if not {"training", "lengths"} <= store.header.keys():
+        raise ValueError(f"{out} holds results of `lcpatch eval`, not of a study: name a study's folder")
+    return store
+
+
 def describe(row: Mapping[str, Any]) -> str:
     """One row in a line."""
     losses = row["train_losses"]
@@ -115,15 +140,25 @@ def describe(row: Mapping[str, Any]) -> str:
     return "; ".join([*parts, f"{row['seconds']:.0f} s"])
 
 
+def _check(study: Study, out: Path) -> None:
+    """Tell now of what would be told after hours of training."""
+    from ..training.arms import patch_for
+    from ..training.model import load_tokenizer
+    from .run import check
+
+    for arm, seed in study.todo():
+        config = study.config_of(arm, seed, out / "run")
+        patch_for(config.attention, config.options, config.layers, config.sinks)
+    check(load_tokenizer(study.config), **study.asked())
+
+
 def _one(study: Study, arm: str, seed: int, folder: Path) -> dict[str, Any]:
     from ..training.lora import settle
     from ..training.model import load_model, load_tokenizer
     from ..training.run import train
 
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped half-way
-    settings = study.arms[arm]
-    own = {"attention": FULL, "seed": seed, "output": str(folder), "save_every": 0, "eval_rows": 0, **settings}
-    config = replace(study.config, **own)
+    settings, config = study.arms[arm], study.config_of(arm, seed, folder)
     gpu = torch.cuda.is_available()
     begin = time.perf_counter()
     peak = None
@@ -165,18 +200,7 @@ def _judge(study: Study, arm: str, model: Any, tokenizer: Any) -> dict[str, Any]
     if study.cache and arm in study.cached:
         options = study.cache_options or {}
         ways.append(Arm(cache=study.cache, cache_options=options, chunk=study.cache_chunk, label=study.cache))
-    tasks = ["perplexity", *(["passkey"] if study.passkey_seeds else [])]
-    report = evaluate(
-        model,
-        tokenizer,
-        tasks,
-        study.lengths,
-        arms=ways,
-        text=study.text,
-        seeds=study.passkey_seeds or 1,
-        score="rank",
-        options={"max_windows": study.windows},
-    )
+    report = evaluate(model, tokenizer, **study.asked(), arms=ways, score="rank")
     found: dict[str, Any] = {"perplexity": {}, "tail": {}, "passkey": {}}
     for way in ways:
         for length in study.lengths:

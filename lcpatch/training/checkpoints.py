@@ -75,9 +75,12 @@ def alone_in(folder: Path) -> Iterator[None]:
     """The folder for this process alone: two runs would write over each other's checkpoints.
 
     Raises:
-        ValueError: another process trains there.
+        ValueError: another process trains there, or there can be no folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made a folder ({error.strerror}); take another --output") from error
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         _lock(descriptor, folder)

@@ -321,7 +321,7 @@ class _Run:
         """A chunk's positions, and the mask that says what it may see."""
         text, mask = self.text, None
         if text.documents is not None:
-            mask = chunk_mask(self.base.config, text.documents, start, end, next(self.base.parameters()).dtype)
+            mask = chunk_mask(self.decoder, text.documents, start, end, next(self.base.parameters()).dtype)
         elif text.mask is not None:
             mask = text.mask[:, :end]
         positions = None if text.positions is None else text.positions[:, start:end]

@@ -6,12 +6,14 @@ import argparse
 import math
 import types
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from ..core.choices import did_you_mean
 from ..core.options import parse_options
+from ..patterns import patterns
 
 
 def option(default: Any, says: str, choices: Sequence[str] | None = None) -> Any:
@@ -174,8 +176,19 @@ def load(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None =
             stacklevel=2,
         )
     if more := parse_options(rest):
+        _check_options(more)
         settings["options"] = {**settings.get("options", {}), **more}
     return TrainConfig.from_dict(settings)
+
+
+def _check_options(names: Iterable[str]) -> None:
+    """What is no setting is an option of a method: here of any, as the one that is trained says later what it takes."""
+    of_methods = {f.name for method in patterns.all().values() for f in fields(method)}
+    of_runs = [f.name for f in fields(TrainConfig)]
+    for name in names:
+        if name not in of_methods:
+            guess = did_you_mean(name, [*of_runs, *of_methods])
+            raise ValueError(f"the command line: {name!r} is no setting, and no option of a method.{guess} See --help")
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,16 +204,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not YAML, not a mapping, or with an unknown key.
+        ValueError: not YAML, not a mapping, or with a key that is unknown, or there twice.
     """
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = yaml.safe_load(text)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise FileNotFoundError(f"{path} is no file; --config names one with settings as YAML") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold `key: value` lines, not {type(data).__name__}")
+        what = "nothing" if data is None else type(data).__name__
+        raise ValueError(f"{path} must hold `key: value` lines, not {what}")
+    names = [key.value for key, _ in yaml.compose(text, yaml.SafeLoader).value]
+    if twice := [name for name in data if names.count(name) > 1]:
+        raise ValueError(f"{path} has {twice[0]!r} twice, of which YAML would take the last: delete one")
     return _typed(data, str(path))
 
 
@@ -220,7 +240,8 @@ def _typed(data: Mapping[str, Any], source: str) -> dict[str, Any]:
     hints = get_type_hints(TrainConfig)
     known = {f.name for f in fields(TrainConfig)}
     if unknown := [str(key) for key in data if key not in known]:
-        raise ValueError(f"{source}: unknown key {unknown[0]!r}; keys: {', '.join(sorted(known))}")
+        guess = did_you_mean(unknown[0], known)
+        raise ValueError(f"{source}: unknown key {unknown[0]!r}.{guess} Keys: {', '.join(sorted(known))}")
     return {name: _as(hints[name], source, name, value) for name, value in data.items()}
 
 

@@ -88,9 +88,9 @@ def chats(tokenizer: Any, length: int) -> Encoder:
     A record has `messages` and perhaps `tools`, of which an assistant's may call some instead of saying anything; or
     `prompt` and `completion`, which take no template, and start as texts do unless the prompt says that itself; or
     `instruction`, `output` and perhaps `input` (LongAlpaca's form), which become one message of the user and one of the
-    assistant. A conversation that is longer than `length` is left out: cut short, it would lose its answer. Where a
-    template writes earlier turns otherwise once there is a later one (Qwen 3's drops what was thought), only the last
-    answer is predicted, after what the model then reads.
+    assistant. Fields that are null count as left out. A conversation that is longer than `length` is left out: cut
+    short, it would lose its answer. Where a template writes earlier turns otherwise once there is a later one (Qwen 3's
+    drops what was thought), only the last answer is predicted, after what the model then reads.
 
     Raises:
         ValueError: (when records are encoded) another form, or a tokenizer without a template that can be used.
@@ -214,5 +214,14 @@ def _conversation(record: Record) -> Record:
             "`messages` (role and content, one of them the assistant's), `prompt` and `completion`, or `instruction`, "
             "`input` and `output`"
         )
-    said = [{name: value for name, value in m.items() if value is not None} for m in messages]  # Parquet fills up
-    return {"messages": said, "tools": tools or None}
+    return {"messages": _without_nulls(messages), "tools": _without_nulls(tools) or None}
+
+
+def _without_nulls(value: Any) -> Any:
+    """`value` without fields that are null, at every depth: Arrow, and so Parquet, gives a record those of all others.
+
+    A template would tell of them, as of parameters and arguments that no one named.
+    """
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(field) for name, field in value.items() if field is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value

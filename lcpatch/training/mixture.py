@@ -8,14 +8,14 @@ conversation is not published either; `Component` says how it is done here.
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.disk import replacing, why_unwritten
+from ..core.errors import TrainingError
 from .sources import Record, sources
 
 SINKLORA_ROWS = 28_000
@@ -107,6 +107,7 @@ def mix(
     Raises:
         ValueError: a component without data, or with too few usable records; the message says how many it needs. Or
             `out` is a folder.
+        TrainingError: it could not be written.
     """
     if missing := [name for name in components if not data.get(name)]:
         raise ValueError(f"no data for {missing[0]!r}; the mixture needs {', '.join(components)}")
@@ -121,14 +122,11 @@ def mix(
     for name, component in components.items():
         drawn += _draw(name, component, data[name], wanted[name], rng)
     rng.shuffle(drawn)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with replacing(out) as partial, partial.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in drawn)
-        os.replace(partial, out)
-    finally:
-        with suppress(FileNotFoundError):
-            partial.unlink()
+    except OSError as error:
+        raise TrainingError(f"{out} could not be written ({why_unwritten(error, out.parent)}): make room") from error
     return wanted
 
 

@@ -6,6 +6,7 @@ transformers passes on untouched.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -14,9 +15,13 @@ from torch import Tensor
 from ..core.errors import UnsupportedModelError
 from ..hf import NAME
 from ..hf.bounds import compact
+from ..hf.models import uncompiled
 from ..hf.state import dense_name
 
 PAD = -1
+WINDOWED = ("create_sliding_window_causal_mask", "create_masks_for_generate")
+MAKERS = ("create_causal_mask", *WINDOWED)
+"""transformers' functions that make masks or pass on finished ones; WINDOWED are those that know of a window."""
 
 
 def documents(position_ids: Tensor | None, attention_mask: Tensor | None, batch: int) -> Tensor | None:
@@ -44,11 +49,26 @@ def documents(position_ids: Tensor | None, attention_mask: Tensor | None, batch:
     return numbers if attention_mask is None else numbers.masked_fill(~real, PAD)
 
 
-def chunk_mask(config: Any, numbers: Tensor, start: int, end: int, dtype: torch.dtype) -> Any:
+def why_no_packing(decoder: Any) -> str | None:
+    """Why a decoder cannot be told of packed documents in a chunk; None: it can."""
+    if not _has(decoder, *MAKERS):
+        return "makes its masks by itself, and takes none that keeps packed documents apart"
+    if _has(decoder, "build_alibi_tensor") and getattr(decoder.config, "alibi", True):
+        return "counts distances (ALiBi) by a mask of the whole row, which says nothing of packed documents"
+    return None
+
+
+def _has(decoder: Any, *names: str) -> bool:
+    """Whether the decoder's module has one of these functions: what it makes masks with, no config says."""
+    modules = [sys.modules.get(kind.__module__) for kind in type(uncompiled(decoder)).__mro__]
+    return any(hasattr(module, name) for module in modules for name in names)
+
+
+def chunk_mask(decoder: Any, numbers: Tensor, start: int, end: int, dtype: torch.dtype) -> Any:
     """The attention mask of tokens [start, end), which see [0, end) of their own documents.
 
     Args:
-        config: the model's config.
+        decoder: the model without its head; `why_no_packing` has nothing against it.
         numbers: of each token's document, [B, T], from `documents`.
         start, end: the chunk.
         dtype: of the hidden states, for masks that are added to scores.
@@ -59,10 +79,13 @@ def chunk_mask(config: Any, numbers: Tensor, start: int, end: int, dtype: torch.
     Raises:
         UnsupportedModelError: an attention implementation that takes no such mask, or layers of an unknown kind.
     """
+    config = decoder.config
     implementation = config._attn_implementation
     patched = implementation == NAME
     dense = dense_name(config) if patched else implementation
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if not _has(decoder, *WINDOWED):  # Moshi's config has one that its attention does not know
+        window = None
     kinds = set(getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"])
 
     def of(kind: str) -> Tensor:

@@ -40,7 +40,9 @@ def script(run: Callable[[], int]) -> None:
     try:
         status = run()
     except (LcpatchError, ValueError, OSError, ImportError) as error:
-        print(f"{sys.argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        of_a_file = isinstance(error, OSError) and error.filename and error.strerror
+        says = f"{error.filename}: {error.strerror}" if of_a_file else str(error)
+        print(f"{sys.argv[0]}: {' '.join(says.split())}", file=sys.stderr)
         sys.exit(2)
     _leave_group()
     sys.exit(status)
@@ -71,5 +73,7 @@ def summary(result: Any, output: str) -> str:
         if (loss := result.metrics.get(f"eval_{name}_loss")) is not None
     ]
     if result.losses:
-        lines.insert(0, f"{result.step} steps, loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}")
+        first = result.step - len(result.losses) + 1
+        which = f"{result.step} steps" if first == 1 else f"steps {first} to {result.step}"  # those before were told
+        lines.insert(0, f"{which}, loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}")
     return "\n".join([*lines, f"model: {output}/model   (lcpatch.from_pretrained loads it)"])

@@ -158,7 +158,10 @@ def datasets(config: TrainConfig, tokenizer: Any, packs: bool = True) -> tuple[D
     """
     train_rows = _rows(config, tokenizer, config.data, packs)
     if config.eval_data and config.eval_rows:
-        held_out = _rows(config, tokenizer, config.eval_data, packs)
+        try:
+            held_out = _rows(config, tokenizer, config.eval_data, packs)
+        except ValueError as error:
+            raise ValueError(f"--eval-data: {error}") from error
         count = min(config.eval_rows, len(held_out))  # type: ignore[arg-type]
         return train_rows, torch.utils.data.Subset(held_out, range(count))
     return rows.split(train_rows, config.eval_rows)

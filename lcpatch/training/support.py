@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from ..hf.route import route, unroute
 from ..hf.state import ATTRIBUTE, dense_name
 from ..hf.watch import WATCH, unwatch
 from .loss import IGNORE
+from .packing import why_no_packing
+from .pads import check_pads
 from .text import Text
 
 logger = logging.getLogger(__name__)
@@ -66,7 +69,7 @@ def check_model(model: nn.Module, text: Text, num_chunks: int) -> Any:
 
     Raises:
         UnsupportedModelError: they would not; the message says why.
-        ValueError: a pattern that needs the whole sequence, or nothing to train.
+        ValueError: a pattern that needs the whole sequence, pads that see it and have a label, or nothing to train.
     """
     if not torch.is_grad_enabled():
         raise ValueError("gradients are off here: call this outside of torch.no_grad() and torch.inference_mode()")
@@ -77,11 +80,9 @@ def check_model(model: nn.Module, text: Text, num_chunks: int) -> Any:
         raise UnsupportedModelError(f"{type(base).__name__} is not a causal language model of transformers with a head")
     if reason := why_inexact(inner, config, text.ids.shape[1]):
         raise UnsupportedModelError(f"{config.model_type}: {reason}; {INSTEAD}")
-    if text.positions is None and _counts_by_pads(base, text):
-        raise UnsupportedModelError(
-            f"{config.model_type} counts positions by the pads it finds in input_ids, and a chunk does not see those "
-            "before it; pass position_ids"
-        )
+    if text.documents is not None and (reason := why_no_packing(decoder_of(base))):
+        raise UnsupportedModelError(f"{config.model_type} {reason}: give it one document a row")
+    check_pads(base, text)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
     if num_chunks > 1:
@@ -139,16 +140,11 @@ def own_loss(model: nn.Module) -> bool:
     added = {"ADALORA", "SHADOW"} & {c.peft_type for c in getattr(model, "peft_config", {}).values()}
     if added or any(name.endswith("encoder_attn") for name, _ in base.named_modules()):
         return True
+    forward = inspect.unwrap(type(base).forward)
+    if forward.__module__.startswith("transformers.") and "loss_function" not in forward.__code__.co_names:
+        return True
     of_its_class = LOSS_MAPPING.get(getattr(base, "loss_type", None), ForCausalLMLoss)
     return getattr(base, "_loss_function", of_its_class) is not ForCausalLMLoss
-
-
-def _counts_by_pads(base: Any, text: Text) -> bool:
-    """Whether positions depend on pads among the tokens, as in RoBERTa's kin, and there are some."""
-    return any(
-        hasattr(module, "create_position_ids_from_input_ids") and bool((text.ids == module.padding_idx).any())
-        for module in base.modules()
-    )
 
 
 def _changing_rope(config: Any, length: int) -> str | None:

@@ -24,7 +24,8 @@ from ..core.disk import why_unwritten
 from ..core.errors import TrainingError
 from .sources import Record, Source
 
-FORMAT = 2
+FORMAT = 3
+"""Of what is on disk, and of how records become tokens: another one tokenizes anew."""
 SHARD_RECORDS = 4096
 SHARD_CHARACTERS = 8 << 20
 

@@ -23,7 +23,6 @@ from lcpatch.eval import Arm, evaluate, tasks
 from lcpatch.eval.arms import sort_options
 from lcpatch.eval.ask import split
 from lcpatch.eval.reader import Reader
-from lcpatch.eval.store import Store
 from lcpatch.eval.text import Text, read_documents
 from lcpatch.training import sources
 
@@ -291,14 +290,6 @@ def test_more_seeds_and_lengths_go_into_the_same_file(tmp_path):
     header, *rows = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert header["schema"] == 1
     assert len({row["key"] for row in rows}) == len(rows) == 8
-
-
-def test_what_was_begun_and_measured_nothing_binds_nobody(tmp_path):
-    Store(tmp_path, {"steps": 1})
-    Store(tmp_path, {"steps": 2}).add("full/0", {"nll": 3.0})
-    assert Store(tmp_path, {"steps": 2}).rows == {"full/0": {"key": "full/0", "nll": 3.0}}
-    with pytest.raises(ValueError, match="holds a run with steps=2, this one has 1"):
-        Store(tmp_path, {"steps": 1})
 
 
 # Bad input

@@ -87,6 +87,45 @@ def test_a_study_goes_on_where_it_stopped(reproduce, words, tmp_path, monkeypatc
         reproduce.main([*words, "--out", str(tmp_path), "--arms", "nothing"])
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (["--eval-text", "nothing.txt"], "nothing.txt"),
+        (["--length", "3"], "sf: group_size=0 must be"),
+        (["--length", "3", "--arms", "full"], r"lengths \[1, 3\] must be at least 2"),
+        (["--passkeys", "1"], "passkey at 64 tokens: length 64 is too short"),
+    ],
+)
+def test_what_could_not_be_evaluated_is_not_trained(reproduce, words, tmp_path, monkeypatch, changed, says):
+    monkeypatch.setattr(study, "_one", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises((ValueError, OSError), match=says):
+        reproduce.main([*words, *changed, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_reads_only(reproduce, tmp_path, monkeypatch, capsys):
+    """Of whatever settings, and where there is nothing it makes nothing."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"study.results.jsonl is missing or empty: name the folder"):
+        reproduce.main(["--report"])
+    assert not list(tmp_path.iterdir())
+    begun = study.Study(training_cases.config(Path("base"), tmp_path), {}, lengths=(64,))
+    store = Store(tmp_path / "study", begun.header())
+    assert reproduce.main(["--report"]) == 0
+    assert capsys.readouterr().out == "nothing was measured yet in study\n"
+    facts = {"train_seconds": None, "train_losses": [], "peak_gib": None, "passkey": {}}
+    store.add("sf/0", {"arm": "sf", "seed": 0, **facts, "perplexity": {"dense": {"64": [3.0, 3.1]}}})
+    with store.path.open("ab") as file:
+        file.write(b'{"key": "sf/1", "ar')  # of a run that is not done writing
+    before = store.path.read_bytes()
+    assert reproduce.main(["--report", "--length", "128"]) == 0
+    assert "| sf | dense | 1 | 21." in capsys.readouterr().out
+    assert store.path.read_bytes() == before
+    Store(tmp_path / "eval", {"tasks": ["passkey"]})
+    with pytest.raises(ValueError, match=r"eval holds results of `lcpatch eval`, not of a study"):
+        reproduce.main(["--report", "--out", "eval"])
+
+
 def test_the_published_command_goes_on_with_the_published_runs(reproduce):
     """RESULTS.md says how its runs were made, and that the same command makes those that are missing."""
     recipes = ROOT / "recipes"

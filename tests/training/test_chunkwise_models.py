@@ -8,7 +8,7 @@ import transformers
 from chunkwise_cases import assert_same, chunked, far, plain, rounding, rounding_of_attention, taken
 from models import SHORT, VOCAB, build, tokens
 from odd_models import SIZES, make
-from schedules import documents, pad
+from schedules import documents, pack, pad
 from torch import nn
 
 import lcpatch
@@ -217,3 +217,55 @@ def test_llama4():
     assert_same(
         (loss.item(), taken(model)), plain(model, whole, whole), max(rounding(model), torch.finfo(torch.float32).eps)
     )
+
+
+def test_packed_documents_of_a_model_that_does_not_know_its_configs_window():
+    """Moshi's config names one, which its attention is not told of."""
+    sizes = {**SIZES, "num_key_value_heads": 4, "ffn_dim": 40, "head_dim": 16, "sliding_window": 16}
+    torch.manual_seed(0)
+    model = transformers.MoshiForCausalLM(transformers.MoshiConfig(**sizes)).double().train()
+    ids, positions = pack(documents())
+    want = plain(model, ids, ids, position_ids=positions)
+    got = chunked(model, ids, ids, 16, attention="own", position_ids=positions)
+    assert_same(got, want, rounding(model))
+
+
+def odd(prefix: str, head: str, **names) -> nn.Module:
+    """A tiny model whose config has other names for its sizes."""
+    torch.manual_seed(0)
+    return getattr(transformers, f"{prefix}{head}")(getattr(transformers, f"{prefix}Config")(vocab_size=VOCAB, **names))
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (odd("OpenAIGPT", "LMHeadModel", n_embd=32, n_layer=1, n_head=2), "makes its masks by itself, and takes none"),
+        (odd("Bloom", "ForCausalLM", hidden_size=32, n_layer=1, n_head=2), "counts distances .ALiBi. by a mask"),
+        (odd("Falcon", "ForCausalLM", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, alibi=True), "ALiBi"),
+    ],
+)
+def test_packed_documents_of_a_model_that_cannot_be_told_of_them(model: nn.Module, says: str):
+    ids, positions = pack(documents())
+    with pytest.raises(UnsupportedModelError, match=f"{says}.*: give it one document a row"):
+        chunked(model, ids, ids, 16, position_ids=positions)
+
+
+def test_a_class_that_computes_its_loss_by_itself():
+    """Of labels that are not shifted."""
+    model = odd("XLM", "WithLMHeadModel", emb_dim=32, n_layers=1, n_heads=2)
+    assert not can_fuse(model)
+    with pytest.raises(UnsupportedModelError, match="its loss is not the cross-entropy of the next token"):
+        chunked(model, tokens(2), tokens(2), 16)
+
+
+def test_a_pad_that_predicts_where_it_sees_everything():
+    """Eager attention spreads a pad's evenly over the row, also over what follows."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    model = odd("GPT2", "LMHeadModel", **sizes, attn_implementation="eager").double().train()
+    (ids, mask), rows = pad(documents(), "left"), torch.arange(len(documents()))
+    labels = ids.masked_fill(mask == 0, -100)
+    with pytest.raises(ValueError, match=r"a pad before a text predicts its first token.*first token's label to -100"):
+        chunked(model, ids, labels, 16, attention_mask=mask)
+    labels[rows, mask.argmax(-1)] = -100
+    want = plain(model, ids, labels, attention_mask=mask)
+    assert_same(chunked(model, ids, labels, 16, attention_mask=mask), want, rounding(model))

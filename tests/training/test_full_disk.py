@@ -1,38 +1,25 @@
-"""A disk that is full: one sentence, whole checkpoints, and a run that goes on once there is room.
-
-A limit on a file's size makes the real writers fail as a full disk does, each in its own words.
-"""
+"""A disk that is full: one sentence, whole checkpoints, and a run that goes on once there is room."""
 
 import errno
 import os
 import resource
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import pytest
+from data_cases import texts
 from launched import FAST, environment
-from test_data import texts
+from room import room_for
 from training_cases import run
 
+from lcpatch.caches.scorers import Bookmarks
 from lcpatch.core.disk import why_unwritten
-from lcpatch.core.errors import TrainingError
+from lcpatch.core.errors import LcpatchError, TrainingError
 from lcpatch.training import tokens, trainer
 from lcpatch.training.checkpoints import STAGING, arriving, claim, resumed_from
 
 SMALL = {"attention": "full", "tune": "lora", "lora_r": 1, "save_every": 2, "steps": 6, "eval_rows": 0}
 """An adapter that is smaller than its tokenizer."""
-
-
-@contextmanager
-def room_for(size: int):
-    """No file may grow beyond `size` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(
@@ -141,3 +128,15 @@ def test_other_errors_stay_what_they_are(tmp_path):
     with pytest.raises(KeyError):
         tokens._atomically(tmp_path / "x", lambda path: {}["x"])
     assert not list(tmp_path.iterdir())
+
+
+def test_bookmarks_are_whole_or_as_they_were(tmp_path):
+    file, bookmarks = tmp_path / "bookmarks.safetensors", Bookmarks(2, 2, 8)
+    bookmarks.save(file)
+    before = file.read_bytes()
+    with room_for(100), pytest.raises(LcpatchError, match="could not be written, what was there is untouched"):
+        bookmarks.save(file)
+    assert file.read_bytes() == before
+    assert os.listdir(tmp_path) == [file.name]
+    (tmp_path / "other").touch()
+    assert file.stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -10,7 +10,9 @@ import eval_cases
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from room import room_for
 
+from lcpatch.core.errors import TrainingError
 from lcpatch.training import encode, rows, tokens
 from lcpatch.training.mixture import CONTINUED, SINKLORA, counts, mix
 from lcpatch.training.sources import sources
@@ -114,3 +116,9 @@ def test_where_it_is_written(data, tmp_path):
         mix({name: ["nothing"] for name in data}, tmp_path, rows=50)
     mix(data, tmp_path / "a" / "b" / "c.jsonl", rows=50)
     assert len(written(tmp_path / "a" / "b" / "c.jsonl")) == 50
+
+
+def test_a_disk_without_room_for_it(data, tmp_path):
+    with room_for(100), pytest.raises(TrainingError, match=r"a.jsonl could not be written \(.* are free .*: make room"):
+        mix(data, tmp_path / "out" / "a.jsonl", rows=50)
+    assert not list((tmp_path / "out").iterdir())

@@ -158,6 +158,7 @@ def test_a_step_without_labels_is_told_before_it_is_taken(base, tmp_path: Path, 
         ("retrieval", ["--length", "0"], "length=0 must be at least 2 tokens"),
         ("retrieval", ["--length", "64", "--page", "0"], "page=0 must be at least 1"),
         ("retrieval", ["--out", "/dev/null/x"], "/dev/null"),
+        ("retrieval", ["--out", "."], "--out . is a folder; name the file to write, such as ./bookmarks"),
         ("reproduce", ["--seeds", "0"], "--seeds 0 must be at least 1"),
     ],
 )
@@ -166,3 +167,16 @@ def test_recipes_beside_the_four(base, tmp_path: Path, monkeypatch, recipe: str,
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, OSError), match=says):
         importlib.import_module(recipe).main(["--model", str(base), *words])
+
+
+def test_an_output_that_can_be_no_folder(base, tmp_path: Path):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match=r"cannot be made a folder \(.*\); take another --output"):
+            run(base, output, **FAST)
+
+
+def test_evaluation_data_that_is_too_short_is_named(base, tmp_path: Path):
+    (tmp_path / "one.txt").write_text("One line.")
+    with pytest.raises(ValueError, match=r"--eval-data: the data has \d+ tokens, and a row 96"):
+        run(base, tmp_path / "run", **FAST | {"eval_rows": 2}, eval_data=(str(tmp_path / "one.txt"),))

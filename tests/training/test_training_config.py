@@ -14,6 +14,7 @@ from lcpatch.core.errors import UnknownNameError
 from lcpatch.training import recipe
 from lcpatch.training.arms import patch_for
 from lcpatch.training.config import TrainConfig, load
+from lcpatch.training.run import Result
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ["sinklora", "longlora", "s2", "chunkwise"]
@@ -83,7 +84,12 @@ def test_no_chunks_go_without_how_many_are_kept(tmp_path):
         (["--seed", "-1"], "seed=-1 must be a whole number from 0"),
         (["--tune", "qlora"], r"tune='qlora' is not one of lora\+, lora, full"),
         (["--keep-chunks", "0.5"], "keep_chunks=0.5 needs chunks: say chunk_size"),
-        (["--config", "nothing.yaml"], "nothing.yaml"),
+        (["--config", "nothing.yaml"], "nothing.yaml is no file; --config names one with settings as YAML"),
+        (
+            ["--lerning-rate", "1e-3"],
+            "'lerning_rate' is no setting, and no option of a method. Did you mean 'learning",
+        ),
+        (["--group-sise", "4"], "'group_sise' is no setting, and no option of a method. Did you mean 'group_size'"),
     ],
 )
 def test_wrong_values(words, says):
@@ -94,7 +100,9 @@ def test_wrong_values(words, says):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("stepps: 3", "unknown key 'stepps'; keys: accumulate, "),
+        ("stepps: 3", "unknown key 'stepps'. Did you mean 'steps'. Keys: accumulate, "),
+        ("steps: 3\nlength: 8\nsteps: 4", "has 'steps' twice, of which YAML would take the last: delete one"),
+        ("", "must hold `key: value` lines, not nothing"),
         ("- a", "must hold `key: value` lines, not list"),
         ("a: [", "is not valid YAML"),
         ("steps: true", "steps=True must be a whole number"),
@@ -181,6 +189,19 @@ def test_a_recipe_tells_a_users_error_in_a_sentence(monkeypatch, capsys):
     assert said.startswith("sinklora.py: ")
     assert "nothing.yaml" in said
     assert len(said.splitlines()) == 1
+
+
+def test_a_recipe_tells_of_a_file_without_the_systems_number(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        recipe.script(lambda: (tmp_path / "file" / "x").mkdir())
+    assert capsys.readouterr().err == f"x.py: {tmp_path / 'file' / 'x'}: Not a directory\n"
+
+
+def test_a_summary_says_which_steps_its_losses_are_of():
+    assert "2 steps, loss 3.0000 -> 2.0000" in recipe.summary(Result(None, [3.0, 2.0], step=2), "run")
+    assert "steps 5 to 6, loss 3.0000 -> 2.0000" in recipe.summary(Result(None, [3.0, 2.0], step=6), "run")
 
 
 def test_a_recipe_ends_its_group_before_python_ends():
