@@ -86,7 +86,6 @@ class PrefixFile:
     def __init__(self, file: Any, path: Path) -> None:
         self.path, self._file = path, file
         self.header = _header(file.metadata() or {}, path)
-
         self.checksums: dict[str, Any] | None = self.header.get("checksums")
 
     def names(self) -> list[str]:
