@@ -6,10 +6,8 @@ one. Shards are cut by records, or pieces of long ones, and characters, which ar
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from ..core.disk import why_unwritten
+from ..core.disk import replacing, why_unwritten
 from ..core.errors import TrainingError
 from .sources import Record, Source
 
@@ -125,7 +123,6 @@ def build(
     parts = [FORMAT, encoder.key, [source.key() for source in sources]]
     folder = cache / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
     if not (folder / "index.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         _write(sources, encoder, folder, text_field, progress)
     return TokenStore(folder)
 
@@ -202,11 +199,11 @@ def _write_shard(file: Path, documents: list[Document | None]) -> None:
 
 
 def _atomically(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside `file` and put it there in one step: another process sees a whole one or none."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    """Write a file so that another process, or one after a crash, finds a whole one or none."""
     try:
-        write(partial)
-        os.replace(partial, file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as partial:
+            write(partial)
     except Exception as error:
         reason = why_unwritten(error, file.parent)
         if reason is None:
@@ -215,6 +212,3 @@ def _atomically(file: Path, write: Callable[[Path], Any]) -> None:
             f"the tokens of the data could not be written ({reason}); what is finished stays. Make room, or name "
             "another folder in LCPATCH_CACHE, and run the same command to go on"
         ) from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
