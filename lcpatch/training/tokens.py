@@ -9,17 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from ..core.disk import replacing, why_unwritten
 from ..core.errors import TrainingError
+from ..core.program import sentence
 from .sources import Record, Source
 
 FORMAT = 3
@@ -118,13 +120,14 @@ def build(
 
     Raises:
         ValueError: a source that is empty or broken.
-        TrainingError: a full disk; what was finished stays.
+        TrainingError: a full disk; what was finished stays. Or files of the cache are damaged.
     """
     parts = [FORMAT, encoder.key, [source.key() for source in sources]]
     folder = cache / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
     if not (folder / "index.json").is_file():
         _write(sources, encoder, folder, text_field, progress)
-    return TokenStore(folder)
+    with _reading(folder):
+        return TokenStore(folder)
 
 
 def fingerprint(tokenizer: Any) -> str:
@@ -143,7 +146,7 @@ def _write(sources: Sequence[Source], encoder: Encoder, folder: Path, text_field
             file = folder / f"{number:05d}.safetensors"
             if not file.is_file():
                 _write_shard(file, encoder.encode(batch))
-            with safe_open(file, framework="np") as shard:
+            with _reading(folder), safe_open(file, framework="np") as shard:
                 facts = shard.metadata()
             index["shards"].append(file.name)
             index["records"] += len(batch)
@@ -196,6 +199,16 @@ def _write_shard(file: Path, documents: list[Document | None]) -> None:
         arrays["learn"] = np.concatenate(list(learn)).astype(np.uint8)
     facts = {"left_out": str(len(documents) - len(kept)), "masked": "yes" if masked else "no"}
     _atomically(file, lambda path: save_file(arrays, path, metadata=facts))
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, json.JSONDecodeError, FileNotFoundError) as error:
+        raise TrainingError(
+            f"{folder} is damaged ({sentence(error)}): delete that folder, and the data is tokenized again"
+        ) from error
 
 
 def _atomically(file: Path, write: Callable[[Path], Any]) -> None:

@@ -83,3 +83,13 @@ def test_a_cache_that_can_be_no_folder(tmp_path):
     says = rf"could not be written \(.*; .* MiB are free in {tmp_path}\).*or name another folder in LCPATCH_CACHE"
     with pytest.raises(TrainingError, match=says):
         texts(tmp_path)
+
+
+@pytest.mark.parametrize("files", ["*.safetensors", "index.json"])
+def test_a_damaged_cache_is_named(tmp_path, files: str):
+    made = texts(tmp_path)
+    folder = tmp_path / "cache" / made.key
+    for file in folder.glob(files):
+        file.write_bytes(b"")
+    with pytest.raises(TrainingError, match=rf"{made.key} is damaged \(.*\): delete that folder, and the data is"):
+        texts(tmp_path)
