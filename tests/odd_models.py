@@ -27,6 +27,15 @@ SETTINGS = {
         "num_experts_per_tok": 1,
         "moe_intermediate_size": 32,
     },
+    # Its `decoder` is the matrix of the logits.
+    "ModernBertDecoder": {
+        "local_attention": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_key_value_heads": 4,
+        "initializer_range": 0.02,
+        **{f"{name}_token_id": n for n, name in enumerate(("pad", "bos", "cls", "sep"))},
+        "eos_token_id": None,
+    },
     "Phi": {},  # turns half of every head
     "DiffLlama": {},  # attends twice, to either half of its values
     "JetMoe": {"kv_channels": 16, "num_experts_per_tok": 2, "num_local_experts": 4},  # repeats keys for its experts

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from ..core.errors import UnsupportedModelError
 from ..core.flags import check_flag
 from ..core.registry import Registry
+from ..hf.head import decoder_of
 from ..hf.models import attention_modules, full_attention_layers, unwrap, why_no_full_attention
 from ..hf.route import route
 from .fixed import Steps, check_layer, get_ready
@@ -136,7 +137,7 @@ class LongCache(Cache):
         model = self.model()
         if model is None or chunk < 1:
             raise ValueError(f"chunk={chunk} must be at least 1" if model else "the model of this cache is gone")
-        decoder, end = unwrap(model).get_decoder(), input_ids.shape[1] - 1
+        decoder, end = decoder_of(unwrap(model)), input_ids.shape[1] - 1
         for start in range(self.get_seq_length(), end, chunk):
             stop, padding = min(start + chunk, end), {}
             if attention_mask is not None:

@@ -8,7 +8,8 @@ What holds for every method, whatever the schedule:
 4. A row's result does not depend on the rows beside it: counts, budgets and the moment of eviction are per row.
 5. Every KV head of a row keeps the same number of tokens, each head its own.
 6. While a step may still be taken back (`activate_past_recording`), its tokens and what they would evict wait for
-   `crop`, or for the next step: memory stays bounded even where nobody crops.
+   `crop`, or for the next step: memory stays bounded even where nobody crops. A token that follows a step which nobody
+   cropped ends that, for transformers' assisted decoding leaves it on.
 
 Because the layer attends by itself (`hf.watch`), no mask of transformers' is involved.
 """
@@ -103,8 +104,10 @@ class EvictingLayer(SlottedLayer):
     def attend(self, call: Call) -> tuple[Tensor, Tensor]:
         """Attention of the step's queries over what is kept and the step itself; see `hf.watch.Call`."""
         keys, values = self._begin(call)
-        self._settle()
         num = keys.shape[2]
+        if num == 1:
+            self.keep_last_step()
+        self._settle()
         self._buffers = self.slots
         new = self._new_slots(keys, values)
         if self.slots.length and (num == 1 or self.slots.length + num <= self.slots.capacity):
@@ -127,8 +130,14 @@ class EvictingLayer(SlottedLayer):
 
     # What may happen to a step afterwards.
 
+    def keep_last_step(self) -> None:
+        """Hear that a token follows the last step: if nobody cropped that, who records steps has gone."""
+        if self._pending is not None:
+            self.record_past = False
+            self._settle()
+
     def activate_past_recording(self) -> None:
-        """Let the last step be cropped: evict after it only in `crop`, or when the next step comes."""
+        """Let the last step be cropped: evict after it only in `crop`, or when the next comes, until nobody does."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -113,6 +113,8 @@ def get_ready(layers: Iterable[Any], steps: dict[torch.device, Steps], check: Ca
     for layer in fixed:
         layer.leave_fixed()
     check()
+    for layer in fixed:
+        layer.keep_last_step()
     if not all(layer.can_enter() for layer in fixed):
         return
     first: dict[torch.device, FixedLayer] = {}
@@ -131,7 +133,8 @@ def get_ready(layers: Iterable[Any], steps: dict[torch.device, Steps], check: Ca
 class FixedLayer:
     """A layer that may generate in tensors which never move: what `get_ready` asks of it.
 
-    It has `seen`, `pads`, `counts` (tokens kept, per row), `budgets` and `online`.
+    It has `seen`, `pads`, `counts` (tokens kept, per row), `budgets` and `online`, and hears in `keep_last_step` that a
+    token follows the last step.
 
     Args:
         args: of the layer that it is without.

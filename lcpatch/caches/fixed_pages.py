@@ -35,6 +35,9 @@ class FixedPages(FixedLayer):
         """Whether every row has begun."""
         return bool(self.budgets) and all(self.seen > pads for pads in self.pads)
 
+    def keep_last_step(self) -> None:
+        """Nothing waits for it."""
+
     def _lay_out(self, steps: Steps) -> None:
         """Room for more pages, and all slots that those may have, so that nothing moves for many tokens."""
         page, lengths = self.reads.page, self.pages.lengths

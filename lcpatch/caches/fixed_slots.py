@@ -47,8 +47,8 @@ class FixedSlots(FixedLayer):
         self._home: dict[str, Tensor] | None = None
 
     def can_enter(self) -> bool:
-        """Whether every row has begun, and nothing may be taken back."""
-        if self.budgets is None or self.record_past or self._pending is not None:
+        """Whether every row has begun, and steps are not recorded."""
+        if self.budgets is None or self.record_past:
             return False
         return all(self.seen > pads for pads in self.pads)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
+from ..hf.head import decoder_of
 from ..hf.models import evaluating, unwrap
 from ..hf.watch import Call, ask, attend
 from .cache import LongCache, routed_layers
@@ -97,7 +98,7 @@ def recall_by_page(
         _check(each, ids.shape[1] - queries)
     cache = LongCache(layers=routed_layers(model, "page_sizes", lambda _: _Probe(reads, top, queries)))
     with evaluating(model):
-        unwrap(model).get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+        decoder_of(unwrap(model))(input_ids=ids, past_key_values=cache, use_cache=True)
     return [getattr(layer, "recalled", {}) for layer in cache.layers]
 
 

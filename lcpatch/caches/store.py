@@ -1,23 +1,17 @@
 """Caches on disk: read a long prefix once, continue it in any later process.
 
-One safetensors file: the tensors of every layer, and a JSON header in its metadata that says which cache of which model
-this is. Loading maps the file into memory and copies layer by layer to where each is computed. A file is untrusted: its
+One safetensors file (`prefix_file`): the tensors of every layer, and a header that says which cache of which model this
+is. Loading maps the file into memory and copies layer by layer to where each is computed. A file is untrusted: its
 header is measured, every name, type and shape in it is checked, and nothing in it chooses code to run.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import __version__ as transformers_version
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -28,14 +22,8 @@ from ..hf.models import attention_modules, unwrap, weights_of
 from .budget import is_integer
 from .cache import LongCache, caches
 from .identity import identity_of, tokenizer_identity
+from .prefix_file import PrefixFile, reading, write
 from .untrusted import fitting, size, whole
-
-FORMAT = 1
-"""Version of the header. A reader refuses a newer one."""
-
-KEY = "lcpatch_cache"
-ATTEMPTS = 100  # to open a file that is being replaced; each takes as long as a rename, so the second succeeds
-MAX_HEADER = 1 << 20  # kilobytes are usual; JSON takes up to 50 times its size in memory
 
 DIFFERS = {
     "class": "another kind of model",
@@ -64,7 +52,6 @@ def save_cache(cache: LongCache, path: str | Path, tokenizer: Any = None) -> Pat
     from .. import __version__
 
     header = {
-        "format": FORMAT,
         "cache": cache.name,
         "options": _json({k: v for k, v in cache.options().items() if k not in cache.places}, cache.name),
         "model": {**identity_of(model), "name": getattr(unwrap(model).config, "_name_or_path", "")},
@@ -72,11 +59,13 @@ def save_cache(cache: LongCache, path: str | Path, tokenizer: Any = None) -> Pat
         "versions": {"lcpatch": __version__, "transformers": transformers_version, "torch": torch.__version__},
         "layers": layers,
     }
-    _write(tensors, {KEY: json.dumps(header)}, path)
+    write(tensors, header, path)
     return path
 
 
-def load_cache(path: str | Path, model: nn.Module, tokenizer: Any = None, **places: Any) -> LongCache:
+def load_cache(
+    path: str | Path, model: nn.Module, tokenizer: Any = None, verify: bool = True, **places: Any
+) -> LongCache:
     """The cache that `cache.save(path)` wrote, ready to go on: `model.generate(**inputs, past_key_values=cache)`.
 
     The inputs are the whole text, the saved prefix in front, as in any later turn. Continuing gives what continuing
@@ -87,68 +76,20 @@ def load_cache(path: str | Path, model: nn.Module, tokenizer: Any = None, **plac
         model: the model that the cache was made for, or its equal: geometry, RoPE, patch, dtype and weights are
             compared.
         tokenizer: if given, and one was when saving, it must be equal too.
+        verify: compare the checksums of all tensors, so that a file which was damaged since it was saved is refused;
+            the header's is compared in any case.
         **places: where this machine keeps it: `disk` and `host_bytes` of a tiered cache, which no file brings.
 
     Raises:
         StoreError: no such file, a broken or unknown one, or a cache of another model.
     """
-    path = Path(path)
-    with _reading(path) as file:
-        header = _header(file, path)
-        _compare(header, model, tokenizer, path)
-        cache = _empty(header, model, path, places)
-        _fill(cache, header["layers"], file, model, path)
+    with reading(Path(path)) as file:
+        _compare(file, model, tokenizer)
+        cache = _empty(file, model, places)
+        if verify and file.checksums is None:
+            warnings.warn(f"{path} is of a format without checksums: what it holds is not verified", stacklevel=3)
+        _fill(cache, file, model, verify)
     return cache
-
-
-def read_header(path: str | Path) -> dict[str, Any]:
-    """What the file says about its cache and the model: its kinds checked, its values not; no model is needed.
-
-    Raises:
-        StoreError: no such file, or one that holds no cache of ours.
-    """
-    path = Path(path)
-    with _reading(path) as file:
-        return _header(file, path)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[Any]:
-    """The file, open for reading.
-
-    Raises:
-        StoreError: no such file, or a broken one.
-    """
-    try:
-        with _opened(path) as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        reason = "there is no such file" if not path.exists() else f"not a safetensors file, or cut off ({error})"
-        raise StoreError(f"{path}: {reason}") from error
-
-
-def _opened(path: Path) -> Any:
-    """The file, open for reading: one file, though a writer may replace it meanwhile.
-
-    safetensors opens a path twice, for the header and for the data, which then may belong to two different files.
-    """
-    for _ in range(ATTEMPTS):
-        before = _stamp(path)
-        try:
-            file = safe_open(path, framework="pt", device="cpu")
-        except RuntimeError:  # torch: the second file is smaller than the first
-            if _stamp(path) == before:
-                raise
-            continue
-        if _stamp(path) == before:
-            return file
-    raise StoreError(f"{path} is replaced by others all the time; try again")
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    """What tells a file from the one that takes its place."""
-    held = os.stat(path)
-    return held.st_ino, held.st_mtime_ns, held.st_size
 
 
 def _state(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -171,52 +112,8 @@ def _json(options: dict[str, Any], name: str) -> dict[str, Any]:
     return options
 
 
-def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-    """Write beside `path`, then rename: who reads meanwhile gets the old file or the new one, never half of one."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-        partial.touch(exist_ok=False)
-        mode = partial.stat().st_mode  # of any new file: safetensors' own is for no one else to read
-    except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error}") from error
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        partial.chmod(mode)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())  # a rename must not reach the disk before what it names
-        os.replace(partial, path)
-    except (SafetensorError, OSError) as error:
-        raise StoreError(f"{path} could not be written, what was there is untouched: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _header(file: Any, path: Path) -> dict[str, Any]:
-    text = (file.metadata() or {}).get(KEY)
-    if text is None:
-        raise StoreError(f"{path} holds no cache of lcpatch's: `cache.save(path)` writes one")
-    if len(text) > MAX_HEADER:
-        raise StoreError(f"{path}: its header is larger than {MAX_HEADER} bytes: refused")
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{path}: its header is not valid JSON: {error}") from error
-    if not isinstance(header, dict) or type(header.get("format")) is not int:
-        raise StoreError(f"{path}: its header is not one that `cache.save` writes")
-    if not 1 <= header["format"] <= FORMAT:
-        raise StoreError(
-            f"{path} has format {header['format']}; this lcpatch reads up to {FORMAT}: pip install -U lcpatch"
-        )
-    kinds = {"cache": str, "options": dict, "model": dict, "layers": list}
-    for name, kind in kinds.items():
-        if not isinstance(header.get(name), kind):
-            raise StoreError(f"{path}: {name!r} is missing from its header, or is no {kind.__name__}")
-    return header
-
-
-def _compare(header: dict[str, Any], model: nn.Module, tokenizer: Any, path: Path) -> None:
-    saved, now = header["model"], identity_of(model)
+def _compare(file: PrefixFile, model: nn.Module, tokenizer: Any) -> None:
+    saved, now, path = file.header["model"], identity_of(model), file.path
     wrong = [
         f"{what} ({str(saved.get(key))[:80]}, here {str(now[key])[:80]})"
         for key, what in DIFFERS.items()
@@ -225,11 +122,12 @@ def _compare(header: dict[str, Any], model: nn.Module, tokenizer: Any, path: Pat
     if wrong:
         name = saved.get("name") or saved.get("class")
         raise StoreError(f"{path} was saved with {name}, and this model has {'; '.join(wrong)}: its keys do not fit")
-    if tokenizer is not None and header.get("tokenizer") not in (None, tokenizer_identity(tokenizer)):
+    if tokenizer is not None and file.header.get("tokenizer") not in (None, tokenizer_identity(tokenizer)):
         raise StoreError(f"{path} was saved with another tokenizer: its tokens mean something else")
 
 
-def _empty(header: dict[str, Any], model: nn.Module, path: Path, places: dict[str, Any]) -> LongCache:
+def _empty(file: PrefixFile, model: nn.Module, places: dict[str, Any]) -> LongCache:
+    header, path = file.header, file.path
     kind = caches.get(header["cache"])
     if wrong := places.keys() - set(kind.places):
         known = ", ".join(kind.places) or "none"
@@ -244,11 +142,12 @@ def _empty(header: dict[str, Any], model: nn.Module, path: Path, places: dict[st
         raise StoreError(f"{path}: {header['cache']} cache: {error}") from error
 
 
-def _fill(cache: LongCache, entries: list[Any], file: Any, model: nn.Module, path: Path) -> None:
+def _fill(cache: LongCache, file: PrefixFile, model: nn.Module, verify: bool) -> None:
+    entries, path = file.header["layers"], file.path
     if len(entries) != len(cache.layers):
         raise StoreError(f"{path} holds {len(entries)} layers, the model has {len(cache.layers)}")
     names: dict[int, list[str]] = {}
-    for name in file.keys():  # noqa: SIM118 a file of safetensors is no dictionary
+    for name in file.names():
         index, _, rest = name.partition(".")
         if not rest or not index.isdigit() or int(index) >= len(entries):
             raise StoreError(f"{path}: unknown tensor {name!r}")
@@ -260,7 +159,7 @@ def _fill(cache: LongCache, entries: list[Any], file: Any, model: nn.Module, pat
         numbers = entry.get("numbers")
         if numbers is None:
             continue
-        tensors = {rest: file.get_tensor(f"{index}.{rest}") for rest in names.get(index, [])}
+        tensors = {rest: file.tensor(f"{index}.{rest}", verify) for rest in names.get(index, [])}
         try:
             if not isinstance(numbers, dict):
                 raise ValueError("its numbers are no JSON object")

@@ -132,11 +132,15 @@ def _curves(ax: Axes, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -
     from .plots import GREY, INK, LINE, quiet
 
     for number, arm in enumerate(names):
-        runs = [row["train_losses"] for row in _rows_of(rows, arm)]
+        mine = _rows_of(rows, arm)
+        runs = [row["train_losses"] for row in mine]
         mean = np.mean([run[: min(map(len, runs))] for run in runs], 0)
         window = min(SMOOTH, len(mean))
         smooth = np.convolve(mean, np.ones(window) / window, "valid")
-        ax.plot(range(window, len(mean) + 1), smooth, label=arm, **_look(number))
+        drawn = any(row["settings"].get("keep_chunks", 1) < 1 for row in mine)
+        look = {**_look(number), **({"linewidth": 0.8, "alpha": 0.5} if drawn else {})}
+        label = f"{arm} (estimates)" if drawn else arm  # of a part of the row's chunks: SpaCO's losses scatter
+        ax.plot(range(window, len(mean) + 1), smooth, label=label, **look)
     ax.set_title(f"training loss, mean of {SMOOTH} steps", loc="left", fontsize=10, color=INK, weight="bold")
     ax.set_xlabel("step", color=GREY, fontsize=9)
     ax.grid(axis="y", color=LINE, linewidth=0.8)

@@ -15,7 +15,8 @@ from ..core.errors import UnsupportedModelError
 def decoder_of(base: Any) -> nn.Module:
     """The part of a transformers model that ends in hidden states, as the model calls it: OPT's is inside its base.
 
-    The model itself, if it has no head.
+    The model itself, if it has no head. transformers' `get_decoder` is none to ask: it takes whatever is called
+    `decoder`, which in ModernBERT's is the matrix of the logits, and gives Llama 4's back with its head.
     """
     inner = base.base_model
     if inner is base:  # Llama 4's prefix is of the model with its vision, and names nothing in the text's alone

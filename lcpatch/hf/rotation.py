@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..core.errors import UnsupportedModelError
+from .head import decoder_of
 from .models import attention_modules, evaluating, weights_of
 
 FIXED = ("default", "linear", "llama3", "yarn")
@@ -111,7 +112,7 @@ def _keys(base: nn.Module, owner: str) -> dict[int, Tensor]:
     hooks = [module.register_forward_pre_hook(alike, with_kwargs=True) for module in modules]
     try:
         with evaluating(base):  # dropout would tell them apart too
-            base.get_decoder()(
+            decoder_of(base)(
                 inputs_embeds=noise.to(device, base.dtype).repeat(len(ASKED), 1, 1),  # ctrl scales them in place
                 position_ids=torch.tensor(ASKED, device=device)[:, None],
                 past_key_values=cache,

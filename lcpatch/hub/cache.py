@@ -1,6 +1,6 @@
 """Prefix caches on the Hub: read a long text once, continue it anywhere.
 
-A cache is one safetensors file with a header (`lcpatch.caches.store`), which is checked like any file of unknown
+A cache is one safetensors file with a header (`lcpatch.caches.prefix_file`), which is checked like any file of unknown
 origin; here it travels, with a card.
 """
 
@@ -16,6 +16,8 @@ from typing import Any
 from torch import nn
 
 from ..caches import LongCache, caches, store
+from ..caches.prefix_file import read_header
+from ..core.flags import check_flag
 from .about import HUB_ID, About
 from .card_files import write_card
 from .escape import Ready, argument
@@ -33,6 +35,7 @@ def load_cache(
     model: nn.Module,
     tokenizer: Any = None,
     *,
+    verify: bool = True,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -49,6 +52,8 @@ def load_cache(
         model: the model that the cache was made for, or its equal: geometry, RoPE, patch, dtype and weights are
             compared.
         tokenizer: if given, and one was when saving, it must be equal too.
+        verify: compare the checksums of all tensors, so that a file which was damaged since it was saved is refused;
+            the header's is compared in any case.
         revision: branch, tag or commit of the repository.
         token, cache_dir, local_files_only: as in `huggingface_hub.hf_hub_download`.
         **places: where this machine keeps it: `disk` and `host_bytes` of a tiered cache, which no file brings.
@@ -57,9 +62,10 @@ def load_cache(
         StoreError: no such file, a broken or unknown one, or a cache of another model.
         HubError: the Hub did not give the file; the message says why and what to do.
     """
+    check_flag("verify", verify)
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     path = file_of(id_or_path, CACHE_FILE, revision, hub)
-    return store.load_cache(path, model, tokenizer, **places)
+    return store.load_cache(path, model, tokenizer, verify, **places)
 
 
 def push_cache(
@@ -80,12 +86,12 @@ def push_cache(
             cache.save(file, tokenizer)
         else:
             shutil.copyfile(cache, file)
-        header = store.read_header(file)
+        header = read_header(file)
         revision = None if target.create_pr else target.revision
         write_card(folder, cache_card(header, target.repo_id, about, file.stat().st_size, revision), {})
 
     if not isinstance(cache, LongCache):
-        store.read_header(cache)  # what is no cache is refused before anything is copied
+        read_header(cache)  # what is no cache is refused before anything is copied
     return publish(fill, target, message or "Prefix cache by lcpatch", dry_run=dry_run)
 
 

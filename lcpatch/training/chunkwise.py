@@ -34,7 +34,7 @@ from .loss import IGNORE, summed_cross_entropy
 from .offload import POOL, HostStore
 from .packing import chunk_mask
 from .parallel.chunks import share
-from .support import RandomState, check_model, checkpointing, eager, is_patched, ranks_of, routed, without_wrapper
+from .support import Checkpointed, RandomState, check_model, eager, is_patched, ranks_of, routed, without_wrapper
 from .text import Text, check_kwargs, make_text
 
 logger = logging.getLogger(__name__)
@@ -259,6 +259,7 @@ class _Run:
         self.base, self.text, self.cache, self.kwargs = base, text, cache, kwargs
         self.inner = without_wrapper(model)
         self.decoder = decoder_of(base)
+        self.checkpointed = Checkpointed(base)
         self.devices = list({p.device for p in base.parameters()})
         self.behind: list[Tensor] | None = None
 
@@ -266,7 +267,7 @@ class _Run:
         """The first pass over tokens [start, end); returns where its random numbers began."""
         state = RandomState(self.devices)
         self.cache.set(start, end, new=True, read=False)
-        with torch.no_grad(), checkpointing(self.base, recording=True):
+        with torch.no_grad(), self.checkpointed.chunk(recording=True):
             self._decode(self.inner, start, end)
         return state
 
@@ -281,13 +282,14 @@ class _Run:
         if not order and replicas is not None:  # the other processes wait for this one's gradients
             order, loss_scales = [0], {0: 0.0}
         total = torch.zeros((), device=self.text.ids.device)
+        labelled = (self.text.targets != IGNORE).any(0).cpu()  # of all chunks at once: the host waits for the device
         for n in order:
             if n in states:
                 states[n].restore()
-            labelled = bool((self.text.targets[:, slice(*chunks[n])] != IGNORE).any())
-            self.cache.set(*chunks[n], new=n not in states, read=labelled, hop=plan.hop[n])
+            read = bool(labelled[slice(*chunks[n])].any())
+            self.cache.set(*chunks[n], new=n not in states, read=read, hop=plan.hop[n])
             alone = replicas is not None and n != order[-1]
-            with replicas.no_sync() if alone else nullcontext(), checkpointing(self.base, recording=False):
+            with replicas.no_sync() if alone else nullcontext(), self.checkpointed.chunk(recording=False):
                 loss = self._loss(*chunks[n]) * loss_scales[n] / self.text.denominator
                 if n not in states:
                     after = RandomState(self.devices)

@@ -189,29 +189,31 @@ def eager(model: nn.Module) -> Iterator[None]:
             module._compiled_call_impl = call
 
 
-@contextmanager
-def checkpointing(base: nn.Module, recording: bool) -> Iterator[None]:
-    """Gradient checkpointing as a chunk needs it: off where there are no gradients, with the cache where there are.
+class Checkpointed:
+    """The layers that run under gradient checkpointing, sought once a text: LoRA makes thousands of modules."""
 
-    transformers takes the cache away from a checkpointed layer, as most caches would be written twice. Ours may.
-    """
-    name, value = ("gradient_checkpointing", False) if recording else ("_can_checkpoint_with_cache", True)
-    layers = [
-        m
-        for m in base.modules()
-        if hasattr(m, "_can_checkpoint_with_cache") and getattr(m, "gradient_checkpointing", 0)
-    ]
-    before = [m.__dict__.get(name) for m in layers]
-    for module in layers:
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for module, old in zip(layers, before, strict=True):
-            if old is None:
-                delattr(module, name)
-            else:
-                setattr(module, name, old)
+    def __init__(self, base: nn.Module) -> None:
+        able = (m for m in base.modules() if hasattr(m, "_can_checkpoint_with_cache"))
+        self._layers = [m for m in able if getattr(m, "gradient_checkpointing", False)]
+
+    @contextmanager
+    def chunk(self, recording: bool) -> Iterator[None]:
+        """As a chunk needs it: off where there are no gradients, with the cache where there are.
+
+        transformers takes the cache away from a checkpointed layer, as most caches would be written twice. Ours may.
+        """
+        name, value = ("gradient_checkpointing", False) if recording else ("_can_checkpoint_with_cache", True)
+        before = [m.__dict__.get(name) for m in self._layers]
+        for module in self._layers:
+            setattr(module, name, value)
+        try:
+            yield
+        finally:
+            for module, old in zip(self._layers, before, strict=True):
+                if old is None:
+                    delattr(module, name)
+                else:
+                    setattr(module, name, old)
 
 
 @contextmanager

@@ -20,10 +20,11 @@ def counted():
     """Nothing is compiled or kept by a kernel yet: a test's result must not hang on what its process ran before."""
     from torch._dynamo.utils import counters
 
-    from lcpatch_kernels.block_sparse._triton_common import pack_table
+    from lcpatch_kernels.block_sparse._triton_common import _recorded, _table
 
     torch._dynamo.reset()
-    pack_table.cache_clear()
+    _table.cache_clear()
+    _recorded.clear()
     counters.clear()
     return counters
 

@@ -97,6 +97,47 @@ def test_generate_with_beams_turns_and_a_file(tmp_path):
     assert torch.equal(model.generate(turn, past_key_values=loaded, **options), want)
 
 
+@pytest.mark.parametrize("name", ["h2o", "sink", "cluster"])
+def test_a_turn_after_an_assistants_is_compiled(name):
+    """transformers leaves recording on; while it is, nothing is compiled."""
+    model, assistant, (kind, given), graphs = build(), build(seed=3), CACHES[name], []
+    how, options = compiling(graphs), {"max_new_tokens": 20, "do_sample": False}
+    plain, fixed = kind(model, **given), kind(model, compiled=True, **given)
+    text = tokens(1, 50)
+    for turn in range(2):  # an assistant's, and another after one without
+        want, got = (
+            model.generate(text, past_key_values=c, assistant_model=assistant, **options) for c in (plain, fixed)
+        )
+        assert torch.equal(got, want)
+        assert all(layer.steps is None for layer in fixed.layers)
+        text = torch.cat([got, tokens(1, 9, seed=turn)], 1)
+        want = model.generate(text, past_key_values=plain, **options)
+        got = model.generate(text, past_key_values=fixed, compile_config=how, **options)
+        assert torch.equal(got, want)
+        assert all(layer.steps is not None for layer in fixed.layers)
+        assert len(graphs) == 1
+        text = torch.cat([got, tokens(1, 9, seed=turn + 5)], 1)
+    one, other = fixed.stats(), plain.stats()
+    assert all(one[key] == other[key] for key in ("seen", "kept", "kept_by_layer"))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_steps_are_recorded_while_someone_crops_after_each(compiled):
+    """Also after those of a single token, where an assistant had nothing to say."""
+    model, ids = build(), tokens(1, 60)
+    cache = lcpatch.H2OCache(model, 24, compiled=compiled)
+    cache.activate_past_recording()
+    for start, end in ((0, 50), (50, 51), (51, 52), (52, 56)):
+        feed(model, ids[:, start:end], cache, [end - start])
+        cache.crop(0)
+        assert all(layer.record_past for layer in cache.layers)
+    feed(model, ids[:, 56:59], cache, [3])  # a turn's prompt
+    assert all(layer.record_past for layer in cache.layers)
+    feed(model, ids[:, 59:], cache, [1])
+    assert not any(layer.record_past for layer in cache.layers)
+    assert cache.stats()["kept"] <= 24
+
+
 def test_layers_that_keep_different_numbers_are_refused():
     """They share what a step counts."""
     model, ids = build(), tokens(1, 30)

@@ -64,9 +64,9 @@ def test_rolling_in_other_layouts(family):
     assert distance(got, expected(model, ids, WINDOW)) <= model_budget(model, ids)
 
 
-@pytest.mark.parametrize("prefix", ["Phi", "Exaone4"])
+@pytest.mark.parametrize("prefix", ["Phi", "Exaone4", "ModernBertDecoder"])
 def test_rolling_where_a_layer_turns_a_part_of_its_keys_or_nothing(prefix):
-    whole = {"layer_types": ["full_attention"]} if prefix == "Exaone4" else {}
+    whole = {} if prefix == "Phi" else {"layer_types": ["full_attention"]}
     model = make(prefix, num_hidden_layers=1, **whole).eval()
     ids = tokens(1, 50)
     got = feed(model, ids, lcpatch.SinkCache(model, budget=WINDOW, num_sinks=SINKS), [1] * 50)

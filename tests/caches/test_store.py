@@ -1,48 +1,17 @@
-"""Caches on disk: continuing a loaded one is continuing the saved one to the bit; what does not fit is refused."""
+"""Caches on disk: continuing a loaded one is continuing the saved one to the bit; another model's is refused."""
 
 import copy
-import json
-import os
-import threading
 
 import numpy as np
 import pytest
 import torch
-from cache_cases import ALL, feed, left_padding, make, make_model
+from cache_cases import ALL, feed, make, make_model
 from models import build, tokens
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from store_cases import continued, rewritten, saved
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
 import lcpatch
-from lcpatch.caches import store
-from lcpatch.caches.store import KEY
-
-LENGTH = 110
-PADS = [0, 37]
-CODEC = {"codec": "int8"}
-LOSSY = {"offload": True, **CODEC}
-DENSE = {"dense_layers": 1}
-
-
-def saved(name, tmp_path, small=True, model=None, **options):
-    """A file, the cache that it holds, its model, and what comes next."""
-    model = make_model(name) if model is None else model
-    ids, mask = tokens(2, LENGTH), left_padding(PADS, LENGTH)
-    cache = make(name, model, small, **options)
-    feed(model, ids[:, :80], cache, [60, 1, 1, 18], mask[:, :80])
-    return cache.save(tmp_path / "prefix.safetensors"), cache, model, (ids, mask)
-
-
-def continued(model, cache, ids, mask):
-    """The logits of chunks and tokens after the first 80."""
-    positions, logits = (mask.cumsum(-1) - 1).clamp(min=0), []
-    with torch.no_grad():
-        for start, end in [(80, 81), (81, 82), (82, 100), *[(n, n + 1) for n in range(100, LENGTH)]]:
-            now = slice(start, end)
-            padding = {"attention_mask": mask[:, :end], "position_ids": positions[:, now]}
-            logits.append(model(ids[:, now], past_key_values=cache, **padding).logits)
-    return torch.cat(logits, 1)
+from lcpatch.caches.prefix_file import read_header
 
 
 @pytest.mark.parametrize("small", [False, True])
@@ -161,194 +130,7 @@ def test_another_tokenizer_is_refused(tmp_path):
         lcpatch.load_cache(path, model, Tokenizer("acb"))
 
 
-# Broken files.
-
-
-def test_files_that_are_no_caches(tmp_path):
-    model = make_model("h2o")
-    path, *_ = saved("h2o", tmp_path)
-    data = path.read_bytes()
-    (tmp_path / "cut").write_bytes(data[: len(data) // 2])
-    (tmp_path / "text").write_text("hello")
-    (tmp_path / "empty").write_bytes(b"")
-    save_file({"x": torch.zeros(1)}, tmp_path / "other")
-    cases = {
-        "cut": "cut off",
-        "text": "not a safetensors",
-        "empty": "not a safetensors",
-        "other": "no cache of lcpatch",
-    }
-    for name, word in {**cases, "missing": "no such file"}.items():
-        with pytest.raises(lcpatch.StoreError, match=word):
-            lcpatch.load_cache(tmp_path / name, model)
-
-
-def rewritten(path, change, tensors=None):
-    """The file with its header, and perhaps its tensors, changed."""
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()[KEY])
-    header = change(header)
-    held = load_file(path) if tensors is None else tensors(load_file(path))
-    save_file(
-        held, path.with_name("changed"), metadata={KEY: header if isinstance(header, str) else json.dumps(header)}
-    )
-    return path.with_name("changed")
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        (lambda h: h | {"format": 2}, "format 2; this lcpatch reads up to 1"),
-        (lambda h: h | {"format": True}, "not one that"),
-        (lambda h: h | {"cache": "cluster9"}, "unknown cache"),
-        (lambda h: h | {"options": {"budget": -3}}, "budget=-3"),
-        (lambda h: h | {"options": {"path": "/etc/passwd"}}, "unexpected keyword"),
-        (lambda h: h | {"options": {"budget": [1]}}, "budget="),
-        (lambda h: h | {"layers": h["layers"][:1]}, "holds 1 layers"),
-        (lambda h: "[" * 100000, "not valid JSON"),
-        (lambda h: " " * (9 << 20) + "{}", "larger than"),
-        (lambda h: [], "not one that"),
-    ],
-)
-def test_a_changed_header_is_refused(change, word, tmp_path):
-    path, _, model, _ = saved("h2o", tmp_path)
-    with pytest.raises(ValueError, match=word):
-        lcpatch.load_cache(rewritten(path, change), model)
-
-
-def scalar(x):
-    return x.flatten()[0]
-
-
-@pytest.mark.parametrize(
-    ("name", "options"), [*((name, {}) for name in ALL), ("retrieval", LOSSY), ("retrieval", DENSE), ("tiered", CODEC)]
-)
-def test_fuzzed_numbers_and_tensors_never_load_into_nonsense(name, options, tmp_path):
-    """Every number of a layer replaced by something wrong, every tensor by one that does not fit."""
-    path, _, model, _ = saved(name, tmp_path, **options)
-    with safe_open(path, framework="pt") as file:
-        numbers = json.loads(file.metadata()[KEY])["layers"][0]["numbers"]
-    for key, value in numbers.items():
-        for wrong in (None, -1, "5", 1 << 60, [], [1], {}, 2.5, [-1] * len(PADS), [None] * len(PADS)):
-
-            def change(header, key=key, wrong=wrong):
-                header["layers"][0]["numbers"][key] = wrong
-                return header
-
-            if wrong == value:
-                continue
-            with pytest.raises(lcpatch.StoreError, match="layer 0"):
-                lcpatch.load_cache(rewritten(path, change), model)
-    names = [n for n in load_file(path) if n.startswith("0.")]
-    for target in names:
-        for wrong in (
-            lambda x: x[:1],
-            lambda x: x[:, :1],
-            lambda x: x[..., :-1],
-            lambda x: x.double(),
-            lambda x: x[0],
-            scalar,
-        ):
-
-            def spoil(held, target=target, wrong=wrong):
-                return held | {target: wrong(held[target]).clone().contiguous()}
-
-            with pytest.raises(lcpatch.StoreError, match="layer 0"):
-                lcpatch.load_cache(rewritten(path, lambda h: h, spoil), model)
-
-        def drop(held, target=target):
-            return {k: v for k, v in held.items() if k != target}
-
-        with pytest.raises(lcpatch.StoreError, match="layer 0"):
-            lcpatch.load_cache(rewritten(path, lambda h: h, drop), model)
-    extra = rewritten(path, lambda h: h, lambda held: held | {"9.keys": torch.zeros(1)})
-    with pytest.raises(lcpatch.StoreError, match=r"unknown tensor '9.keys'"):
-        lcpatch.load_cache(extra, model)
-
-
-def test_layers_that_have_seen_different_numbers_of_tokens_are_refused(tmp_path):
-    path, _, model, _ = saved("h2o", tmp_path)
-
-    def more(header):
-        header["layers"][0]["numbers"]["seen"] += 1
-        return header
-
-    with pytest.raises(lcpatch.StoreError, match=r"have seen different numbers of tokens: \[80, 81\]"):
-        lcpatch.load_cache(rewritten(path, more), model)
-
-
-# Writing.
-
-
-def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
-    path, cache, *_ = saved("h2o", tmp_path)
-    before = path.read_bytes()
-
-    def full(tensors, name, metadata):
-        with open(name, "wb") as file:
-            file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(store, "save_file", full)
-    with pytest.raises(lcpatch.StoreError, match=r"what was there is untouched.*No space left"):
-        cache.save(path)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["prefix.safetensors"]
-
-
-def test_a_file_can_be_read_by_whom_any_new_file_can(tmp_path):
-    before = os.umask(0o027)
-    try:
-        path, *_ = saved("h2o", tmp_path)
-    finally:
-        os.umask(before)
-    assert path.stat().st_mode & 0o777 == 0o640
-
-
-def test_writers_and_readers_of_one_file_never_see_half_of_one(tmp_path):
-    path, cache, model, _ = saved("h2o", tmp_path)
-    other = make("h2o", model)
-    feed(model, tokens(1, 50), other, [50])
-    failed, done = [], threading.Event()
-
-    def read():
-        while not done.is_set():
-            try:
-                assert lcpatch.load_cache(path, model).get_seq_length() in (50, 80)
-            except Exception as error:
-                failed.append(error)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    writers = [threading.Thread(target=lambda c=c: [c.save(path) for _ in range(8)]) for c in (cache, other)]
-    for thread in writers:
-        thread.start()
-    for thread in writers:
-        thread.join()
-    done.set()
-    reader.join()
-    assert not failed
-    assert [p.name for p in tmp_path.iterdir()] == ["prefix.safetensors"]
-
-
-@pytest.mark.parametrize("smaller", [False, True])
-def test_a_file_that_is_replaced_while_it_is_opened_is_opened_anew(smaller, tmp_path, monkeypatch):
-    """safetensors opens it twice: for its header, and for the data, which must not be another file's."""
-    path, _, model, _ = saved("h2o", tmp_path)
-    other, opened = make("h2o", model), []
-    feed(model, tokens(1, 50), other, [50])
-
-    def replaced(*args, **kwargs):
-        opened.append(safe_open(*args, **kwargs))
-        if len(opened) == 1:
-            other.save(path)
-            if smaller:  # what torch then says
-                raise RuntimeError("size <40640> is smaller than the required mapping size <42256>")
-        return opened[-1]
-
-    monkeypatch.setattr(store, "safe_open", replaced)
-    assert lcpatch.load_cache(path, model).get_seq_length() == 50
-    assert len(opened) == 2
+# What can be saved.
 
 
 def test_what_cannot_be_saved_says_why(tmp_path):
@@ -409,7 +191,7 @@ def test_where_a_cache_lies_is_for_the_machine_to_choose(tmp_path):
     cache = make("tiered", model, small=True, disk=tmp_path, host_bytes=0)
     feed(model, ids[:, :50], cache, [50])
     path = cache.save(tmp_path / "cache")
-    assert store.read_header(path)["options"].keys().isdisjoint({"disk", "host_bytes"})
+    assert read_header(path)["options"].keys().isdisjoint({"disk", "host_bytes"})
     loaded, on_disk = lcpatch.load_cache(path, model), lcpatch.load_cache(path, model, disk=tmp_path)
     want = feed(model, ids[:, 50:], cache, [1] * 10)
     for x in (loaded, on_disk):
@@ -424,9 +206,7 @@ def test_where_a_cache_lies_is_for_the_machine_to_choose(tmp_path):
         ({"disk": str(tmp_path)}, "for this machine to choose"),
         ({"budget": -1}, "must be"),
     ):
-        header = store.read_header(path)
-        header["options"] |= options
-        save_file(load_file(path), tmp_path / "changed", metadata={KEY: json.dumps(header)})
+        changed = rewritten(path, lambda h, options=options: h | {"options": h["options"] | options})
         with pytest.raises(lcpatch.StoreError, match=words):
-            lcpatch.load_cache(tmp_path / "changed", model)
+            lcpatch.load_cache(changed, model)
     assert not (tmp_path / "three").exists()

@@ -4,9 +4,7 @@ import pytest
 import torch
 from cache_cases import feed, make, make_model
 from models import tokens
-from safetensors import safe_open
-from safetensors.torch import save_file
-from test_store import continued, rewritten, saved
+from store_cases import continued, rewritten, saved
 
 import lcpatch
 
@@ -35,17 +33,17 @@ def test_a_file_keeps_what_the_fast_tier_held_and_what_pages_are_known_by(name, 
 
 def test_a_broken_table_of_a_tiered_cache_is_refused(tmp_path):
     path, _, model, _ = saved("tiered", tmp_path, small=True, codec="int8")
-    with safe_open(path, "pt") as file:
-        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for name, value, message in (
         ("page_in", 1 << 40, "full pages of each row"),
         ("page_in", 0, "each once"),
         ("used", -1, "times from 0"),
     ):
-        wrong = {**tensors, f"0.{name}": torch.full_like(tensors[f"0.{name}"], value)}
-        save_file(wrong, tmp_path / "wrong.safetensors", metadata=header)
+
+        def wrong(held, name=f"0.{name}", value=value):
+            return {**held, name: torch.full_like(held[name], value)}
+
         with pytest.raises(lcpatch.LcpatchError, match=message):
-            lcpatch.load_cache(tmp_path / "wrong.safetensors", model)
+            lcpatch.load_cache(rewritten(path, tensors=wrong), model)
 
 
 @pytest.mark.parametrize("name", ["retrieval", "tiered"])

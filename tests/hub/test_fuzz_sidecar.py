@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lcpatch import PatchConfig
-from lcpatch.caches import store
+from lcpatch.caches import prefix_file
 from lcpatch.caches.scorers import Bookmarks
 from lcpatch.core.errors import LcpatchError
 from lcpatch.hf.layers import with_sink_tokens
@@ -121,8 +121,8 @@ def header(raw: bytes) -> None:
     """Read a cache's header of these bytes."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "cache.safetensors")
-        save_file({"0.keys": torch.zeros(1)}, file, metadata={store.KEY: raw.decode()})
-        store.read_header(file)
+        save_file({"0.keys": torch.zeros(1)}, file, metadata={prefix_file.KEY: raw.decode()})
+        prefix_file.read_header(file)
 
 
 @given(st.sampled_from(["format", "cache", "options", "model", "layers", "tokenizer", "more"]), VALUES)
@@ -177,7 +177,7 @@ READERS = {"sidecar": (read, MAX_CONFIG_BYTES), "config": (carried, MAX_MODEL_CO
 @pytest.mark.parametrize("what", [*READERS, "header"])
 def test_none_takes_more_memory_than_its_size_allows(what: str, part: bytes):
     reader: Callable[[bytes], Any]
-    reader, most = READERS.get(what, (header, store.MAX_HEADER))
+    reader, most = READERS.get(what, (header, prefix_file.MAX_HEADER))
     raw = b'{"lcpatch": [' + part * ((most - 20) // len(part)) + b"0]}"
     assert len(raw) <= most
     tracemalloc.start()

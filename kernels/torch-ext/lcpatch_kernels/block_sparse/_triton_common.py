@@ -51,11 +51,28 @@ class PackTable:
         return self.packs.shape[0]
 
 
-@lru_cache(maxsize=256)
-def pack_table(spec: BlockSparseSpec, num_kv_heads: int, max_heads: int | None, device: torch.device) -> PackTable:
-    """Cached, because filling it copies from the host, which a CUDA graph cannot record: the first call warms up.
+_recorded: dict[tuple, PackTable] = {}  # by what `pack_table` is asked for
 
-    Made on another thread, as torch.compile directs what this one allocates while it warms up into the memory of its
+
+def pack_table(spec: BlockSparseSpec, num_kv_heads: int, max_heads: int | None, device: torch.device) -> PackTable:
+    """Kept, because filling it copies from the host, which a CUDA graph cannot record: the first call warms up.
+
+    A graph reads a table where it lay when it was recorded, and nobody tells when a graph is gone. So a table that one
+    recorded is kept for good: 40 bytes a pack and 4 a KV head, once for every pattern and tile that graphs of this
+    process have recorded. Of others the last 256 are: patterns that follow a text's length have no end.
+    """
+    key = (spec, num_kv_heads, max_heads, device)
+    table = _recorded.get(key) or _table(*key)
+    return _recorded.setdefault(key, table) if _is_recording(device) else table
+
+
+def _is_recording(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@lru_cache(maxsize=256)
+def _table(spec: BlockSparseSpec, num_kv_heads: int, max_heads: int | None, device: torch.device) -> PackTable:
+    """Made on another thread, as torch.compile directs what this one allocates while it warms up into the memory of its
     graphs, and refuses to go on where any of that lives longer than the graph's results.
     """
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
