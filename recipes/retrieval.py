@@ -59,9 +59,6 @@ def main(argv=None) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)  # better now than after the training
     name = resolve(args.model)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device)
-
     store = tokens.build(sources(args.data), encode.texts(tokenizer), cache_folder() / "tokens")
     rows = TextRows(store, args.length, masked=False)
     if args.held_out < 1 or len(rows) <= args.held_out:
@@ -70,11 +67,15 @@ def main(argv=None) -> int:
         )
     texts = [rows[n]["input_ids"][None] for n in range(min(len(rows), args.steps + args.held_out))]
     held_out, learnt = texts[: args.held_out], texts[args.held_out :]
+    begun = None if args.bookmarks is None else Bookmarks.load(args.bookmarks)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device)
+    bookmarks = Bookmarks.of(model) if begun is None else begun
 
     pages = {"page": args.page, "recent": args.recent}
     reading = {**pages, "budget": args.budget}
     stages = ["contrastive", "lm"] if args.stage == "both" else [args.stage]
-    bookmarks = Bookmarks.of(model) if args.bookmarks is None else Bookmarks.load(args.bookmarks)
 
     def measure(what: str, bookmarks: Bookmarks) -> None:
         loss, recall = measure_bookmarks(model, held_out, bookmarks, **pages)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..core.disk import replacing
 from ..core.errors import StoreError
 
 FORMAT = 2
@@ -32,28 +32,17 @@ MAX_HEADER = 1 << 20  # kilobytes are usual; JSON takes up to 50 times its size 
 
 
 def write(tensors: dict[str, Tensor], header: dict[str, Any], path: Path) -> None:
-    """Write beside `path`, then rename: who reads meanwhile gets the old file or the new one, never half of one.
+    """Write all of it or nothing: who reads meanwhile gets the old file or the new one.
 
     Raises:
         StoreError: it cannot be written; what was there is untouched.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-        partial.touch(exist_ok=False)
-        mode = partial.stat().st_mode  # of any new file: safetensors' own is for no one else to read
-    except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error}") from error
-    try:
-        save_file(tensors, partial, metadata=metadata_of(tensors, header))
-        partial.chmod(mode)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())  # a rename must not reach the disk before what it names
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata=metadata_of(tensors, header))
     except (SafetensorError, OSError) as error:
-        raise StoreError(f"{path} could not be written, what was there is untouched: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise StoreError(f"{path} cannot be written, what was there is untouched: {error}") from error
 
 
 def metadata_of(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[str, str]:

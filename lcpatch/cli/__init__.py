@@ -14,10 +14,10 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from .. import __version__
 from ..core.errors import LcpatchError
+from ..core.program import sentence, show_warning
 from ._options import parse_options
 
 __all__ = ["main"]
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.command = shlex.join(["lcpatch", *(sys.argv[1:] if argv is None else argv)])  # reports and cards repeat it
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = show_warning
             if getattr(args, "takes_options", False):
                 args.options = parse_options(rest)
             elif rest:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if args.traceback:
             raise
-        print(f"lcpatch {args.verb}: {_sentence(error)}", file=sys.stderr)
+        print(f"lcpatch {args.verb}: {sentence(error)}", file=sys.stderr)
         return 2
 
 
@@ -70,13 +70,3 @@ def _parser() -> argparse.ArgumentParser:
         verb.allow_abbrev = False  # `--option` of a method must not be taken for the start of one of ours
         verb.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
     return parser
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)

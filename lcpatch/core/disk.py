@@ -25,7 +25,8 @@ def why_unwritten(error: Exception, folder: Path) -> str | None:
         return None
     elif error.__context__ is not None:  # torch's writer fails again as it closes, and says less then
         reason = f"{error.__context__}, {reason}"
-    return f"{reason}; {shutil.disk_usage(folder).free / 2**20:.1f} MiB are free in {folder}"
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    return f"{reason}; {shutil.disk_usage(there).free / 2**20:.1f} MiB are free in {there}"
 
 
 @contextmanager

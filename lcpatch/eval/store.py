@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.difference import difference
-from ..core.disk import why_unwritten
+from ..core.disk import replacing, why_unwritten
 from ..core.errors import LcpatchError
 
 SCHEMA = 1
@@ -97,12 +97,8 @@ class Store:
         return rows
 
     def _write(self, path: Path, data: bytes) -> None:
-        new = path.with_suffix(".new")
-        with new.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
+        with replacing(path) as new:
+            new.write_bytes(data)
 
     def _compare(self, found: dict[str, Any]) -> None:
         _check_schema(self.path, found)

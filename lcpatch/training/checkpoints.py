@@ -29,6 +29,7 @@ SINKS_FILE = "sinks.safetensors"
 STAGING = ".incomplete"
 MAY_CHANGE = ("save_every", "keep", "resume", "evaluate_every", "log_every", "report_to", "workers", "merged", "output")
 """Settings that change no weight, so that a resumed run may have others."""
+DATA = "data_content"
 LAUNCH = ("processes", "weights")
 """How a run is launched: what rows a step has, and what files a checkpoint. Where no step is left it may differ."""
 
@@ -59,10 +60,10 @@ def resumed_from(folder: Path, run: dict[str, Any], resume: str) -> Path | None:
         if name not in may_change and known.get(name) != run.get(name):
             empty = [p.name for p in folder.iterdir()] == [RUN_FILE]
             instead = "delete it, as nothing was saved there," if empty else "take another --output,"
-            raise ValueError(
-                f"{folder} holds a run with {name}={known.get(name)!r}, this one has {run.get(name)!r}: {instead} "
-                "or take the same settings to go on with that run"
-            )
+            differs = f"a run with {name}={known.get(name)!r}, this one has {run.get(name)!r}"
+            if name == DATA:
+                differs = "a run on other data: what --data names has changed since, or is tokenized otherwise now"
+            raise ValueError(f"{folder} holds {differs}: {instead} or take the same settings to go on with that run")
     discard(folder / STAGING)  # left by a kill in the middle of a write
     if last is not None:
         with reading(last):

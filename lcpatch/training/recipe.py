@@ -5,14 +5,18 @@ from __future__ import annotations
 import gc
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..core.errors import LcpatchError
+from ..core.program import sentence, show_warning
 from .config import load
 
 STOPPED = 143
 """Exit status of a run that SIGTERM stopped, as a shell reports it: its checkpoint waits for the same command."""
+INTERRUPTED = 130
+"""Of one that Ctrl-C stopped at once, which leaves the checkpoints that are there."""
 
 
 def main(argv: Sequence[str] | None, defaults: Mapping[str, Any], save: Callable[..., None], says: str = "") -> int:
@@ -36,13 +40,16 @@ def main(argv: Sequence[str] | None, defaults: Mapping[str, Any], save: Callable
 
 
 def script(run: Callable[[], int]) -> None:
-    """Run a recipe as a program: a user's error is one sentence."""
+    """Run a recipe as a program: a user's error is one sentence, and a warning one line."""
     try:
-        status = run()
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            status = run()
+    except KeyboardInterrupt:
+        print(f"\n{sys.argv[0]}: interrupted; the same command goes on from what was saved", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (LcpatchError, ValueError, OSError, ImportError) as error:
-        of_a_file = isinstance(error, OSError) and error.filename and error.strerror
-        says = f"{error.filename}: {error.strerror}" if of_a_file else str(error)
-        print(f"{sys.argv[0]}: {' '.join(says.split())}", file=sys.stderr)
+        print(f"{sys.argv[0]}: {sentence(error)}", file=sys.stderr)
         sys.exit(2)
     _leave_group()
     sys.exit(status)

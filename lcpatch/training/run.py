@@ -19,7 +19,7 @@ from ..core.errors import UnsupportedModelError
 from ..hf.demo_model import cache_folder
 from ..hf.models import unwrap
 from . import arms, encode, lora, rows, tokens
-from .checkpoints import alone_in, arriving, claim, resumed_from, step_of
+from .checkpoints import DATA, alone_in, arriving, claim, resumed_from, step_of
 from .config import TrainConfig
 from .model import checkpointing_settings, dtype_of, enable_inputs, load_model, load_tokenizer, why_documents_meet
 from .sharded import launched_as
@@ -257,7 +257,7 @@ def _rows(config: TrainConfig, tokenizer: Any, names: tuple[str, ...], packs: bo
 def _record(config: TrainConfig, train_rows: Dataset) -> dict[str, Any]:
     """What a checkpoint's run must have in common with the one that goes on with it."""
     content = getattr(train_rows, "dataset", train_rows).key
-    return json.loads(json.dumps({**config.to_dict(), "data_content": content, **launched_as()}))
+    return json.loads(json.dumps({**config.to_dict(), DATA: content, **launched_as()}))
 
 
 def _accelerate_is_there() -> None:

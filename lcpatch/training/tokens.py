@@ -6,22 +6,22 @@ one. Shards are cut by records, or pieces of long ones, and characters, which ar
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from ..core.disk import why_unwritten
+from ..core.disk import replacing, why_unwritten
 from ..core.errors import TrainingError
+from ..core.program import sentence
 from .sources import Record, Source
 
 FORMAT = 3
@@ -120,14 +120,14 @@ def build(
 
     Raises:
         ValueError: a source that is empty or broken.
-        TrainingError: a full disk; what was finished stays.
+        TrainingError: a full disk; what was finished stays. Or files of the cache are damaged.
     """
     parts = [FORMAT, encoder.key, [source.key() for source in sources]]
     folder = cache / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
     if not (folder / "index.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         _write(sources, encoder, folder, text_field, progress)
-    return TokenStore(folder)
+    with _reading(folder):
+        return TokenStore(folder)
 
 
 def fingerprint(tokenizer: Any) -> str:
@@ -146,7 +146,7 @@ def _write(sources: Sequence[Source], encoder: Encoder, folder: Path, text_field
             file = folder / f"{number:05d}.safetensors"
             if not file.is_file():
                 _write_shard(file, encoder.encode(batch))
-            with safe_open(file, framework="np") as shard:
+            with _reading(folder), safe_open(file, framework="np") as shard:
                 facts = shard.metadata()
             index["shards"].append(file.name)
             index["records"] += len(batch)
@@ -201,12 +201,22 @@ def _write_shard(file: Path, documents: list[Document | None]) -> None:
     _atomically(file, lambda path: save_file(arrays, path, metadata=facts))
 
 
-def _atomically(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside `file` and put it there in one step: another process sees a whole one or none."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
     try:
-        write(partial)
-        os.replace(partial, file)
+        yield
+    except (SafetensorError, json.JSONDecodeError, FileNotFoundError) as error:
+        raise TrainingError(
+            f"{folder} is damaged ({sentence(error)}): delete that folder, and the data is tokenized again"
+        ) from error
+
+
+def _atomically(file: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that another process, or one after a crash, finds a whole one or none."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as partial:
+            write(partial)
     except Exception as error:
         reason = why_unwritten(error, file.parent)
         if reason is None:
@@ -215,6 +225,3 @@ def _atomically(file: Path, write: Callable[[Path], Any]) -> None:
             f"the tokens of the data could not be written ({reason}); what is finished stays. Make room, or name "
             "another folder in LCPATCH_CACHE, and run the same command to go on"
         ) from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()

@@ -76,3 +76,20 @@ def test_a_killed_tokenization_goes_on(tmp_path, monkeypatch, stop: int):
     for start in range(0, len(flat), 5):
         for end in range(start + 1, len(flat) + 1, 7):
             assert made.tokens(start, end).tolist() == flat[start:end]
+
+
+def test_a_cache_that_can_be_no_folder(tmp_path):
+    (tmp_path / "cache").touch()
+    says = rf"could not be written \(.*; .* MiB are free in {tmp_path}\).*or name another folder in LCPATCH_CACHE"
+    with pytest.raises(TrainingError, match=says):
+        texts(tmp_path)
+
+
+@pytest.mark.parametrize("files", ["*.safetensors", "index.json"])
+def test_a_damaged_cache_is_named(tmp_path, files: str):
+    made = texts(tmp_path)
+    folder = tmp_path / "cache" / made.key
+    for file in folder.glob(files):
+        file.write_bytes(b"")
+    with pytest.raises(TrainingError, match=rf"{made.key} is damaged \(.*\): delete that folder, and the data is"):
+        texts(tmp_path)

@@ -293,7 +293,7 @@ def test_a_run_with_another_config_is_refused(trained, base, monkeypatch):
         run(base, output, **SETTINGS["longlora"], learning_rate=1e-3)
     with monkeypatch.context() as patch:  # the same name, another text
         patch.setattr(sources, "read_texts", lambda names: (["Some other text. " * 2000], "other"))
-        with pytest.raises(ValueError, match=r"holds a run with data_content="):
+        with pytest.raises(ValueError, match=r"holds a run on other data: what --data names has changed since"):
             run(base, output, **SETTINGS["longlora"])
     with pytest.raises(ValueError, match=r"holds a run already; take another --output"):
         run(base, output, **SETTINGS["longlora"], resume="never")

@@ -1,6 +1,7 @@
 """Settings: where they come from, what goes before what, and what is refused."""
 
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -197,6 +198,23 @@ def test_a_recipe_tells_of_a_file_without_the_systems_number(monkeypatch, capsys
     with pytest.raises(SystemExit):
         recipe.script(lambda: (tmp_path / "file" / "x").mkdir())
     assert capsys.readouterr().err == f"x.py: {tmp_path / 'file' / 'x'}: Not a directory\n"
+
+
+def test_a_recipe_that_is_interrupted_says_so_in_a_sentence(monkeypatch, capsys):
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit) as stopped:
+        recipe.script(interrupted)
+    assert stopped.value.code == recipe.INTERRUPTED
+    assert capsys.readouterr().err == "\nx.py: interrupted; the same command goes on from what was saved\n"
+
+
+def test_a_recipe_warns_in_a_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        recipe.script(lambda: warnings.warn("3 records were left out", stacklevel=1) or 0)
+    assert capsys.readouterr().err == "warning: 3 records were left out\n"
 
 
 def test_a_summary_says_which_steps_its_losses_are_of():
