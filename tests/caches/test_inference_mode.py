@@ -1,16 +1,12 @@
 """A cache that was filled under `torch.inference_mode`, whose tensors change only so, is asked and changed outside."""
 
 import copy
-import inspect
 
 import pytest
 import torch
-from cache_cases import ALL, feed, make, make_model
+from cache_cases import ALL, COMPILED, feed, make, make_model
 from models import tokens
 
-from lcpatch.caches import caches
-
-COMPILED = [name for name in ALL if "compiled" in inspect.signature(caches.get(name).__init__).parameters]
 CACHES = [*((name, {}) for name in ALL), *((name, {"compiled": True}) for name in COMPILED)]
 ASKED = {
     "stats": lambda cache, folder: cache.stats(),
