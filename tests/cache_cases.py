@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ KEEPS_ALL = ("retrieval", "tiered")
 """Caches whose budget is what a token reads, not what is kept."""
 
 ALL = tuple(caches.all())
+COMPILED = tuple(name for name in ALL if "compiled" in inspect.signature(caches.get(name).__init__).parameters)
 LENGTH = 90
 
 

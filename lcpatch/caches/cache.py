@@ -21,7 +21,7 @@ from ..hf.models import attention_modules, full_attention_layers, unwrap, why_no
 from ..hf.route import route
 from .fixed import Steps, check_layer, get_ready
 from .held import bytes_held
-from .layer import HALF_WAY, AttendingLayer
+from .layer import HALF_WAY, AttendingLayer, inference_mode_if
 
 caches: Registry[type[LongCache]] = Registry("cache", package="lcpatch.caches")
 
@@ -61,6 +61,7 @@ class LongCache(Cache):
         Where they do, it is (0, 0): no mask is read. They wait for the device only where there may be no room left.
         """
         if query_length == 1 and not torch.compiler.is_compiling():
+            self._check_inference()
             get_ready(self.layers, self._steps, self.check_whole)
         return super().get_mask_sizes(query_length, layer_idx)
 
@@ -80,13 +81,8 @@ class LongCache(Cache):
         else:
             if layer_idx == next(n for n, layer in enumerate(self.layers) if isinstance(layer, DynamicLayer)):
                 self.check_whole(key_states.shape[2])
-            inference = torch.is_inference_mode_enabled()
-            if self._inference and not inference:
-                raise RuntimeError(
-                    f"{type(self).__name__}: it was filled under torch.inference_mode(), whose tensors cannot be "
-                    "changed outside: go on under torch.inference_mode(), or fill it under torch.no_grad()"
-                )
-            self._inference = inference
+            self._check_inference()
+            self._inference = torch.is_inference_mode_enabled()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def check_whole(self, num: int = 2) -> None:
@@ -105,9 +101,34 @@ class LongCache(Cache):
         if asunder or any(layer.is_midway() for layer in layers if isinstance(layer, AttendingLayer)):
             raise RuntimeError(f"{type(self).__name__}: {HALF_WAY}")
 
+    def _check_inference(self) -> None:
+        if self._inference and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__}: it was filled under torch.inference_mode(), whose tensors cannot be "
+                "changed outside: go on under torch.inference_mode(), or fill it under torch.no_grad()"
+            )
+
     def reset(self) -> None:
-        self._inference = False
+        self._inference, self._steps = False, {}
         super().reset()
+
+    # What changes tensors between two forwards, also those that were made under torch.inference_mode.
+
+    def crop(self, tokens_to_remove: int) -> None:
+        with inference_mode_if(self._inference):
+            super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        with inference_mode_if(self._inference):
+            super().reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        with inference_mode_if(self._inference):
+            super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        with inference_mode_if(self._inference):
+            super().batch_repeat_interleave(repeats)
 
     def model(self) -> nn.Module | None:
         """The model that the cache was made for, while it is there."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..hf.layers import state_of
 from ..hf.watch import Call
-from .layer import HALF_WAY
+from .layer import HALF_WAY, inference_mode_if
 from .scattered import is_dense
 
 
@@ -144,6 +144,7 @@ class FixedLayer:
     steps: Steps | None = None  # while it generates: its `counts` and `seen` are of when that began
     leads = ends = False  # whether it counts the tokens that begin, for the others too; those that all layers have
     unit = "tokens"  # of its budgets
+    _inference = False  # it entered under torch.inference_mode
     _until = 0  # tokens seen when it must leave
 
     def __init__(self, *args: Any, fixed: bool = False) -> None:
@@ -172,6 +173,7 @@ class FixedLayer:
             steps: begun at what is kept now.
             leads, ends: whether this layer is their first, their last.
         """
+        self._inference = torch.is_inference_mode_enabled()
         self._stand_still()
         self._lay_out(steps)
         self.steps, self.leads, self.ends = steps, leads, ends
@@ -187,7 +189,8 @@ class FixedLayer:
         taken = self.steps.taken(self.seen, self.counts)
         self.steps = None
         self.seen += taken
-        self._take_back(taken)
+        with inference_mode_if(self._inference):
+            self._take_back(taken)
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor]:
         """As it does otherwise; in tensors that stay where they are if it has entered them."""

@@ -6,6 +6,7 @@ asked what it keeps, and no one else indexes into it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -144,6 +145,11 @@ class AttendingLayer(DynamicLayer):
                 raise ValueError(
                     f"{self.owner}: row {row} began after {self.pads[row]} pads, the mask now hides {k0} tokens"
                 )
+
+
+def inference_mode_if(filled: bool) -> AbstractContextManager[Any]:
+    """Where tensors are changed that were `filled` under torch.inference_mode: those are changed only so."""
+    return torch.inference_mode() if filled else nullcontext()
 
 
 def decode(call: Call, keys: Tensor, values: Tensor, **which: Any) -> tuple[Tensor, ...]:

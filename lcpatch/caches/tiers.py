@@ -93,8 +93,12 @@ class TieredPages:
         return self.fast.data.shape[1]
 
     def allow(self, pages: list[int]) -> None:
-        """So many full pages of each row may be on the device; never fewer than before."""
-        self.limits = [max(old, new) for old, new in zip(self.limits or pages, pages, strict=True)]
+        """So many full pages of each row may be on the device, from now on; never fewer than before."""
+        limits = [max(old, new) for old, new in zip(self.limits or pages, pages, strict=True)]
+        if self.fast is not None and limits != self.limits:
+            self._land()
+            self.fast.widen(max(self.lengths) // self.page, limits)
+        self.limits = limits
 
     def append(self, keys: Tensor, values: Tensor, skip: list[int]) -> Iterator[Filled]:
         """Store new tokens [B, K, T, D], of each row but the first `skip[row]`; yields as `Pages.append` does."""

@@ -98,6 +98,20 @@ def test_generate_with_beams_turns_copies_and_a_file(kind, exact, stored, tmp_pa
         assert torch.equal(model.generate(turn, past_key_values=cache, **options), want)
 
 
+@pytest.mark.parametrize("more", [{}, {"offload": True}])
+def test_a_budget_that_a_short_turn_raised_has_its_slots_at_once(more):
+    """The turn fills no page, so that nothing else would make room; two pages then shared a slot."""
+    kind = "retrieval" if more else "tiered"
+    model, ids = build(), tokens(1, 96)
+    options = {"budget": 0.6, "page": 8, "recent": 8, "codec": None, **more}
+    if kind == "tiered":
+        options["attend"] = 4096
+    plain, fixed = both(model, kind, **options)
+    want, got = (feed(model, ids, cache, [50, *[1] * 35, 2, *[1] * 9]) for cache in (plain, fixed))
+    assert plain.layers[0].budgets == [6]
+    assert distance(got, want) <= model_budget(model, ids)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_are_taken_back_and_rows_chosen(kind):
     model, ids = build(), tokens(2, LENGTH)
