@@ -101,7 +101,7 @@ class EvictingLayer(SlottedLayer):
 
     # The protocol with the attention function.
 
-    def attend(self, call: Call) -> tuple[Tensor, Tensor]:
+    def _attend(self, call: Call) -> tuple[Tensor, Tensor]:
         """Attention of the step's queries over what is kept and the step itself; see `hf.watch.Call`."""
         keys, values = self._begin(call)
         num = keys.shape[2]

@@ -192,12 +192,12 @@ class FixedLayer:
         with inference_mode_if(self._inference):
             self._take_back(taken)
 
-    def attend(self, call: Call) -> tuple[Tensor, Tensor]:
+    def _attend(self, call: Call) -> tuple[Tensor, Tensor]:
         """As it does otherwise; in tensors that stay where they are if it has entered them."""
         steps = self.steps
         if steps is None or call.query.shape[2] > 1 or not is_dense(call.spec):
             self.leave_fixed()
-            return super().attend(call)
+            return super()._attend(call)
         new, self._new = self._new, None
         if self.leads:
             steps.span[:, 1].add_(1)

@@ -31,7 +31,7 @@ class AttendingLayer(DynamicLayer):
     Positions and masks stay those of the whole sequence, so a model's position ids and padding are right whatever is
     freed; each row's pads are learnt where the row begins.
 
-    A subclass implements `attend` (`_begin` first), `crop`, `batch_select_indices`, `memory`, and adds to `_clear` and
+    A subclass implements `_attend` (`_begin` first), `crop`, `batch_select_indices`, `memory`, and adds to `_clear` and
     `lazy_initialization`.
     """
 
@@ -110,6 +110,20 @@ class AttendingLayer(DynamicLayer):
 
     def wants_dense(self, query: Tensor) -> bool:
         return True  # what the dense implementation needs may be gone
+
+    def attend(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Attention of the step's queries; see `hf.watch.Call`.
+
+        Also under autocast in the dtypes of what it is given, as kernels compute: else plain torch would round the sums
+        that say what is kept or read.
+        """
+        kind = call.query.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            return self._attend(call)
+
+    def _attend(self, call: Call) -> tuple[Tensor, Tensor]:
+        """The same, where autocast is off."""
+        raise NotImplementedError
 
     def _begin(self, call: Call) -> tuple[Tensor, Tensor]:
         """The step's new keys and values, after a look at its padding.

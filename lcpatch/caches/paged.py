@@ -86,7 +86,7 @@ class PagedLayer(AttendingLayer):
         self.pages.lengths = [0] * key_states.shape[0]
         self.online = [self.reads.budget.is_share] * key_states.shape[0]
 
-    def attend(self, call: Call) -> tuple[Tensor, Tensor]:
+    def _attend(self, call: Call) -> tuple[Tensor, Tensor]:
         """Attention of the step's queries: one token's over the pages that fit, several tokens' over everything."""
         keys, values = self._begin(call)
         num = keys.shape[2]

@@ -167,7 +167,7 @@ class S2Layer(AttendingLayer):
 
     # Attention over what is kept.
 
-    def attend(self, call: Call) -> tuple[Tensor, Tensor]:
+    def _attend(self, call: Call) -> tuple[Tensor, Tensor]:
         """Attention of the step's queries, and storing of its keys; see `hf.watch.Call`."""
         if call.spec != self.spec:
             raise ValueError("S2Cache: the model's patch is not the one that this cache was made for; make a new cache")

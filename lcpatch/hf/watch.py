@@ -7,7 +7,6 @@ note, so that nothing outlives the forward. Other caches are none of our busines
 from __future__ import annotations
 
 import weakref
-from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -89,16 +88,10 @@ def take_layer(state: LayerState) -> AttendingLayer | None:
 
 
 def ask(layer: AttendingLayer, call: Call) -> tuple[Tensor, Tensor]:
-    """What the layer answers, which it now keeps the step of.
-
-    Also under autocast in the dtypes of what it is given, as its kernels do: else plain torch would round the sums that
-    say what is kept or read.
-    """
+    """What the layer answers, which it now keeps the step of."""
     if torch.compiler.is_compiling() and not layer.can_trace(call.query.shape[2]):
         return _ask_eagerly(layer, call)
-    kind = call.query.device.type
-    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-        answer = layer.attend(call)
+    answer = layer.attend(call)
     layer.midway = False
     return answer
 
