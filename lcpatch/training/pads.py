@@ -23,8 +23,9 @@ def check_pads(base: Any, text: Text) -> None:
         )
     if _sees_all(base) and _predicts(text):
         raise ValueError(
-            "labels: a pad before a text predicts its first token, and under attn_implementation='eager' a pad attends "
-            "to the whole row, of which a chunk sees a part; set the first token's label to -100, or use 'sdpa'"
+            "labels: a pad before a text predicts its first token, and in this model, or under "
+            "attn_implementation='eager', a pad attends to the whole row, of which a chunk sees a part; set the first "
+            "token's label to -100"
         )
 
 
@@ -38,8 +39,10 @@ def _counts_by_pads(base: Any, text: Text) -> bool:
 
 def _sees_all(base: Any) -> bool:
     """Whether a token that may see nothing sees everything alike: a softmax of the same scores, without a sink."""
-    num_sinks = sum(getattr(module, "sinks", None) is not None for module in base.modules())
-    return base.config._attn_implementation == "eager" and num_sinks < base.config.num_hidden_layers
+    modules = list(base.modules())
+    num_sinks = sum(getattr(module, "sinks", None) is not None for module in modules)
+    adds = any(hasattr(module, "prepare_dynamic_mask") for module in modules)  # Doge's mask is added, not said
+    return (adds or base.config._attn_implementation == "eager") and num_sinks < base.config.num_hidden_layers
 
 
 def _predicts(text: Text) -> bool:

@@ -1,6 +1,7 @@
 """Models with ways of their own around their cache: the exact gradient by chunks, or a refusal; never another."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -233,7 +234,9 @@ def test_packed_documents_of_a_model_that_does_not_know_its_configs_window():
 def odd(prefix: str, head: str, **names) -> nn.Module:
     """A tiny model whose config has other names for its sizes."""
     torch.manual_seed(0)
-    return getattr(transformers, f"{prefix}{head}")(getattr(transformers, f"{prefix}Config")(vocab_size=VOCAB, **names))
+    return getattr(transformers, f"{prefix}{head}")(
+        getattr(transformers, f"{prefix}Config")(**{"vocab_size": VOCAB, **names})
+    )
 
 
 @pytest.mark.parametrize(
@@ -258,10 +261,20 @@ def test_a_class_that_computes_its_loss_by_itself():
         chunked(model, tokens(2), tokens(2), 16)
 
 
-def test_a_pad_that_predicts_where_it_sees_everything():
-    """Eager attention spreads a pad's evenly over the row, also over what follows."""
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-    model = odd("GPT2", "LMHeadModel", **sizes, attn_implementation="eager").double().train()
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        lambda: odd("GPT2", "LMHeadModel", **GPT2, attn_implementation="eager"),
+        lambda: odd("Doge", "ForCausalLM", **SIZES),  # whose layers add a mask of their own
+    ],
+    ids=["eager", "doge"],
+)
+def test_a_pad_that_predicts_where_it_sees_everything(new: Callable[[], nn.Module]):
+    """Its attention is spread evenly over the row, also over what follows."""
+    model = new().double().train()
     (ids, mask), rows = pad(documents(), "left"), torch.arange(len(documents()))
     labels = ids.masked_fill(mask == 0, -100)
     with pytest.raises(ValueError, match=r"a pad before a text predicts its first token.*first token's label to -100"):
