@@ -226,6 +226,11 @@ def test_packed_documents_of_a_model_that_does_not_know_its_configs_window():
     torch.manual_seed(0)
     model = transformers.MoshiForCausalLM(transformers.MoshiConfig(**sizes)).double().train()
     ids, positions = pack(documents())
+    first = positions[0, 1:].argmin() + 1  # where the second document begins
+    with torch.no_grad():
+        among, alone = model(ids, position_ids=positions).logits[:, first], model(ids[:, first:]).logits[:, 0]
+    if not torch.allclose(among, alone):
+        pytest.skip("this transformers' Moshi lets packed documents see each other")
     want = plain(model, ids, ids, position_ids=positions)
     got = chunked(model, ids, ids, 16, attention="own", position_ids=positions)
     assert_same(got, want, rounding(model))
