@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.difference import difference
+from ..core.disk import replacing
 
 Row = dict[str, Any]
 Result = dict[str, Any]
@@ -114,9 +115,8 @@ def read(path: Path) -> Result:
 
 def write(result: Result, path: Path) -> None:
     """Write `result` as JSON, atomically: a run that dies leaves no half file."""
-    partial = _partial(path)
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _named(rows: Iterable[Row]) -> Iterable[tuple[tuple[Any, ...], Row]]:
@@ -152,10 +152,6 @@ def _try(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"--out {path} is a folder; name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
+    partial = path.with_name(f"{path.name}.partial")
     partial.touch()
     partial.unlink(missing_ok=True)  # another rank of this run tries the same
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")

@@ -16,14 +16,10 @@ import warnings
 from collections.abc import Sequence
 
 from .. import __version__
-from ..core.errors import LcpatchError
-from ..core.program import sentence, show_warning
+from ..core.program import USER_ERRORS, sentence, show_warning
 from ._options import parse_options
 
 __all__ = ["main"]
-
-USER_ERRORS = (LcpatchError, ValueError, OSError, ImportError)
-"""What is told in one sentence: a wrong value, a missing file, no network, a package that is not installed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from .errors import LcpatchError
+
+USER_ERRORS = (LcpatchError, ValueError, OSError, ImportError)
+"""What is told in one sentence: a wrong value, a missing file, no network, a package that is not installed."""
+
 
 def sentence(error: Exception) -> str:
     """An error in one line; of a file, without the system's number."""

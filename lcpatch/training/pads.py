@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ..core.errors import UnsupportedModelError
 from .loss import IGNORE
 from .text import Text
@@ -21,7 +23,7 @@ def check_pads(base: Any, text: Text) -> None:
             f"{base.config.model_type} counts positions by the pads it finds in input_ids, and a chunk does not see "
             "those before it; pass position_ids"
         )
-    if _sees_all(base) and _predicts(text):
+    if text.mask is not None and _sees_all(base) and _predicts(text.mask, text.targets):
         raise ValueError(
             "labels: a pad before a text predicts its first token, and in this model, or under "
             "attn_implementation='eager', a pad attends to the whole row, of which a chunk sees a part; set the first "
@@ -45,9 +47,7 @@ def _sees_all(base: Any) -> bool:
     return (adds or base.config._attn_implementation == "eager") and num_sinks < base.config.num_hidden_layers
 
 
-def _predicts(text: Text) -> bool:
+def _predicts(mask: Tensor, targets: Tensor) -> bool:
     """Whether a pad before any token has a label."""
-    if text.mask is None:
-        return False
-    before = text.mask.cpu().cumsum(-1) == 0
-    return bool((before & text.targets.ne(IGNORE)).any())
+    before = mask.cpu().cumsum(-1) == 0
+    return bool((before & targets.cpu().ne(IGNORE)).any())

@@ -9,8 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..core.errors import LcpatchError
-from ..core.program import sentence, show_warning
+from ..core.program import USER_ERRORS, sentence, show_warning
 from .config import load
 
 STOPPED = 143
@@ -48,7 +47,7 @@ def script(run: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         print(f"\n{sys.argv[0]}: interrupted; the same command goes on from what was saved", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except (LcpatchError, ValueError, OSError, ImportError) as error:
+    except USER_ERRORS as error:
         print(f"{sys.argv[0]}: {sentence(error)}", file=sys.stderr)
         sys.exit(2)
     _leave_group()
