@@ -135,3 +135,16 @@ def test_rehearsal_has_the_peak_of_the_step():
         peaks.append(torch.cuda.max_memory_allocated())
         model.zero_grad()
     assert abs(peaks[0] - peaks[1]) <= 0.02 * peaks[0]
+
+
+def test_a_pad_that_predicts_where_it_sees_everything():
+    model, tokens = make(), ids(301, 2)
+    model.set_attn_implementation("eager")
+    mask = torch.ones_like(tokens)
+    mask[1, :100] = 0
+    labels = tokens.masked_fill(mask == 0, -100)
+    with pytest.raises(ValueError, match="first token's label to -100"):
+        chunkwise.backward(model, input_ids=tokens, labels=labels, attention_mask=mask, chunk_size=64)
+    labels[1, 100] = -100
+    chunkwise.backward(model, input_ids=tokens, labels=labels, attention_mask=mask, chunk_size=64)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
