@@ -172,7 +172,7 @@ def arguments(config: TrainConfig, output: Path) -> Any:
     from transformers import TrainingArguments
 
     gpu = torch.cuda.is_available()
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(output),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
@@ -201,6 +201,15 @@ def arguments(config: TrainConfig, output: Path) -> Any:
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
     )
+    if args.n_gpu > 1:
+        # One process that sees several GPUs: the Trainer would take torch's DataParallel, whose replicas are made anew
+        # every step, without what a patch holds on to, and would multiply the batch by the GPUs.
+        warnings.warn(
+            f"one of {args.n_gpu} GPUs is used; `accelerate launch` starts a process for each (recipes/configs)",
+            stacklevel=2,
+        )
+        args._n_gpu = 1
+    return args
 
 
 def loggers_of(report_to: str) -> list[Any]:

@@ -35,3 +35,30 @@ def logged(output: Path, *keys: str) -> list[float]:
     """What a run's log says under these keys, in order."""
     lines = json.loads((output / "log.json").read_text())
     return [line[key] for key in keys for line in lines if key in line]
+
+
+class Runs:
+    """Runs of one recipe, by name; each is made once.
+
+    Args:
+        base: the model's folder.
+        folder: where the runs are written.
+        recipe: the command's words, without model and output.
+        devices: the GPUs that a run sees; none of them: gloo, wherever this runs.
+    """
+
+    def __init__(self, base: Path, folder: Path, recipe: list[str], devices: str = "") -> None:
+        self.base, self.folder, self.recipe, self.devices = base, folder, recipe, devices
+
+    def __call__(self, name: str, launch: list[str], *more: str) -> Path:
+        output = self.folder / name
+        if not (output / "model").is_dir():
+            command = [*launch, *self.recipe, "--model", str(self.base), "--output", str(output), *more]
+            finished(command, environment(self.folder, CUDA_VISIBLE_DEVICES=self.devices))
+        return output
+
+
+def apart(a: Path, b: Path) -> float:
+    """How far the losses and evaluations of two runs are apart."""
+    keys = ("loss", "eval_dense_loss", "eval_patched_loss")
+    return max(abs(x - y) for x, y in zip(logged(a, *keys), logged(b, *keys), strict=True))

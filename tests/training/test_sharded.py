@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import training_cases
-from launched import FAST, ROOT, accelerate, environment, finished, logged
+from launched import FAST, ROOT, Runs, accelerate, apart, logged
 from models import SHORT
 from noise import FACTOR, distance, model_budget
 from safetensors.torch import load_file
@@ -32,40 +32,20 @@ CASES = [
 ]
 
 
-class Runs:
-    """Runs of one recipe, by name; each is made once."""
-
-    def __init__(self, base: Path, folder: Path) -> None:
-        self.base, self.folder = base, folder
-
-    def __call__(self, name: str, launch: list[str], *more: str) -> Path:
-        output = self.folder / name
-        if not (output / "model").is_dir():
-            command = [*launch, *RECIPE, "--model", str(self.base), "--output", str(output), *more]
-            finished(command, environment(self.folder, CUDA_VISIBLE_DEVICES=""))  # gloo, wherever this runs
-        return output
-
-
 @pytest.fixture(scope="module")
 def runs(base, tmp_path_factory) -> Runs:
-    return Runs(base, tmp_path_factory.mktemp("runs"))
+    return Runs(base, tmp_path_factory.mktemp("runs"), RECIPE)
 
 
 @pytest.fixture(scope="module")
 def wide_runs(tmp_path_factory) -> Runs:
     base = training_cases.base(tmp_path_factory.mktemp("wide"), hidden_size=252)
-    return Runs(base, tmp_path_factory.mktemp("wide-runs"))
+    return Runs(base, tmp_path_factory.mktemp("wide-runs"), RECIPE)
 
 
 @pytest.fixture(scope="module")
 def sharded(runs) -> Path:
     return runs("fsdp2", accelerate("fsdp2", 2), "--merged", "--save-every", "8", "--keep", "3")
-
-
-def apart(a: Path, b: Path) -> float:
-    """How far the losses and evaluations of two runs are apart."""
-    keys = ("loss", "eval_dense_loss", "eval_patched_loss")
-    return max(abs(x - y) for x, y in zip(logged(a, *keys), logged(b, *keys), strict=True))
 
 
 def rounding(runs: Runs) -> float:
