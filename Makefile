@@ -111,10 +111,12 @@ gpu:
 	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench cache --out $(RESULTS)/cache-$(GPU_NAME).json
 	$(GPU_ENV) $(PYTHON) -m lcpatch.cli bench training --out $(RESULTS)/training-$(GPU_NAME).json
 
-# All GPUs of this machine, a rank each: correct first, then the time of every strategy beside torch's own ring.
+# All GPUs of this machine, a rank each: correct first, then the time of every strategy beside torch's own ring, and of
+# training steps.
+RANKS := -m torch.distributed.run --standalone --nproc-per-node gpu -m lcpatch.cli bench parallel
 gpu-multi:
-	$(GPU_ENV) $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node gpu -m lcpatch.cli \
-		bench parallel --time --lengths 32768,131072 --out $(RESULTS)/multi-$(GPU_NAME).json
+	$(GPU_ENV) $(PYTHON) $(RANKS) --time --lengths 32768,131072 --out $(RESULTS)/multi-$(GPU_NAME).json
+	$(GPU_ENV) $(PYTHON) $(RANKS) --step --lengths 65536 --out $(RESULTS)/steps-$(GPU_NAME).json
 
 wheel: venv
 	rm -rf build dist

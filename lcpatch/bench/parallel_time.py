@@ -1,21 +1,20 @@
 """`torchrun … -m lcpatch.cli bench parallel --time`: every strategy's attention on real GPUs, beside torch's own ring.
 
-First each strategy on each layer is checked: output and gradients of every rank's tokens against float64. Then one
-layer's attention is timed, forward and backward, as the slowest rank sees it; the bytes sent must be the planned ones.
+First each strategy on each layer is checked, and torch's ring: output and gradients of every rank's tokens against
+float64. Then one layer's attention is timed, forward and backward, as the slowest rank sees it, beside one GPU that
+does all of it; the bytes sent must be the planned ones.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from lcpatch_kernels import block_sparse
 
@@ -30,15 +29,19 @@ from .attention_cases import Shape
 from .environment import environment
 from .judge import out_and_grads, passes, relative_error
 from .parallel import ITEM, layers, spec_for, strategies_for
+from .parallel_peer import torchs_ring
 
 CHECK_LENGTH, SHRINK = 2055, 16  # an odd row, and patterns that are sparse on it
-WARMUP, REPEAT = 3, 10
+WARMUP, REPEAT = 2, 6
 FACTOR = 3  # times one GPU's error: parts of results and of gradients are rounded before they are added up
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer under one strategy; milliseconds of the slowest rank, MiB that the rank sends that sends most."""
+    """One layer under one strategy; milliseconds of the slowest rank, MiB that the rank sends that sends most.
+
+    `speedup` is over one GPU, forward and backward.
+    """
 
     layer: str
     strategy: str
@@ -48,6 +51,7 @@ class Row:
     backward_ms: float | None = None
     sent_mib: float | None = None
     chosen: bool | None = None
+    speedup: float | None = None
     why: str | None = None
 
 
@@ -76,7 +80,7 @@ def _run(lengths: tuple[int, ...], shape: Shape, link: Link, commit: str | None)
     first = link.rank == 0
     wrong = []
     for layer, pattern in layers(SHRINK).items():
-        for name, layout in strategies_for(pattern):
+        for name, layout in timed_for(pattern):
             errors, budget = _check(pattern, name, layout, shape, link)
             if first:
                 print(f"check {layer:26s} {name:10s} {max(errors):.1e} <= {budget:.1e}", flush=True)
@@ -84,21 +88,37 @@ def _run(lengths: tuple[int, ...], shape: Shape, link: Link, commit: str | None)
                 wrong.append(f"{name} on {layer}")
     if wrong:
         raise BenchmarkError(f"wrong results for {', '.join(wrong)}: nothing is timed")
+    peer = _peers_problem(shape, link)
     rates = Rates(bandwidth=_bandwidth(link))
     if first:
         print(f"bandwidth {rates.bandwidth / 1e9:.0f} GB/s sent by a rank in an all-to-all", flush=True)
     rows = []
     for length in lengths:
         for layer, pattern in layers().items():
-            for name, layout in strategies_for(pattern):
-                rows.append(_time(layer, pattern, name, layout, length, shape, link, rates))
-                _say(rows[-1], first)
-        rows.append(_time_torch(length, shape, link))
-        _say(rows[-1], first)
+            alone = _time_alone(layer, pattern, length, shape)
+            found = [_time(layer, pattern, *how, length, shape, link, rates) for how in timed_for(pattern)]
+            if pattern is None:
+                failed = replace(TORCH, length=length, why=peer)
+                found.append(_time_torch(length, shape, link) if peer is None else failed)
+            rows += [alone, *(_beside(row, alone) for row in found)]
+            for row in rows[-1 - len(found) :]:
+                _say(row, first)
     if not first:
         return {}
     found = {**environment(commit), "ranks": link.size, "shape": asdict(shape), "bandwidth": rates.bandwidth}
     return {**found, "rows": [asdict(row) for row in rows]}
+
+
+def timed_for(pattern: Any) -> list[tuple[str, str]]:
+    """(strategy, layout): what is counted, and for a pattern `ulysses`, which may be faster where it sends more."""
+    counted = strategies_for(pattern)
+    return counted if pattern is None else [*counted, ("ulysses", "contiguous")]
+
+
+def _beside(row: Row, alone: Row) -> Row:
+    if row.why or alone.why:
+        return row
+    return replace(row, speedup=(alone.forward_ms + alone.backward_ms) / (row.forward_ms + row.backward_ms))
 
 
 def _say(row: Row, first: bool) -> None:
@@ -110,7 +130,8 @@ def _say(row: Row, first: bool) -> None:
     else:
         mark = " chosen" if row.chosen else ""
         sent = "" if row.sent_mib is None else f" {row.sent_mib:8.1f} MiB"
-        print(f"{start}{row.forward_ms:9.3f} + {row.backward_ms:9.3f} ms{sent}{mark}", flush=True)
+        gain = "" if row.speedup is None else f" {row.speedup:.2f}x"
+        print(f"{start}{row.forward_ms:9.3f} + {row.backward_ms:9.3f} ms{gain}{sent}{mark}", flush=True)
 
 
 def _random(shape: Shape, tokens: int, generator: torch.Generator | None = None) -> list[Tensor]:
@@ -185,33 +206,56 @@ def _time(layer: str, pattern: Any, name: str, layout: str, length: int, shape: 
     volume = strategy.volume(work)
     if link.sent != volume.forward[link.rank] + volume.backward[link.rank]:
         raise BenchmarkError(f"{name} on {layer}: rank {link.rank} sent {link.sent} bytes, planned {volume}")
+    forward, backward = _times(attend, x, grad)
+    sent = max(f + b for f, b in zip(volume.forward, volume.backward, strict=True)) / 2**20
+    return Row(layer, name, layout, length, forward, backward, sent, choose(work, rates).name == name)
+
+
+def _time_alone(layer: str, pattern: Any, length: int, shape: Shape) -> Row:
+    """All of it on one GPU, by the kernel that the ranks run; every rank does it, and the slowest counts."""
+    spec = spec_for(pattern, shape)
+    *x, grad = (t.requires_grad_() for t in _random(shape, length))
+    forward, backward = _times(lambda *t: block_sparse(*t, spec, impl="triton")[0], x, grad)
+    return Row(layer, "one GPU", "", length, forward, backward)
+
+
+def _times(attend: Callable[..., Tensor], x: list[Tensor], grad: Tensor) -> tuple[float, float]:
+    """Milliseconds of a forward, and of what a backward adds to it."""
     with torch.no_grad():
         forward = _slowest_ms(lambda: attend(*x))
-    both = _slowest_ms(lambda: torch.autograd.grad(attend(*x), x, grad))
-    sent = max(f + b for f, b in zip(volume.forward, volume.backward, strict=True)) / 2**20
-    return Row(layer, name, layout, length, forward, both - forward, sent, choose(work, rates).name == name)
+    return forward, _slowest_ms(lambda: torch.autograd.grad(attend(*x), x, grad)) - forward
+
+
+TORCH = Row("dense", "torch ring", "head_tail", 0)
+
+
+def _peers_problem(shape: Shape, link: Link) -> str | None:
+    """Why torch's ring is not timed: what it raises, or how wrong its results are; a peer's failure is a result."""
+    length = CHECK_LENGTH // (2 * link.size) * 2 * link.size
+    small = Shape(1, shape.num_heads, shape.num_heads, shape.head_dim)  # it takes no GQA
+    *x, grad = _random(small, length, torch.Generator().manual_seed(0))
+    dense = spec_for(None, small)
+    exact = out_and_grads(
+        lambda *t: block_sparse(*t, dense, impl="reference")[0], [t.double() for t in x], grad.double()
+    )
+    alone = out_and_grads(lambda *t: block_sparse(*t, dense, impl="triton")[0], x, grad)
+    budget = FACTOR * max(relative_error(a, b) for a, b in zip(alone, exact, strict=True))
+    mine = make_layout("head_tail", length, link.size, (((0, length),),)).tokens(link.rank).to(grad.device)
+    try:
+        with torchs_ring([*x, grad], link.size) as (attend, parts):
+            got = out_and_grads(attend, parts[:3], parts[3])
+    except (ImportError, RuntimeError, ValueError) as error:
+        return measure.in_a_line(error)
+    errors = torch.tensor([relative_error(a, b[:, :, mine]) for a, b in zip(got, exact, strict=True)], device="cuda")
+    dist.all_reduce(errors, dist.ReduceOp.MAX)
+    worst = float(errors.max())
+    return None if passes(worst, budget) else f"wrong by {worst:.1e} where {budget:.1e} is rounding"
 
 
 def _time_torch(length: int, shape: Shape, link: Link) -> Row:
-    """torch's ring over FlashAttention-2, head and tail; it takes no GQA, so K and V are repeated."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    row = Row("dense", "torch ring", "head_tail", length)
-    try:
-        from torch.distributed.tensor.experimental import context_parallel
-
-        mesh = init_device_mesh("cuda", (link.size,))
-        q, k, v, grad = _random(shape, length)
-        k, v = (t.repeat_interleave(shape.num_heads // shape.num_kv_heads, 1) for t in (k, v))
-        x = [t.contiguous() for t in (q, k, v, grad)]
-        with (
-            sdpa_kernel(SDPBackend.FLASH_ATTENTION),
-            context_parallel(mesh, buffers=x, buffer_seq_dims=[2] * 4, no_restore_buffers=set(x)),
-        ):
-            q, k, v = (t.requires_grad_() for t in x[:3])
-            with torch.no_grad():
-                forward = _slowest_ms(lambda: sdpa(q, k, v, is_causal=True))
-            both = _slowest_ms(lambda: torch.autograd.grad(sdpa(q, k, v, is_causal=True), (q, k, v), x[3]))
-    except (ImportError, RuntimeError, ValueError) as error:  # a peer that cannot run is part of the result
-        return Row(row.layer, row.strategy, row.layout, row.length, why=measure.in_a_line(error))
-    return Row(row.layer, row.strategy, row.layout, row.length, forward, both - forward)
+    """It takes no GQA, so K and V are repeated."""
+    q, k, v, grad = _random(shape, length)
+    k, v = (t.repeat_interleave(shape.num_heads // shape.num_kv_heads, 1) for t in (k, v))
+    with torchs_ring([q, k, v, grad], link.size) as (attend, parts):
+        forward, backward = _times(attend, [t.requires_grad_() for t in parts[:3]], parts[3])
+    return replace(TORCH, length=length, forward_ms=forward, backward_ms=backward)

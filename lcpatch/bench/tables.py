@@ -119,16 +119,31 @@ def training(result: Result) -> Table:
 
 def multi(result: Result) -> Table:
     """Time of context parallelism on real GPUs, a line per layer and strategy; the slowest rank's milliseconds."""
-    header = ("Layer", "Tokens", "Strategy", "Layout", "Forward, ms", "Backward, ms", "Sent, MiB", "Chosen")
+    header = ("Layer", "Tokens", "Strategy", "Layout", "Forward, ms", "Backward, ms", "Speed-up", "Sent, MiB", "Chosen")
     rows = []
     for row in result["rows"]:
         start = (row["layer"], _tokens(row["length"]), row["strategy"], row["layout"])
         if row["why"]:
+            rows.append((*start, row["why"], "-", "-", "-", "-"))
+            continue
+        gain = "1" if row["speedup"] is None else f"{row['speedup']:.2f}×"
+        sent = "" if row["sent_mib"] is None else f"{row['sent_mib']:.1f}"
+        times = (f"{row['forward_ms']:.2f}", f"{row['backward_ms']:.2f}")
+        rows.append((*start, *times, gain, sent, "yes" if row["chosen"] else ""))
+    return header, rows
+
+
+def steps(result: Result) -> Table:
+    """Training steps of a whole model on one GPU and on several, a line per attention and number of GPUs."""
+    header = ("Attention", "Tokens", "GPUs", "Seconds", "Peak GiB of a GPU", "Speed-up", "Strategy")
+    rows = []
+    for row in result["rows"]:
+        start = (row["arm"], _tokens(row["length"]), str(row["ranks"]))
+        if row["why"]:
             rows.append((*start, row["why"], "-", "-", "-"))
             continue
-        sent = "-" if row["sent_mib"] is None else f"{row['sent_mib']:.1f}"
-        times = (f"{row['forward_ms']:.2f}", f"{row['backward_ms']:.2f}")
-        rows.append((*start, *times, sent, "yes" if row["chosen"] else ""))
+        gain = "1" if row["ranks"] == 1 else "-" if row["speedup"] is None else f"{row['speedup']:.2f}×"
+        rows.append((*start, f"{row['seconds']:.2f}", f"{row['peak_gib']:.1f}", gain, row["strategy"]))
     return header, rows
 
 
@@ -159,6 +174,7 @@ KINDS: dict[str, Callable[[Result], Table]] = {
     "model": model,
     "parallel": parallel,
     "multi": multi,
+    "steps": steps,
     "cache": cache,
     "training": training,
     "quality": quality,

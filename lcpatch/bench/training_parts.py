@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..patching import patched
 from ..patterns.s2 import S2
 from ..training import chunkwise, offload, spaco
-from .geometry import random_llama
+from .geometry import random_llama, two_layers
 from .lora import checkpoint, with_lora
 from .training_setup import Setup, random_ids
 
@@ -160,20 +160,6 @@ class Parts:
             "S2 64/16/16, all layers": lambda: patched(self.model, S2_ALL),
         }
 
-    @contextmanager
-    def _two_layers(self) -> Iterator[None]:
-        """For a while a model of two layers: compiles, and makes cuDNN's plans, for the shapes that are timed next.
-
-        The last one's attention is not run where nothing reads it.
-        """
-        decoder, config = self.base.model, self.base.config
-        layers, count = decoder.layers, config.num_hidden_layers
-        decoder.layers, config.num_hidden_layers = layers[:2], 2
-        try:
-            yield
-        finally:
-            decoder.layers, config.num_hidden_layers = layers, count
-
     def _whole(self, length: int) -> None:
         ids, kept = random_ids(1, length, self.setup), min(self.setup.loss_tokens, length - 1)
         logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=kept + 1).logits[0, :-1]
@@ -198,7 +184,7 @@ class Parts:
         gc.collect()
         cuda = self.setup.device == "cuda"
         try:
-            with self._two_layers():
+            with two_layers(self.base):
                 step()
             if cuda:
                 torch.cuda.empty_cache()

@@ -155,7 +155,7 @@ class TieredCache(PagedCache):
         told = super().stats(measure)
         layers = [layer for layer in self.layers if isinstance(layer, TieredLayer)]
         searches = sum(x.searches for x in layers)
-        return {**told, "proven": float(sum(x.proven for x in layers)) / searches if searches else 1.0}
+        return {**told, "proven": sum(int(x.proven) for x in layers) / searches if searches else 1.0}
 
 
 def _index(top: int | None, fixed: bool, reads: Reads, rows: int) -> TreeIndex:

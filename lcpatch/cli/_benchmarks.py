@@ -53,10 +53,14 @@ def decode(args: argparse.Namespace) -> Result:
 
 
 def parallel(args: argparse.Namespace) -> Result:
-    from ..bench import parallel, parallel_time
+    from ..bench import parallel, parallel_step, parallel_time
 
+    if args.time and args.step:
+        raise ValueError("--time and --step are two runs, each with a file of its own: give one of them")
     shape, how = _shape(args), _how(args)
-    if args.time:
+    if args.step:
+        result = parallel_step.run(args.lengths, args.commit, how["say"], how["keep"])
+    elif args.time:
         result = parallel_time.run(args.lengths, shape, args.commit)
     else:
         result = parallel.run(args.lengths, args.ranks, shape, args.commit, how["say"])

@@ -48,6 +48,9 @@ def _add_kernels(what: argparse._SubParsersAction) -> None:
     parallel.add_argument(
         "--time", action="store_true", help="instead, time every strategy: under torchrun, a GPU for each rank"
     )
+    parallel.add_argument(
+        "--step", action="store_true", help="instead, time a training step of an 8B model on one GPU and on all"
+    )
     parallel.set_defaults(measure=_benchmarks.parallel, lengths=(131072,))
     for verb in (attention, shapes, tune, decode, parallel):
         verb.add_argument("--lengths", type=counts, help="tokens, comma-separated")

@@ -72,8 +72,10 @@ def _rotation(module: nn.Module, rotary: nn.Module | None, asked: Tensor, owner:
 
     def turn(keys: Tensor, positions: Tensor) -> Tensor:
         wide = keys[..., :part].float()
-        cos, sin = rotary(wide, positions[:, None], **extra)
-        plain = rotary(wide, torch.zeros_like(positions)[:, None], **extra)[0]  # at 0 it is the attention factor alone
+        # Where a device map spreads layers, one rotary embedding answers all of them, from where it lies.
+        cos, sin = (x.to(keys.device) for x in rotary(wide, positions[:, None], **extra))
+        # At 0 it is the attention factor alone.
+        plain = rotary(wide, torch.zeros_like(positions)[:, None], **extra)[0].to(keys.device)
         turned = apply(wide, wide, cos, sin)[0] / plain[..., :1, None].transpose(1, 2)
         return torch.cat([turned.to(keys.dtype), keys[..., turned.shape[3] :]], 3)
 

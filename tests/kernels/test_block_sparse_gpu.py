@@ -12,7 +12,7 @@ import torch
 from block_sparse_cases import make_problem, make_spec, poison_outside
 from budget import Problem, assert_within, exact, run, same_dtype
 
-from lcpatch_kernels.block_sparse import BlockSparseSpec, Rule
+from lcpatch_kernels.block_sparse import BlockSparseSpec, Rule, choose
 
 pytestmark = [
     pytest.mark.gpu,
@@ -168,6 +168,17 @@ def test_a_graph_replays_with_other_bounds():
         graph.replay()
         torch.cuda.synchronize()
         assert_within(got, problem)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "chosen"), [(64, BF16, "flex"), (8, BF16, "sdpa"), (64, torch.float64, "sdpa")]
+)
+def test_rolled_groups_of_any_width_and_dtype(head_dim, dtype, chosen):
+    """No kernel of ours runs them, and FlexAttention neither the narrowest heads nor float64."""
+    spec = BlockSparseSpec.of([Rule(group=96, back=0, cyclic=True, shifted=h % 2 == 1) for h in range(8)])
+    problem = make_problem(spec, 2, 300, batch=1, head_dim=head_dim, dtype=dtype, device="cuda")
+    assert choose("auto", problem.q, spec) == chosen
+    assert_within(run(problem, "auto"), problem)
 
 
 @pytest.mark.xdist_group("much memory")

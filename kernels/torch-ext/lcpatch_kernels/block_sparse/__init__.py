@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 Impl = Literal["auto", "triton", "reference", "sdpa", "flex"]
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_MAX_HEAD_DIM = 256
+FLEX_MIN_HEAD_DIM = 16
+"""Below it torch refuses to compile FlexAttention."""
 
 
 def block_sparse(
@@ -174,7 +176,9 @@ def interpreting() -> bool:
 def _automatic(q: Tensor, spec: BlockSparseSpec) -> tuple[str, str]:
     if spec.is_cyclic:
         why = "rolled groups are not causal intervals, so no kernel of ours fits them"
-        return ("flex", why) if q.is_cuda else ("sdpa", why + "; this builds a T x T mask")
+        if q.is_cuda and q.dtype in TRITON_DTYPES and q.shape[-1] >= FLEX_MIN_HEAD_DIM:
+            return "flex", why
+        return "sdpa", why + "; this builds a T x T mask"
     if not q.is_cuda:
         return "reference", f"the tensors are on {q.device.type}"
     if not has_triton():
