@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from noise import FACTOR, distance
 from peft import LoraConfig, get_peft_model
 from schedules import pad, plain
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 
 import lcpatch
@@ -223,15 +225,26 @@ def train_everywhere(rank: int, cases: list[dict[str, Any]]) -> list[str]:
         model = make_model(*[case[k] for k in ("family", "patch", "dtype", "lora", "checkpoint")])
         with parallelize(model, strategy=case["strategy"], layout=case.get("layout", "auto")) as ranks:
             loss = loss_of(model, ranks.shard(batch))
+            during = nodes_alive()
             loss.backward()
             ranks.sum_gradients(model.parameters())
             got = ranks.total(loss), gradients(model)
+            del loss
+            after = nodes_alive()
             with torch.no_grad():
                 again = ranks.total(loss_of(model, ranks.shard(batch)))
         error = worst(got, want)
         if not error <= allowed or distance(again, got[0]) > allowed:
             failures.append(f"{case}: error {error:.1e}, allowed {allowed:.1e}; {ranks.chosen}")
+        if not during or after:
+            failures.append(f"{case}: {during} nodes of the graph during a step, {after} after it")
     return failures
+
+
+def nodes_alive() -> int:
+    """Nodes of our own in autograd graphs that something still holds, with what they saved."""
+    gc.collect()
+    return sum(issubclass(type(x), BackwardCFunction) for x in gc.get_objects())
 
 
 def balanced(rank: int) -> list[str]:

@@ -159,15 +159,31 @@ class _Flight:
     def __init__(self, link: Link, sends: list[int], receives: list[int]) -> None:
         self.link, self.sends, self.receives = link, sends, receives
         self.buffer: Tensor | None = None
-        self.wait: Callable[[], None] = lambda: None
+        self._wait: Callable[[], None] | None = None
+
+    def there(self, rows: Tensor) -> Tensor:
+        """What will arrive of `rows`."""
+        arriving, self._wait = self.link.all_to_all(rows.contiguous(), self.sends, self.receives)
+        return arriving
+
+    def back(self, grad: Tensor) -> None:
+        """Send the gradients home, into `buffer`."""
+        self.buffer, self._wait = self.link.all_to_all(grad.contiguous(), self.receives, self.sends)
+
+    def wait(self) -> None:
+        """Wait for what is under way, and hold on to it no longer."""
+        if self._wait is not None:
+            self._wait()
+            self._wait = None
 
 
 class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, flight: _Flight) -> Tensor:
         ctx.flight = flight
-        arriving, flight.wait = flight.link.all_to_all(rows.contiguous(), flight.sends, flight.receives)
-        return arriving
+        # Detached: a transfer holds its buffer, which must not lead back to the node that holds the transfer. Through
+        # C++ no garbage collector sees such a cycle, and with it all that came before stays, step after step.
+        return flight.there(rows).detach()
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
@@ -188,8 +204,7 @@ class _Finish(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        flight = ctx.flight
-        flight.buffer, flight.wait = flight.link.all_to_all(grad.contiguous(), flight.receives, flight.sends)
+        ctx.flight.back(grad)
         return grad, None
 
 
