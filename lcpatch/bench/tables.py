@@ -118,19 +118,20 @@ def training(result: Result) -> Table:
 
 
 def multi(result: Result) -> Table:
-    """Time of context parallelism on real GPUs, a line per layer and strategy; the slowest rank's milliseconds."""
-    header = ("Layer", "Tokens", "Strategy", "Layout", "Forward, ms", "Backward, ms", "Speed-up", "Sent, MiB", "Chosen")
-    rows = []
-    for row in result["rows"]:
-        start = (row["layer"], _tokens(row["length"]), row["strategy"], row["layout"])
+    """Time of context parallelism on real GPUs, a line per layer and strategy, a column per length.
+
+    Milliseconds of the slowest rank, forward and backward, and the speed-up over one GPU; bold is what the cost model
+    chose.
+    """
+
+    def cell(row: dict[str, Any]) -> str:
         if row["why"]:
-            rows.append((*start, row["why"], "-", "-", "-", "-"))
-            continue
+            return row["why"]
         gain = "1" if row["speedup"] is None else f"{row['speedup']:.2f}×"
-        sent = "" if row["sent_mib"] is None else f"{row['sent_mib']:.1f}"
-        times = (f"{row['forward_ms']:.2f}", f"{row['backward_ms']:.2f}")
-        rows.append((*start, *times, gain, sent, "yes" if row["chosen"] else ""))
-    return header, rows
+        gain = f"**{gain}**" if row["chosen"] else gain
+        return f"{row['forward_ms']:.1f} + {row['backward_ms']:.1f} ms, {gain}"
+
+    return _by_length(result, ("layer", "strategy"), ("Layer", "Strategy"), cell)
 
 
 def steps(result: Result) -> Table:
