@@ -55,8 +55,8 @@ def test_rows_are_written_in_one_order_whatever_came_first(tmp_path: Path):
 
 def test_what_the_readme_shows_is_in_that_order():
     """So that a run that appends to it moves nothing."""
-    shown = {path: json.loads(path.read_text()) for path in RESULTS.glob("*-nvidia-h200.json")}
-    shown |= {path: json.loads(path.read_text()) for path in RESULTS.glob("model-*.json")}
+    files = [*RESULTS.glob("*-nvidia-h200.json"), *RESULTS.glob("model-*.json")]
+    shown = {path: json.loads(path.read_text()) for path in files if path.name.split("-")[0] in PLACES}
     assert len(shown) == 3
     for path, found in shown.items():
         assert sorted(found["rows"], key=PLACES[path.name.split("-")[0]]) == found["rows"], path.name
