@@ -110,9 +110,9 @@ def _run(lengths: tuple[int, ...], shape: Shape, link: Link, commit: str | None)
 
 
 def timed_for(pattern: Any) -> list[tuple[str, str]]:
-    """(strategy, layout): what is counted, and for a pattern `ulysses`, which may be faster where it sends more."""
+    """(strategy, layout): what is counted, and for a pattern what may be faster though it sends more."""
     counted = strategies_for(pattern)
-    return counted if pattern is None else [*counted, ("ulysses", "contiguous")]
+    return counted if pattern is None else [*counted, ("halo", "head_tail"), ("ulysses", "contiguous")]
 
 
 def _beside(row: Row, alone: Row) -> Row:

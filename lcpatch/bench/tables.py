@@ -118,7 +118,7 @@ def training(result: Result) -> Table:
 
 
 def multi(result: Result) -> Table:
-    """Time of context parallelism on real GPUs, a line per layer and strategy, a column per length.
+    """Time of context parallelism on real GPUs, a line per layer, strategy and layout, a column per length.
 
     Milliseconds of the slowest rank, forward and backward, and the speed-up over one GPU; bold is what the cost model
     chose.
@@ -131,7 +131,7 @@ def multi(result: Result) -> Table:
         gain = f"**{gain}**" if row["chosen"] else gain
         return f"{row['forward_ms']:.1f} + {row['backward_ms']:.1f} ms, {gain}"
 
-    return _by_length(result, ("layer", "strategy"), ("Layer", "Strategy"), cell)
+    return _by_length(result, ("layer", "strategy", "layout"), ("Layer", "Strategy", "Layout"), cell)
 
 
 def steps(result: Result) -> Table:

@@ -18,7 +18,7 @@ from lcpatch.cli import main
 from lcpatch.core.errors import BenchmarkError, ParallelError, UnknownNameError
 from lcpatch.patterns import LayerShape
 from lcpatch.training.parallel.batch import IGNORE, documents_of, shard_batch, shifted
-from lcpatch.training.parallel.cost import Rates, choose
+from lcpatch.training.parallel.cost import Rates, choose, quickest_layout
 from lcpatch.training.parallel.halo import _part
 from lcpatch.training.parallel.layout import make_layout
 from lcpatch.training.parallel.lightseq import LightSeq, idle_fraction
@@ -243,6 +243,37 @@ def test_tokenring_is_chosen_only_where_it_sends_less(heads: int, kv_heads: int,
     choice = choose(work_of(None, heads, kv_heads, 8192, 4, "head_tail"), Rates(bandwidth))
     sent = {e.name: e.sent for e in choice.estimates if e.problem is None}
     assert choice.name != "tokenring" or sent["tokenring"] < sent["ring"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layout"),
+    [
+        (lcpatch.S2(64, 16, 16), "head_tail"),
+        (lcpatch.S2(64, 16, None), "contiguous"),  # without a stripe late rows see no more than early ones
+        (lcpatch.Shift(group_size=8192), "contiguous"),
+        (lcpatch.Sink(num_sinks=4, window=1024), "contiguous"),
+    ],
+)
+def test_rows_that_see_more_the_later_they_are_lie_head_and_tail(pattern, layout: str):
+    work = work_of(pattern, 32, 8, 131072, 4)
+    layers = [(work.spec, 8, 128)] * 2
+    row = (131072, 4, work.documents, 2)
+    assert quickest_layout(layers, *row, Rates()) == layout
+    times = {
+        name: choose(work_of(pattern, 32, 8, 131072, 4, name)).estimates[0] for name in ("contiguous", "head_tail")
+    }
+    assert {e.name for e in times.values()} == {"halo"}
+    assert min(times, key=lambda name: times[name].seconds) == layout
+    # Where few bytes pass in a second, those that early and late rows send twice decide.
+    assert quickest_layout(layers, *row, Rates(bandwidth=1e8)) == "contiguous"
+
+
+def test_dense_layers_beside_a_pattern_have_a_say_in_the_layout():
+    """Groups would stay contiguous, but in that layout the dense layers share their work badly, or send more."""
+    groups, dense = (work_of(p, 30, 6, 131072, 4).spec for p in (lcpatch.Shift(group_size=8192), None))
+    row = (131072, 4, (((0, 131072),),), 2)
+    assert quickest_layout([(groups, 6, 128)], *row, Rates()) == "contiguous"
+    assert quickest_layout([(groups, 6, 128), (dense, 6, 128)], *row, Rates()) == "head_tail"
 
 
 def test_what_no_strategy_can_serve():

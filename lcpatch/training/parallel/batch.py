@@ -48,12 +48,8 @@ def shard_batch(
     Raises:
         ParallelError: no tokens, fewer tokens than ranks, or a tensor that cannot be cut.
     """
-    ids = batch["input_ids"]
-    if ids.dim() != 2 or not ids.numel():
-        raise ParallelError(f"input_ids must be [rows, tokens] with at least one of each; got {list(ids.shape)}")
+    ids = ids_of(batch, num_ranks)
     length = ids.shape[1]
-    if length < num_ranks:
-        raise ParallelError(f"rows of {length} tokens leave some of {num_ranks} ranks without any; use fewer ranks")
     if unknown := [k for k, v in batch.items() if k not in KNOWN and isinstance(v, Tensor)]:
         raise ParallelError(f"{unknown[0]} cannot be cut over ranks; known tensors: {', '.join(KNOWN)}")
     documents = documents_of(batch)
@@ -69,6 +65,22 @@ def shard_batch(
         # transformers' loss takes `shift_labels` as they are; `labels` only tells the model to compute one.
         result |= {"labels": mine, "shift_labels": mine, "num_items_in_batch": total / data_ranks}
     return {**result, "use_cache": False, SHARD: shard}
+
+
+def ids_of(batch: Mapping[str, Any], num_ranks: int) -> Tensor:
+    """`input_ids` [B, N].
+
+    Raises:
+        ParallelError: no tokens, or fewer than ranks.
+    """
+    ids = batch["input_ids"]
+    if ids.dim() != 2 or not ids.numel():
+        raise ParallelError(f"input_ids must be [rows, tokens] with at least one of each; got {list(ids.shape)}")
+    if ids.shape[1] < num_ranks:
+        raise ParallelError(
+            f"rows of {ids.shape[1]} tokens leave some of {num_ranks} ranks without any; use fewer ranks"
+        )
+    return ids
 
 
 def documents_of(batch: Mapping[str, Any]) -> Documents:

@@ -5,13 +5,16 @@ Pure functions of numbers: nothing is measured here, no group is needed, every r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from math import inf
 
-from lcpatch_kernels import DENSE, BlockSparseSpec
+from lcpatch_kernels import DENSE, BlockSparseSpec, Rule
 
 from .halo import PARTS
-from .layout import make_layout, sees
+from .layout import Documents, make_layout, sees
 from .pairs import Pairwise
 from .strategy import Strategy, Work, strategies
 
@@ -70,7 +73,7 @@ def choose(work: Work, rates: Rates = Rates()) -> Choice:
     Raises:
         ValueError: none can serve it.
     """
-    estimates = tuple(estimate(cls(), work, rates) for cls in strategies.all().values())
+    estimates = tuple(estimate_of(name, work, rates) for name in strategies.all())
     able = sorted((e for e in estimates if e.problem is None), key=lambda e: (e.seconds, e.sent))
     if not able:
         raise ValueError("no strategy fits: " + "; ".join(f"{e.name}: {e.problem}" for e in estimates))
@@ -92,8 +95,61 @@ def choose_for(
         ValueError: none can serve it.
     """
     documents = (((0, length),),)
-    layout = "head_tail" if set(spec.rules) == {DENSE} else "contiguous"
+    layout = "head_tail"
+    if set(spec.rules) != {DENSE}:
+        layout = quickest_layout([(spec, num_kv_heads, head_dim)], length, ranks, documents, 2, rates)
     return choose(Work(spec, num_kv_heads, head_dim, make_layout(layout, length, ranks, documents), documents), rates)
+
+
+def quickest_layout(
+    layers: Sequence[tuple[BlockSparseSpec, int, int]],
+    length: int,
+    ranks: int,
+    documents: Documents,
+    itemsize: int,
+    rates: Rates,
+    names: Sequence[str] = (),
+) -> str:
+    """Of "contiguous" and "head_tail" the layout in which all layers take less time; if neither, the former.
+
+    A contiguous row has fewer edges to send keys over; in the other each rank has early rows and late ones, which see
+    more where a pattern reaches far back.
+
+    Args:
+        layers: spec, KV heads and head dim of each.
+        length, documents: of the batch's rows.
+        itemsize: bytes of a number.
+        names: the strategies that may be taken, in order of preference; none: the fastest of all.
+    """
+    # Layers that differ by where their stripes begin cost the same, but for an edge; the first speaks for all.
+    alike = Counter((_kind(spec), *rest) for spec, *rest in layers)
+    first = {(_kind(spec), *rest): (spec, *rest) for spec, *rest in reversed(layers)}
+
+    def seconds(layout: str) -> float:
+        cut = make_layout(layout, length, ranks, documents)
+        works = [(Work(*first[kind], cut, documents, itemsize), count) for kind, count in alike.items()]
+        return sum(count * _seconds(work, rates, names) for work, count in works)
+
+    return min(("contiguous", "head_tail"), key=seconds)
+
+
+def _kind(spec: BlockSparseSpec) -> tuple[int, tuple[Rule, ...]]:
+    return spec.block_size, tuple(replace(spec.rules[r], residue=0) for r in spec.head_rules)
+
+
+def _seconds(work: Work, rates: Rates, names: Sequence[str]) -> float:
+    """Of the strategy that will serve the work; inf where none can."""
+    estimates = (estimate_of(name, work, rates) for name in names or strategies.all())
+    able = [e for e in estimates if e.problem is None]
+    if not able:
+        return inf
+    return able[0].seconds if names else min(e.seconds for e in able)
+
+
+@lru_cache(maxsize=1024)
+def estimate_of(name: str, work: Work, rates: Rates) -> Estimate:
+    """`estimate` by name; layers of a batch, and its micro-batches, ask for the same."""
+    return estimate(strategies.get(name)(), work, rates)
 
 
 def estimate(strategy: Strategy, work: Work, rates: Rates) -> Estimate:

@@ -10,19 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lcpatch_kernels import DENSE
+from lcpatch_kernels import DENSE, BlockSparseSpec
 
 from ...core.errors import ParallelError
 from ...hf.head import decoder_of
-from ...hf.layers import state_of
+from ...hf.layers import head_dim_of, num_kv_heads_of, state_of
 from ...hf.models import attention_modules, unwrap
 from ...hf.registration import NAME
 from ...hf.route import route, unroute
 from ...hf.state import ON_REMOVE
 from ...hf.watch import Call
 from .alive import pulse_of
-from .batch import documents_of, shard_batch
-from .cost import Rates, choose
+from .batch import documents_of, ids_of, shard_batch
+from .cost import Rates, choose, quickest_layout
 from .layout import Shard
 from .link import Link
 from .strategy import Strategy, Work, strategies
@@ -53,8 +53,8 @@ def parallelize(
         group: the ranks; None: all.
         strategy: "auto" (per layer the one that the cost model finds fastest), a name, or names in order of preference:
             a layer takes the first that can serve it.
-        layout: which rank holds which tokens: "contiguous", "head_tail", "per_document"; "auto": contiguous where a
-            layer has a pattern, else what balances dense attention.
+        layout: which rank holds which tokens: "contiguous", "head_tail", "per_document"; "auto": where a layer has a
+            pattern, the first or the second, by the cost model; else what balances dense attention.
         rates: bandwidth and arithmetic that "auto" reckons with; equal on all ranks.
 
     Raises:
@@ -142,7 +142,7 @@ class Parallel:
         Raises:
             ParallelError: a batch that cannot be cut, or that is not this rank's.
         """
-        layout = self._layout_of(batch)
+        layout = self._layout_of(batch, self.size if members is None else len(set(members)))
         if members is None:
             return shard_batch(batch, self.rank, self.size, layout, num_items, data_ranks)
         chosen = tuple(sorted(members))
@@ -207,14 +207,22 @@ class Parallel:
         told = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise ParallelError(f"layer {layer} cannot run under strategy={list(problems)}: {told}")
 
-    def _layout_of(self, batch: Mapping[str, Any]) -> str:
+    def _layout_of(self, batch: Mapping[str, Any], ranks: int) -> str:
         if self._layout != "auto":
             return self._layout
         takes = [s.name for s in self._wanted or []]
-        dense = all(state_of(m).spec is None and set(state_of(m).own.rules) == {DENSE} for m in self._modules.values())
-        if takes[:1] in (["halo"], ["lightseq"]) or (not dense and not takes):
+        if takes[:1] == ["lightseq"]:
             return "contiguous"
-        return "per_document" if len(set(documents_of(batch))) == 1 else "contiguous"
+        length, documents = ids_of(batch, ranks).shape[1], documents_of(batch)
+        layers = [self._layer(index, module) for index, module in self._modules.items()]
+        if takes[:1] != ["halo"] and all(set(spec.rules) == {DENSE} for spec, _, _ in layers):
+            return "per_document" if len(set(documents)) == 1 else "contiguous"
+        itemsize = unwrap(self._model).dtype.itemsize
+        return quickest_layout(layers, length, ranks, documents, itemsize, self._rates, takes)
+
+    def _layer(self, index: int, module: nn.Module) -> tuple[BlockSparseSpec, int, int]:
+        state = state_of(module)
+        return state.active_spec(module) or state.own, num_kv_heads_of(module.config, index), head_dim_of(module)
 
     def _check(self, call: Call, shard: Shard | None, link: Link) -> None:
         """Before a batch's first exchange, and on every rank alike: are these the parts of one batch?"""
