@@ -95,11 +95,12 @@ class Steps:
         self.vocab, self.device = model.get_input_embeddings().num_embeddings, next(model.parameters()).device
         self.cuda = self.device.type == "cuda"
 
-    def arms(self) -> dict[str, Callable[[], Any]]:
+    def arms(self, group: int = GROUP, blocks: int = 16) -> dict[str, Callable[[], Any]]:
+        """What patches the model, by name; smaller where a short row is to be sparse."""
         return {
             "dense": nullcontext,
-            f"SF, G = {GROUP}": lambda: patched(self.model, "sf", group_size=GROUP),
-            "S2 64/16/16": lambda: patched(self.model, S2(64, 16, 16, sink_blocks=0)),
+            f"SF, G = {group}": lambda: patched(self.model, "sf", group_size=group),
+            f"S2 64/{blocks}/{blocks}": lambda: patched(self.model, S2(64, blocks, blocks, sink_blocks=0)),
         }
 
     def check(self) -> None:
@@ -113,7 +114,7 @@ class Steps:
         with sdpa_kernel(SDPBackend.MATH):
             other = self._gradients(CHECK_LENGTH)
         budget = FACTOR * relative_error(other, dense)
-        for name, arm in self.arms().items():
+        for name, arm in self.arms(CHECK_LENGTH // 4, 4).items():
             with arm():
                 alone = self._gradients(CHECK_LENGTH)
                 with parallelize(self.model) as ranks:
@@ -139,41 +140,40 @@ class Steps:
     def _timed(self, row: Row, ranks: Parallel | None) -> Row:
         gc.collect()
         seconds, peak = 0.0, 0.0
-        failed = torch.zeros(1, device=self.device)
-        try:
-            with two_layers(self.model.get_base_model()):
-                self._step(row.length, ranks)
-            self._settle()
+        if self._all_can(lambda: self._short_step(row.length, ranks), ranks):
             start = time.perf_counter()
-            self._step(row.length, ranks)
-            if self.cuda:
-                torch.cuda.synchronize()
-                peak = torch.cuda.max_memory_allocated() / 2**30
-            seconds = time.perf_counter() - start
-        except torch.OutOfMemoryError:
-            if ranks is not None:
-                raise  # the others wait in an exchange
-            failed += 1
+            if self._all_can(lambda: self._step(row.length, ranks), ranks):
+                seconds = time.perf_counter() - start
+                peak = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else 0.0
         self.model.zero_grad()
-        dist.all_reduce(failed)
-        if failed:
-            row = replace(row, why="out of memory")
-        else:
-            most = torch.tensor([seconds, peak], device=self.device)
-            dist.all_reduce(most, dist.ReduceOp.MAX)
+        most = torch.tensor([seconds, peak], device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        if seconds:
             row = replace(row, seconds=float(most[0]), peak_gib=float(most[1]))
+        else:
+            row = replace(row, why="out of memory")
         took = row.why or f"{row.seconds:.2f} s, {row.peak_gib:.1f} GiB"
         self.say(f"{row.arm:18s} {row.length:7d} tokens on {row.ranks} GPUs: {took}")
         return row
 
-    def _settle(self) -> None:
-        """All ranks start together, from nothing under way."""
+    def _all_can(self, step: Callable[[], None], ranks: Parallel | None) -> bool:
+        """Whether no rank lacks memory for `step`; all come out of it together."""
+        failed = torch.zeros(1, device=self.device)
+        try:
+            step()
+        except torch.OutOfMemoryError:
+            if ranks is not None:
+                raise  # the others wait in an exchange
+            failed += 1
+        dist.all_reduce(failed)
+        return not failed.item()
+
+    def _short_step(self, length: int, ranks: Parallel | None) -> None:
+        with two_layers(self.model.get_base_model()):
+            self._step(length, ranks)
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        dist.barrier()
-        if self.cuda:
-            torch.cuda.synchronize()
 
     def _step(self, length: int, ranks: Parallel | None) -> None:
         generator = torch.Generator(self.device).manual_seed(0)

@@ -35,6 +35,25 @@ def test_steps_of_two_ranks_beside_one():
     assert [len(line) for line in lines] == [len(header)] * 6
 
 
+def one_lacks_memory(rank: int) -> list[parallel_step.Row]:
+    found = parallel_step.Steps(with_lora(random_llama(TINY, "cpu", torch.float32)), lambda line: None)
+    step = found._step
+
+    def full(length, ranks):
+        if rank == 1 and ranks is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step(length, ranks)
+
+    found._step = full
+    return list(found.timed(256))
+
+
+def test_a_row_too_long_for_one_gpu_is_still_timed_on_several():
+    for rows in run_world(2, one_lacks_memory):
+        assert {(row.why, row.seconds) for row in rows[::2]} == {("out of memory", None)}
+        assert all(row.seconds > 0 and row.speedup is None for row in rows[1::2])
+
+
 def test_gradients_of_a_part_alone_stop_it():
     for answer in run_world(2, steps, True):
         assert answer.startswith("BenchmarkError: dense: gradients are ")
