@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 from models import SHORT, build, tokens
 from parallel_cases import EXACT, batch_of, distance, gradients, loss_of, make_model, single, worst
+from torch.nn.parallel import DistributedDataParallel
 
 import lcpatch
 from lcpatch.core.errors import ParallelError, UnknownNameError
+from lcpatch.hf.attention import SHARD
 from lcpatch.training.parallel import alive, parallelize
 from lcpatch.training.parallel.balance import plan
 from lcpatch.training.parallel.link import Link
+from lcpatch.training.parallel.trainer import ParallelMixin
 
 
 @pytest.mark.parametrize("strategy", ["auto", "halo", "ring", "tokenring", "lightseq", "ulysses"])
@@ -40,6 +45,28 @@ def test_autocast(group):
             got = model(**ranks.shard({"input_ids": ids})).logits
     assert got.dtype == want.dtype
     assert distance(got, want) == 0
+
+
+def test_a_step_after_an_evaluation_is_cut_for_training(group):
+    """Its trainer only then turns the model to training, where a pattern of it is off until that is done."""
+    cuts = []
+
+    class Trainer:
+        args = SimpleNamespace(device=torch.device("cpu"), average_tokens_across_devices=True)
+
+        def training_step(self, model, part, num_items):
+            cuts.append(part[SHARD].layout.name)
+            return torch.zeros(())
+
+    class Sharing(ParallelMixin, Trainer):
+        pass
+
+    trainer, model = Sharing(), lcpatch.apply(build(), "shift", mode="train", **SHORT["shift"])
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    with parallelize(model) as trainer.ranks:
+        model.eval()
+        trainer.training_step(DistributedDataParallel(model), batch, 10)
+    assert cuts == ["contiguous"]
 
 
 def test_what_is_refused(group):
