@@ -47,6 +47,17 @@ def test_autocast(group):
     assert distance(got, want) == 0
 
 
+def test_ranks_meet_on_gpus_though_the_model_is_not_there_yet(group, monkeypatch):
+    """FSDP moves it later; NCCL alone takes no tensor of a host, and beside gloo it would not have met."""
+    met = []
+    monkeypatch.setattr(Link, "gather", lambda link, values, device: met.append(device))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for backend in ("cuda:nccl", "cpu:gloo,cuda:nccl", "cpu:gloo,cuda:gloo"):
+        monkeypatch.setattr(dist, "get_backend_config", lambda group, backend=backend: backend)
+        parallelize(build()).close()
+    assert [str(device) for device in met] == ["cuda:3", "cuda:3", "cpu"]
+
+
 def test_a_step_after_an_evaluation_is_cut_for_training(group):
     """Its trainer only then turns the model to training, where a pattern of it is off until that is done."""
     cuts = []

@@ -103,7 +103,7 @@ class Parallel:
         setattr(base, ON_REMOVE, self.close)
         self.link.pulse = pulse_of(self.link.group)
         # Also makes NCCL's communicator, which may not come about in a pairwise transfer that only some take part in.
-        self.link.gather([self.rank], next(base.parameters()).device)
+        self.link.gather([self.rank], _meeting_place(self.link.group, base))
 
     def __enter__(self) -> Parallel:
         return self
@@ -246,6 +246,14 @@ class Parallel:
                     f"{len(shard.documents)} of {layout.num_queries(rank)}"
                 )
         self._checked = shard
+
+
+def _meeting_place(group: dist.ProcessGroup, base: nn.Module) -> torch.device:
+    """Where the group's ranks talk: under NCCL a GPU, also where the model is not on it yet (FSDP moves it later)."""
+    device = next(base.parameters()).device
+    if device.type == "cpu" and "nccl" in dist.get_backend_config(group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _refuse_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
