@@ -68,10 +68,9 @@ def run(lengths: tuple[int, ...], shape: Shape, commit: str | None = None) -> di
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
-    try:
-        return _run(lengths, shape, Link(), commit)
-    finally:
-        dist.destroy_process_group()
+    result = _run(lengths, shape, Link(), commit)
+    dist.destroy_process_group()  # not after an error of one rank: it would wait for the others, which wait for it
+    return result
 
 
 def _run(lengths: tuple[int, ...], shape: Shape, link: Link, commit: str | None) -> dict[str, Any]:
