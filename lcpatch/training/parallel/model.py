@@ -225,20 +225,26 @@ class Parallel:
         return state.active_spec(module) or state.own, num_kv_heads_of(module.config, index), head_dim_of(module)
 
     def _check(self, call: Call, shard: Shard | None, link: Link) -> None:
-        """Before a batch's first exchange, and on every rank alike: are these the parts of one batch?"""
+        """Before a batch's first exchange, and on every rank alike: are these parts of one batch, and one plan?"""
         rows, _, tokens, _ = call.query.shape
-        mine = [int(shard is not None), rows, tokens, 0 if shard is None else shard.digest()]
+        plan = hash((call.spec, self._rates)) & (2**62 - 1)
+        mine = [int(shard is not None), rows, tokens, plan, 0 if shard is None else shard.digest()]
         found = link.gather(mine, call.query.device)
-        for rank, (whole, _, _, digest) in enumerate(found):
+        for rank, (whole, _, _, plan, digest) in enumerate(found):
             if not whole:
                 raise ParallelError(
                     f"rank {rank} called the model without a shard; every rank calls it with **ranks.shard(batch). If "
                     "yours did, this model does not pass its keyword arguments on to its attention: it cannot be "
                     "parallelized"
                 )
-            if digest != found[0][3]:
+            if plan != found[0][3]:
+                raise ParallelError(
+                    f"rank {rank} runs another pattern than rank 0, or reckons with other rates, and would exchange "
+                    "other keys: have the model in one mode on all ranks (train or eval), and give all the same rates"
+                )
+            if digest != found[0][4]:
                 raise ParallelError(f"rank {rank} holds a part of another batch than rank 0; shard one batch on all")
-        for rank, (_, rows, tokens, _) in enumerate(found):
+        for rank, (_, rows, tokens, *_) in enumerate(found):
             layout = shard.layout
             if tokens != layout.num_queries(rank) or rows != len(shard.documents):
                 raise ParallelError(
