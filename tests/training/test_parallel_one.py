@@ -58,6 +58,19 @@ def test_ranks_meet_on_gpus_though_the_model_is_not_there_yet(group, monkeypatch
     assert [str(device) for device in met] == ["cuda:3", "cuda:3", "cpu"]
 
 
+def test_documents_too_short_to_cut_leave_no_rank_without_tokens(group):
+    ids, positions = torch.arange(10)[None], torch.tensor([[0, 1, 0, 1, 2, 0, 1, 0, 1, 2]])
+    batch = {"input_ids": ids, "position_ids": positions}
+    with parallelize(build()) as ranks:
+        assert ranks.shard(batch, members=range(3))[SHARD].layout.name == "per_document"
+        assert ranks.shard(batch, members=range(4))[SHARD].layout.name == "contiguous"
+    with (
+        parallelize(build(), layout="per_document") as ranks,
+        pytest.raises(ParallelError, match="leaves some of 4 ranks without any token"),
+    ):
+        ranks.shard(batch, members=range(4))
+
+
 def test_a_step_after_an_evaluation_is_cut_for_training(group):
     """Its trainer only then turns the model to training, where a pattern of it is off until that is done."""
     cuts = []

@@ -23,7 +23,7 @@ from ...hf.watch import Call
 from .alive import pulse_of
 from .batch import documents_of, ids_of, shard_batch
 from .cost import Rates, choose, quickest_layout
-from .layout import Shard
+from .layout import Shard, per_document
 from .link import Link
 from .strategy import Strategy, Work, strategies
 
@@ -216,7 +216,8 @@ class Parallel:
         length, documents = ids_of(batch, ranks).shape[1], documents_of(batch)
         layers = [self._layer(index, module) for index, module in self._modules.items()]
         if takes[:1] != ["halo"] and all(set(spec.rules) == {DENSE} for spec, _, _ in layers):
-            return "per_document" if len(set(documents)) == 1 else "contiguous"
+            alike = len(set(documents)) == 1 and all(per_document(documents[0], length, ranks).runs)
+            return "per_document" if alike else "contiguous"
         itemsize = unwrap(self._model).dtype.itemsize
         return quickest_layout(layers, length, ranks, documents, itemsize, self._rates, takes)
 
