@@ -27,7 +27,7 @@ from ..training.parallel.strategy import Strategy, Work, strategies
 from . import measure
 from .attention_cases import Shape
 from .environment import environment
-from .judge import out_and_grads, passes, relative_error
+from .judge import out_and_grads, over_ranks, passes, relative_error
 from .parallel import ITEM, layers, spec_for, strategies_for
 from .parallel_peer import torchs_ring
 
@@ -68,10 +68,9 @@ def run(lengths: tuple[int, ...], shape: Shape, commit: str | None = None) -> di
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
-    try:
-        return _run(lengths, shape, Link(), commit)
-    finally:
-        dist.destroy_process_group()
+    result = _run(lengths, shape, Link(), commit)
+    dist.destroy_process_group()  # not after an error of one rank: it would wait for the others, which wait for it
+    return result
 
 
 def _run(lengths: tuple[int, ...], shape: Shape, link: Link, commit: str | None) -> dict[str, Any]:
@@ -160,9 +159,10 @@ def _check(pattern: Any, name: str, layout: str, shape: Shape, link: Link) -> tu
     mine = work.layout.tokens(link.rank).to(grad.device)
     attend = _attend(strategies.get(name)(), work, link)
     got = out_and_grads(attend, [t[:, :, mine] for t in x], grad[:, :, mine])
-    errors = torch.tensor([relative_error(a, b[:, :, mine]) for a, b in zip(got, exact, strict=True)], device="cuda")
-    dist.all_reduce(errors, dist.ReduceOp.MAX)
-    return errors.tolist(), FACTOR * max(relative_error(a, b) for a, b in zip(alone, exact, strict=True))
+    errors = [relative_error(a, b[:, :, mine]) for a, b in zip(got, exact, strict=True)]
+    budget = FACTOR * max(relative_error(a, b) for a, b in zip(alone, exact, strict=True))
+    *errors, budget = over_ranks([*errors, budget], grad.device)
+    return errors, budget
 
 
 def _attend(strategy: Strategy, work: Work, link: Link) -> Callable[..., Tensor]:
@@ -241,15 +241,15 @@ def _peers_problem(shape: Shape, link: Link) -> str | None:
     alone = out_and_grads(lambda *t: block_sparse(*t, dense, impl="triton")[0], x, grad)
     budget = FACTOR * max(relative_error(a, b) for a, b in zip(alone, exact, strict=True))
     mine = make_layout("head_tail", length, link.size, (((0, length),),)).tokens(link.rank).to(grad.device)
+    failed, error = None, float("inf")
     try:
         with torchs_ring([*x, grad], link.size) as (attend, parts):
             got = out_and_grads(attend, parts[:3], parts[3])
-    except (ImportError, RuntimeError, ValueError) as error:
-        return measure.in_a_line(error)
-    errors = torch.tensor([relative_error(a, b[:, :, mine]) for a, b in zip(got, exact, strict=True)], device="cuda")
-    dist.all_reduce(errors, dist.ReduceOp.MAX)
-    worst = float(errors.max())
-    return None if passes(worst, budget) else f"wrong by {worst:.1e} where {budget:.1e} is rounding"
+        error = max(relative_error(a, b[:, :, mine]) for a, b in zip(got, exact, strict=True))
+    except (ImportError, RuntimeError, ValueError) as problem:
+        failed = measure.in_a_line(problem)
+    worst, budget = over_ranks([error, budget], grad.device)
+    return None if passes(worst, budget) else failed or f"wrong by {worst:.1e} where {budget:.1e} is rounding"
 
 
 def _time_torch(length: int, shape: Shape, link: Link) -> Row:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from .sources import sources
 from .support import why_inexact
 
 LOG_FILE = "log.json"
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for one of them, as while the first tokenizes or writes a model: longer than NCCL's own ten
+minutes. A process that died is not waited for, as the launcher ends the others."""
 Save = Callable[..., None]
 
 
@@ -86,7 +90,7 @@ def _train(config: TrainConfig, save: Save | None, held: ExitStack) -> Result:
     if config.parallel != "auto":
         strategies.get(config.parallel)
     loggers = loggers_of(config.report_to)
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     group = group_of(config.context_parallel) if config.context_parallel > 1 else None
     tokenizer = load_tokenizer(config)
     meeting = why_documents_meet(config)

@@ -54,6 +54,17 @@ def test_a_row_too_long_for_one_gpu_is_still_timed_on_several():
         assert all(row.seconds > 0 and row.speedup is None for row in rows[1::2])
 
 
+def one_allows_less(rank: int) -> None:
+    """Rank 1's own budget is so small that alone it would stop, and rank 0 wait for it in what is timed next."""
+    parallel_step.CHECK_LENGTH = 130
+    parallel_step.FACTOR *= 1e-6 if rank == 1 else 1
+    parallel_step.Steps(with_lora(random_llama(TINY, "cpu", torch.float32)), lambda line: None).check()
+
+
+def test_all_ranks_come_to_the_same_verdict():
+    assert run_world(2, one_allows_less) == [None] * 2
+
+
 def test_gradients_of_a_part_alone_stop_it():
     for answer in run_world(2, steps, True):
         assert answer.startswith("BenchmarkError: dense: gradients are ")

@@ -3,10 +3,12 @@
 import copy
 import re
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
 import training_cases
+from accelerate import PartialState
 from launched import FAST, ROOT, environment, finished, logged
 from noise import FACTOR, distance, model_budget
 
@@ -25,6 +27,27 @@ def test_accelerate_launch(base, tmp_path):
     ids = training_cases.ids()
     allowed = model_budget(lcpatch.remove(copy.deepcopy(merged)), ids)
     assert distance(adapter(ids).logits, merged(ids).logits) <= allowed
+
+
+def test_processes_wait_longer_for_one_another_than_nccl_does(base, tmp_path, monkeypatch):
+    """The others wait while the first tokenizes; the Trainer's own half hour comes when the group is there already."""
+    told = {}
+
+    def init(**settings) -> None:
+        told.update(settings)
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    process = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    for name, value in {**process, "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    PartialState._reset_state()
+    try:
+        with pytest.raises(InterruptedError):
+            training_cases.run(base, tmp_path / "run")
+    finally:
+        PartialState._reset_state()
+    assert told["timeout"] >= timedelta(hours=1)
 
 
 @pytest.mark.slow

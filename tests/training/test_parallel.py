@@ -9,6 +9,7 @@ import torch
 from models import SHORT
 from parallel_cases import dying_rank, other_batch, run_all, run_others, wrong_shard
 from parallel_chunk_cases import other_text, run_chunks, run_with_chunks
+from parallel_plan_cases import other_mode, other_rates
 from world import run_world
 
 SF = {"method": "sf", **SHORT["sf"]}
@@ -133,6 +134,8 @@ def test_chunks_inside_a_rank(num_ranks: int):
         (wrong_shard, "rank 1 was given 2 rows of 21 tokens; its part of the batch is 2 of 22"),
         (other_batch, "rank 1 holds a part of another batch than rank 0"),
         (other_text, "rank 1 holds a part of another batch than rank 0"),
+        (other_mode, "rank 1 runs another pattern than rank 0"),
+        (other_rates, "or reckons with other rates"),
     ],
 )
 def test_what_does_not_fit_ends_every_rank(function, message):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 from models import SHORT, build, tokens
 from parallel_cases import EXACT, batch_of, distance, gradients, loss_of, make_model, single, worst
+from torch.nn.parallel import DistributedDataParallel
 
 import lcpatch
 from lcpatch.core.errors import ParallelError, UnknownNameError
+from lcpatch.hf.attention import SHARD
 from lcpatch.training.parallel import alive, parallelize
 from lcpatch.training.parallel.balance import plan
 from lcpatch.training.parallel.link import Link
+from lcpatch.training.parallel.trainer import ParallelMixin
 
 
 @pytest.mark.parametrize("strategy", ["auto", "halo", "ring", "tokenring", "lightseq", "ulysses"])
@@ -40,6 +45,52 @@ def test_autocast(group):
             got = model(**ranks.shard({"input_ids": ids})).logits
     assert got.dtype == want.dtype
     assert distance(got, want) == 0
+
+
+def test_ranks_meet_on_gpus_though_the_model_is_not_there_yet(group, monkeypatch):
+    """FSDP moves it later; NCCL alone takes no tensor of a host, and beside gloo it would not have met."""
+    met = []
+    monkeypatch.setattr(Link, "gather", lambda link, values, device: met.append(device))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for backend in ("cuda:nccl", "cpu:gloo,cuda:nccl", "cpu:gloo,cuda:gloo"):
+        monkeypatch.setattr(dist, "get_backend_config", lambda group, backend=backend: backend)
+        parallelize(build()).close()
+    assert [str(device) for device in met] == ["cuda:3", "cuda:3", "cpu"]
+
+
+def test_documents_too_short_to_cut_leave_no_rank_without_tokens(group):
+    ids, positions = torch.arange(10)[None], torch.tensor([[0, 1, 0, 1, 2, 0, 1, 0, 1, 2]])
+    batch = {"input_ids": ids, "position_ids": positions}
+    with parallelize(build()) as ranks:
+        assert ranks.shard(batch, members=range(3))[SHARD].layout.name == "per_document"
+        assert ranks.shard(batch, members=range(4))[SHARD].layout.name == "contiguous"
+    with (
+        parallelize(build(), layout="per_document") as ranks,
+        pytest.raises(ParallelError, match="leaves some of 4 ranks without any token"),
+    ):
+        ranks.shard(batch, members=range(4))
+
+
+def test_a_step_after_an_evaluation_is_cut_for_training(group):
+    """Its trainer only then turns the model to training, where a pattern of it is off until that is done."""
+    cuts = []
+
+    class Trainer:
+        args = SimpleNamespace(device=torch.device("cpu"), average_tokens_across_devices=True)
+
+        def training_step(self, model, part, num_items):
+            cuts.append(part[SHARD].layout.name)
+            return torch.zeros(())
+
+    class Sharing(ParallelMixin, Trainer):
+        pass
+
+    trainer, model = Sharing(), lcpatch.apply(build(), "shift", mode="train", **SHORT["shift"])
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    with parallelize(model) as trainer.ranks:
+        model.eval()
+        trainer.training_step(DistributedDataParallel(model), batch, 10)
+    assert cuts == ["contiguous"]
 
 
 def test_what_is_refused(group):

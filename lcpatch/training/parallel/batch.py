@@ -54,6 +54,11 @@ def shard_batch(
         raise ParallelError(f"{unknown[0]} cannot be cut over ranks; known tensors: {', '.join(KNOWN)}")
     documents = documents_of(batch)
     cut = make_layout(layout, length, num_ranks, documents)
+    if not all(cut.runs):  # transformers' models fail on no tokens, and would on that rank alone
+        raise ParallelError(
+            f"layout={layout!r} leaves some of {num_ranks} ranks without any token of documents this short; use "
+            "layout='contiguous', or fewer ranks"
+        )
     shard = Shard(cut, documents, rank, members)
     places = cut.tokens(rank).to(ids.device)
     result: dict[str, Any] = {k: v for k, v in batch.items() if k not in KNOWN}

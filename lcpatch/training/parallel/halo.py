@@ -209,7 +209,7 @@ def _positions(piece: Piece) -> tuple[int, int, int]:
     return piece.start - start, piece.end - start, end - start
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)  # megabytes each, on the device: a batch's layers, and not of many batches that are gone
 def _part(
     spec: BlockSparseSpec, num_kv_heads: int, part: int, layout: Layout, documents: Documents, rank: int, device: str
 ) -> Part:

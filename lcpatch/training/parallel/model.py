@@ -23,7 +23,7 @@ from ...hf.watch import Call
 from .alive import pulse_of
 from .batch import documents_of, ids_of, shard_batch
 from .cost import Rates, choose, quickest_layout
-from .layout import Shard
+from .layout import Shard, per_document
 from .link import Link
 from .strategy import Strategy, Work, strategies
 
@@ -103,7 +103,7 @@ class Parallel:
         setattr(base, ON_REMOVE, self.close)
         self.link.pulse = pulse_of(self.link.group)
         # Also makes NCCL's communicator, which may not come about in a pairwise transfer that only some take part in.
-        self.link.gather([self.rank], next(base.parameters()).device)
+        self.link.gather([self.rank], _meeting_place(self.link.group, base))
 
     def __enter__(self) -> Parallel:
         return self
@@ -216,7 +216,8 @@ class Parallel:
         length, documents = ids_of(batch, ranks).shape[1], documents_of(batch)
         layers = [self._layer(index, module) for index, module in self._modules.items()]
         if takes[:1] != ["halo"] and all(set(spec.rules) == {DENSE} for spec, _, _ in layers):
-            return "per_document" if len(set(documents)) == 1 else "contiguous"
+            alike = len(set(documents)) == 1 and all(per_document(documents[0], length, ranks).runs)
+            return "per_document" if alike else "contiguous"
         itemsize = unwrap(self._model).dtype.itemsize
         return quickest_layout(layers, length, ranks, documents, itemsize, self._rates, takes)
 
@@ -225,20 +226,26 @@ class Parallel:
         return state.active_spec(module) or state.own, num_kv_heads_of(module.config, index), head_dim_of(module)
 
     def _check(self, call: Call, shard: Shard | None, link: Link) -> None:
-        """Before a batch's first exchange, and on every rank alike: are these the parts of one batch?"""
+        """Before a batch's first exchange, and on every rank alike: are these parts of one batch, and one plan?"""
         rows, _, tokens, _ = call.query.shape
-        mine = [int(shard is not None), rows, tokens, 0 if shard is None else shard.digest()]
+        plan = hash((call.spec, self._rates)) & (2**62 - 1)
+        mine = [int(shard is not None), rows, tokens, plan, 0 if shard is None else shard.digest()]
         found = link.gather(mine, call.query.device)
-        for rank, (whole, _, _, digest) in enumerate(found):
+        for rank, (whole, _, _, plan, digest) in enumerate(found):
             if not whole:
                 raise ParallelError(
                     f"rank {rank} called the model without a shard; every rank calls it with **ranks.shard(batch). If "
                     "yours did, this model does not pass its keyword arguments on to its attention: it cannot be "
                     "parallelized"
                 )
-            if digest != found[0][3]:
+            if plan != found[0][3]:
+                raise ParallelError(
+                    f"rank {rank} runs another pattern than rank 0, or reckons with other rates, and would exchange "
+                    "other keys: have the model in one mode on all ranks (train or eval), and give all the same rates"
+                )
+            if digest != found[0][4]:
                 raise ParallelError(f"rank {rank} holds a part of another batch than rank 0; shard one batch on all")
-        for rank, (_, rows, tokens, _) in enumerate(found):
+        for rank, (_, rows, tokens, *_) in enumerate(found):
             layout = shard.layout
             if tokens != layout.num_queries(rank) or rows != len(shard.documents):
                 raise ParallelError(
@@ -246,6 +253,14 @@ class Parallel:
                     f"{len(shard.documents)} of {layout.num_queries(rank)}"
                 )
         self._checked = shard
+
+
+def _meeting_place(group: dist.ProcessGroup, base: nn.Module) -> torch.device:
+    """Where the group's ranks talk: under NCCL a GPU, also where the model is not on it yet (FSDP moves it later)."""
+    device = next(base.parameters()).device
+    if device.type == "cpu" and "nccl" in dist.get_backend_config(group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _refuse_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ class ParallelMixin:
         if self.ranks is None:
             return super().training_step(model, inputs, num_items_in_batch)
         _check(self, model, num_items_in_batch)
+        model.train()  # before the row is cut: after an evaluation a pattern of training would seem off
         loss = torch.zeros((), device=self.args.device)
         batches = self.ranks.pool(inputs)
         for n, batch in enumerate(batches):

@@ -212,7 +212,7 @@ def _packs(spec: BlockSparseSpec, num_kv_heads: int, max_heads: int | None) -> t
     return tuple(packs)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1 << 15)  # a number each; of a stripe there is one a residue and document, of a packed row thousands
 def _num_pairs(rule: Rule, block_size: int, length: int, first: int = 0, last: int | None = None) -> int:
     """Number of (i, j) pairs that `rule` keeps in rows [first, last) of a segment of `length` tokens."""
     if rule.cyclic:
