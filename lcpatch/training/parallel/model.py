@@ -229,9 +229,7 @@ class Parallel:
     def _check(self, call: Call, shard: Shard | None, link: Link) -> None:
         """Before a batch's first exchange, and on every rank alike: are these parts of one batch, and one plan?"""
         rows, _, tokens, _ = call.query.shape
-        plan = hash((*call.spec.to_ints(), *astuple(self._rates))) & (
-            2**62 - 1
-        )  # of numbers, as None has no fixed hash
+        plan = hash((*call.spec.to_ints(), *astuple(self._rates))) & (2**62 - 1)
         mine = [int(shard is not None), rows, tokens, plan, 0 if shard is None else shard.digest()]
         found = link.gather(mine, call.query.device)
         for rank, (whole, _, _, plan, digest) in enumerate(found):
