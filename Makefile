@@ -116,7 +116,7 @@ gpu:
 RANKS := -m torch.distributed.run --standalone --nproc-per-node gpu -m lcpatch.cli bench parallel
 gpu-multi:
 	$(GPU_ENV) $(PYTHON) $(RANKS) --time --lengths 32768,131072 --out $(RESULTS)/multi-$(GPU_NAME).json
-	$(GPU_ENV) $(PYTHON) $(RANKS) --step --lengths 65536 --out $(RESULTS)/steps-$(GPU_NAME).json
+	$(GPU_ENV) $(PYTHON) $(RANKS) --step --lengths 65536,131072 --out $(RESULTS)/steps-$(GPU_NAME).json
 
 wheel: venv
 	rm -rf build dist

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 
@@ -26,16 +25,6 @@ def relative_error(x: Tensor, true: Tensor) -> float:
 def passes(error: float, budget: float) -> bool:
     """Whether an error is within its budget; never where that comes from a result which is NaN itself."""
     return error <= budget < float("inf")
-
-
-def over_ranks(numbers: Sequence[float], device: torch.device | str) -> list[float]:
-    """The largest of each over all ranks; of errors and budgets alike, so that all ranks come to the same verdict.
-
-    A rank's own budget is rounded in its own way, and a rank that stopped alone would let the others wait.
-    """
-    found = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return found.tolist()
 
 
 def between_backends(ours: Tensor, other: Tensor, dense: Tensor) -> dict[str, Any]:

@@ -8,7 +8,6 @@ counts.
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -27,8 +26,9 @@ from ..training.fused import fused_loss
 from ..training.parallel import Parallel, parallelize
 from .environment import environment
 from .geometry import LLAMA_8B, random_llama, two_layers
-from .judge import over_ranks, passes, relative_error
+from .judge import passes, relative_error
 from .lora import with_lora
+from .ranks import all_gpus, over_ranks
 
 CHECK_LENGTH = 2056
 GROUP = 8192  # of SF; a group that grows with the row would have nothing to gain from more GPUs
@@ -57,26 +57,19 @@ def run(
     Raises:
         BenchmarkError: no torchrun, no GPUs, or gradients that are not one GPU's: nothing is timed then.
     """
-    if "RANK" not in os.environ or not torch.cuda.is_available():
-        raise BenchmarkError(
-            "--step needs a GPU for each rank: torchrun --nproc-per-node gpu -m lcpatch.cli bench parallel --step"
-        )
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    first = dist.get_rank() == 0
     geometry = {**LLAMA_8B, "max_position_embeddings": max(lengths)}
     result: dict[str, Any] = {}
-    if first:
-        result = {**environment(commit), "ranks": dist.get_world_size(), "geometry": geometry, "rows": []}
-    steps = Steps(with_lora(random_llama(geometry)), say if first else _silent)
-    steps.check()
-    for length in lengths:
-        rows = [asdict(row) for row in steps.timed(length)]
+    with all_gpus("--step"):
+        first = dist.get_rank() == 0
         if first:
-            result["rows"] += rows
-            keep(result)
-    dist.destroy_process_group()  # not after an error of one rank: it would wait for the others, which wait for it
+            result = {**environment(commit), "ranks": dist.get_world_size(), "geometry": geometry, "rows": []}
+        steps = Steps(with_lora(random_llama(geometry)), say if first else _silent)
+        steps.check()
+        for length in lengths:
+            rows = [asdict(row) for row in steps.timed(length)]
+            if first:
+                result["rows"] += rows
+                keep(result)
     return result
 
 
@@ -143,10 +136,9 @@ class Steps:
                 seconds = time.perf_counter() - start
                 peak = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else 0.0
         self.model.zero_grad()
-        most = torch.tensor([seconds, peak], device=self.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
+        seconds, peak = over_ranks([seconds, peak], self.device)
         if seconds:
-            row = replace(row, seconds=float(most[0]), peak_gib=float(most[1]))
+            row = replace(row, seconds=seconds, peak_gib=peak)
         else:
             row = replace(row, why="out of memory")
         took = row.why or f"{row.seconds:.2f} s, {row.peak_gib:.1f} GiB"
@@ -155,15 +147,14 @@ class Steps:
 
     def _all_can(self, step: Callable[[], None], ranks: Parallel | None) -> bool:
         """Whether no rank lacks memory for `step`; all come out of it together."""
-        failed = torch.zeros(1, device=self.device)
+        failed = False
         try:
             step()
         except torch.OutOfMemoryError:
             if ranks is not None:
                 raise  # the others wait in an exchange
-            failed += 1
-        dist.all_reduce(failed)
-        return not failed.item()
+            failed = True
+        return not any(over_ranks([failed], self.device))
 
     def _short_step(self, length: int, ranks: Parallel | None) -> None:
         with two_layers(self.model.get_base_model()):

@@ -7,7 +7,6 @@ does all of it; the bytes sent must be the planned ones.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lcpatch_kernels import block_sparse
+from lcpatch_kernels import BlockSparseSpec, block_sparse
 
 from ..core.errors import BenchmarkError
 from ..hf.watch import Call
@@ -27,9 +26,10 @@ from ..training.parallel.strategy import Strategy, Work, strategies
 from . import measure
 from .attention_cases import Shape
 from .environment import environment
-from .judge import out_and_grads, over_ranks, passes, relative_error
+from .judge import out_and_grads, passes, relative_error
 from .parallel import ITEM, layers, spec_for, strategies_for
 from .parallel_peer import torchs_ring
+from .ranks import all_gpus, over_ranks
 
 CHECK_LENGTH, SHRINK = 2055, 16  # an odd row, and patterns that are sparse on it
 WARMUP, REPEAT = 2, 6
@@ -61,16 +61,8 @@ def run(lengths: tuple[int, ...], shape: Shape, commit: str | None = None) -> di
     Raises:
         BenchmarkError: no torchrun, no GPUs, or a wrong result: nothing is timed then.
     """
-    if "RANK" not in os.environ or not torch.cuda.is_available():
-        raise BenchmarkError(
-            "--time needs a GPU for each rank: torchrun --nproc-per-node gpu -m lcpatch.cli bench parallel --time"
-        )
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    result = _run(lengths, shape, Link(), commit)
-    dist.destroy_process_group()  # not after an error of one rank: it would wait for the others, which wait for it
-    return result
+    with all_gpus("--time"):
+        return _run(lengths, shape, Link(), commit)
 
 
 def _run(lengths: tuple[int, ...], shape: Shape, link: Link, commit: str | None) -> dict[str, Any]:
@@ -80,11 +72,11 @@ def _run(lengths: tuple[int, ...], shape: Shape, link: Link, commit: str | None)
     wrong = []
     for layer, pattern in layers(SHRINK).items():
         for name, layout in timed_for(pattern):
-            errors, budget = _check(pattern, name, layout, shape, link)
+            error, budget = _check(pattern, name, layout, shape, link)
             if first:
-                print(f"check {layer:26s} {name:10s} {max(errors):.1e} <= {budget:.1e}", flush=True)
-            if not passes(max(errors), budget):
-                wrong.append(f"{name} on {layer}")
+                print(f"check {layer:26s} {name:10s} {layout:11s} {error:.1e} <= {budget:.1e}", flush=True)
+            if not passes(error, budget):
+                wrong.append(f"{name} on {layer}, {layout}")
     if wrong:
         raise BenchmarkError(f"wrong results for {', '.join(wrong)}: nothing is timed")
     peer = _peers_problem(shape, link)
@@ -99,13 +91,14 @@ def _run(lengths: tuple[int, ...], shape: Shape, link: Link, commit: str | None)
             if pattern is None:
                 failed = replace(TORCH, length=length, why=peer)
                 found.append(_time_torch(length, shape, link) if peer is None else failed)
-            rows += [alone, *(_beside(row, alone) for row in found)]
-            for row in rows[-1 - len(found) :]:
+            found = [alone, *(_beside(row, alone) for row in found)]
+            for row in found:
                 _say(row, first)
+            rows += map(asdict, found)
     if not first:
         return {}
-    found = {**environment(commit), "ranks": link.size, "shape": asdict(shape), "bandwidth": rates.bandwidth}
-    return {**found, "rows": [asdict(row) for row in rows]}
+    facts = {"ranks": link.size, "shape": asdict(shape), "bandwidth": rates.bandwidth}
+    return {**environment(commit), **facts, "rows": rows}
 
 
 def timed_for(pattern: Any) -> list[tuple[str, str]]:
@@ -147,22 +140,26 @@ def _work(pattern: Any, layout: str, length: int, ranks: int, shape: Shape) -> W
     return Work(spec_for(pattern, shape), shape.num_kv_heads, shape.head_dim, cut, documents, ITEM)
 
 
-def _check(pattern: Any, name: str, layout: str, shape: Shape, link: Link) -> tuple[list[float], float]:
-    """Relative errors of out, dq, dk, dv on the worst rank, and what one GPU's kernel in bf16 allows for."""
+def _check(pattern: Any, name: str, layout: str, shape: Shape, link: Link) -> tuple[float, float]:
+    """The relative error of the worst of out, dq, dk, dv on any rank, and what one GPU's kernel in bf16 allows for."""
     small = Shape(1, shape.num_heads, shape.num_kv_heads, shape.head_dim)
     work = _work(pattern, layout, CHECK_LENGTH, link.size, small)
     *x, grad = _random(small, CHECK_LENGTH, torch.Generator().manual_seed(0))  # the same on every rank
-    exact = out_and_grads(
-        lambda *t: block_sparse(*t, work.spec, impl="reference")[0], [t.double() for t in x], grad.double()
-    )
-    alone = out_and_grads(lambda *t: block_sparse(*t, work.spec, impl="triton")[0], x, grad)
+    exact, budget = _exact(x, grad, work.spec)
     mine = work.layout.tokens(link.rank).to(grad.device)
     attend = _attend(strategies.get(name)(), work, link)
     got = out_and_grads(attend, [t[:, :, mine] for t in x], grad[:, :, mine])
-    errors = [relative_error(a, b[:, :, mine]) for a, b in zip(got, exact, strict=True)]
-    budget = FACTOR * max(relative_error(a, b) for a, b in zip(alone, exact, strict=True))
-    *errors, budget = over_ranks([*errors, budget], grad.device)
-    return errors, budget
+    error = max(relative_error(a, b[:, :, mine]) for a, b in zip(got, exact, strict=True))
+    error, budget = over_ranks([error, budget], grad.device)
+    return error, budget
+
+
+def _exact(x: list[Tensor], grad: Tensor, spec: BlockSparseSpec) -> tuple[list[Tensor], float]:
+    """Output and gradients in float64, and how far from them the ranks' may be."""
+    wide = [t.double() for t in x]
+    exact = out_and_grads(lambda *t: block_sparse(*t, spec, impl="reference")[0], wide, grad.double())
+    alone = out_and_grads(lambda *t: block_sparse(*t, spec, impl="triton")[0], x, grad)
+    return exact, FACTOR * max(relative_error(a, b) for a, b in zip(alone, exact, strict=True))
 
 
 def _attend(strategy: Strategy, work: Work, link: Link) -> Callable[..., Tensor]:
@@ -189,9 +186,7 @@ def _slowest_ms(run: Callable[[], Any]) -> float:
         run()
     end.record()
     end.synchronize()
-    ms = torch.tensor([start.elapsed_time(end) / REPEAT], device="cuda")
-    dist.all_reduce(ms, dist.ReduceOp.MAX)
-    return float(ms)
+    return over_ranks([start.elapsed_time(end) / REPEAT], "cuda")[0]
 
 
 def _time(layer: str, pattern: Any, name: str, layout: str, length: int, shape: Shape, link: Link, rates: Rates) -> Row:
@@ -234,12 +229,7 @@ def _peers_problem(shape: Shape, link: Link) -> str | None:
     length = CHECK_LENGTH // (2 * link.size) * 2 * link.size
     small = Shape(1, shape.num_heads, shape.num_heads, shape.head_dim)  # it takes no GQA
     *x, grad = _random(small, length, torch.Generator().manual_seed(0))
-    dense = spec_for(None, small)
-    exact = out_and_grads(
-        lambda *t: block_sparse(*t, dense, impl="reference")[0], [t.double() for t in x], grad.double()
-    )
-    alone = out_and_grads(lambda *t: block_sparse(*t, dense, impl="triton")[0], x, grad)
-    budget = FACTOR * max(relative_error(a, b) for a, b in zip(alone, exact, strict=True))
+    exact, budget = _exact(x, grad, spec_for(None, small))
     mine = make_layout("head_tail", length, link.size, (((0, length),),)).tokens(link.rank).to(grad.device)
     failed, error = None, float("inf")
     try:

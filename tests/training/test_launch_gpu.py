@@ -53,7 +53,7 @@ def launched(runs: Runs, name: str, *more: str) -> Path:
     config, settings = LAUNCHED[name]
     if name.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
-    launch = [*accelerate(config, 2)] if config else [sys.executable, "-m", "accelerate.commands.launch"]
+    launch = accelerate(config, 2) if config else [sys.executable, "-m", "accelerate.commands.launch"]
     return runs(" ".join((name, *more)), launch, *settings, *more)
 
 
